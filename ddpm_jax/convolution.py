@@ -1,0 +1,77 @@
+"""The U-Net's 2-D convolution, with gradients that stay fast on CPU inside `lax.scan`.
+
+XLA:CPU turns convolutions into its fast form in a program's entry computation only, and the gradients that JAX derives need
+that: inside a scan over training steps they fall to a path many times slower. So on CPU both gradients are written here in
+forms that are fast anywhere. Other platforms keep JAX's own gradients.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _plain(x, kernel, stride: int):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_LAYOUT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
+    """Convolves images with a square kernel, TensorFlow's SAME padding (with stride 2 and even H, W: bottom and right only).
+
+    x and kernel have one dtype, which the result has too. Differentiable in reverse mode, not in forward mode (`jax.jvp`).
+    """
+    return _plain(x, kernel, stride)
+
+
+def _padding(x, kernel, stride):
+    return lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+
+
+def _input_gradient(x, kernel, g, stride):
+    """The transposed convolution: g, spread out by the stride, with the kernel flipped and its channels exchanged."""
+    padding = [
+        (k - 1 - low, n - 1 + low - (m - 1) * stride)
+        for n, m, k, (low, _) in zip(
+            x.shape[1:3], g.shape[1:3], kernel.shape[:2], _padding(x, kernel, stride), strict=True
+        )
+    ]
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    return lax.conv_general_dilated(
+        g, flipped, (1, 1), padding, lhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
+    )
+
+
+def _kernel_gradient(x, kernel, g, stride):
+    """For each place of the kernel, the product of g (transposed once, for all places) with the pixels that it saw."""
+    size = kernel.shape[0]
+    _, h, w, D = g.shape
+    C = x.shape[-1]
+    padded = jnp.pad(x, ((0, 0), *_padding(x, kernel, stride), (0, 0)))
+    # The barrier keeps XLA from folding the transpose into each product, where it runs at half the speed.
+    columns = lax.optimization_barrier(g.reshape(-1, D).T)
+    taps = [
+        columns @ padded[:, i::stride, j::stride][:, :h, :w].reshape(-1, C) for i in range(size) for j in range(size)
+    ]
+    return jnp.stack(taps).swapaxes(1, 2).reshape(kernel.shape)
+
+
+def _forward(x, kernel, stride):
+    return _plain(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride, residuals, g):
+    def cpu(x, kernel, g):
+        return _input_gradient(x, kernel, g, stride), _kernel_gradient(x, kernel, g, stride)
+
+    def default(x, kernel, g):
+        return jax.vjp(lambda x, kernel: _plain(x, kernel, stride), x, kernel)[1](g)
+
+    return lax.platform_dependent(*residuals, g, cpu=cpu, default=default)
+
+
+conv.defvjp(_forward, _backward)

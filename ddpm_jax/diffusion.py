@@ -1,0 +1,178 @@
+"""The diffusion process: q(x_t | x_0), its posterior, what a network may predict, and p(x_{t-1} | x_t).
+
+Everything here is a pure function of a `Schedule` and arrays. Images x are float (B, H, W, C) in [-1, 1]; t is int32 (B,),
+zero-based (t = 0 is one step of noise, the paper's t = 1). A network's output is one of four things, named by `prediction`:
+
+    eps     the noise in x_t                          (the paper's choice, section 3.2)
+    x_0     the clean image
+    x_prev  the mean of q(x_{t-1} | x_t, x_0), Eq. (7)  (the paper's "mu-tilde prediction")
+    v       sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0   (Salimans & Ho 2022)
+
+and its `variance` one of fixed_small, fixed_large, learned, learned_range; the last two take the second half of the output's
+channels.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ddpm_jax.schedules import Schedule
+
+Prediction = Literal["eps", "x_0", "x_prev", "v"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+
+Images = Float[Array, "B H W C"]
+Output = Float[Array, "B H W D"]  # D = C, or 2 C where the variance is learned
+Steps = Int[Array, " B"]
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian: its mean (B, H, W, C), variance and log-variance (broadcastable to it)."""
+
+    mean: Float[Array, "B H W C"]
+    variance: Float[Array, "B #H #W #C"]
+    logvar: Float[Array, "B #H #W #C"]
+
+
+class Reverse(NamedTuple):
+    """p(x_{t-1} | x_t): its mean and log-variance (broadcastable to it), and the x_0 that the output stands for."""
+
+    mean: Float[Array, "B H W C"]
+    logvar: Float[Array, "B #H #W #C"]
+    x_0: Float[Array, "B H W C"]
+
+
+def at(table: np.ndarray | Array, t: Steps, x: Images) -> Float[Array, "B 1 1 1"]:
+    """Entry t of a schedule's table for each image, in x's dtype: the one place where the float64 tables are cast."""
+    return jnp.asarray(table, x.dtype)[t][:, None, None, None]
+
+
+def q_mean_logvar(schedule: Schedule, x_0: Images, t: Steps) -> Gaussian:
+    """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), Eq. (4)."""
+    return Gaussian(
+        at(schedule.sqrt_alphas_cumprod, t, x_0) * x_0,
+        at(1.0 - schedule.alphas_cumprod, t, x_0),
+        at(schedule.log_one_minus_alphas_cumprod, t, x_0),
+    )
+
+
+def q_sample(schedule: Schedule, x_0: Images, t: Steps, eps: Images) -> Images:
+    """Samples q(x_t | x_0): x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps, Eq. (4).
+
+    eps: standard normal draws of x_0's shape.
+    """
+    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    return at(signal, t, x_0) * x_0 + at(noise, t, x_0) * eps
+
+
+def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Gaussian:
+    """q(x_{t-1} | x_t, x_0), Eqs. (6) and (7).
+
+    The log-variance of t = 0, where the variance is 0, is that of t = 1 (the authors' clipping, so that it stays finite).
+    """
+    return Gaussian(
+        at(schedule.posterior_mean_coef1, t, x_t) * x_0 + at(schedule.posterior_mean_coef2, t, x_t) * x_t,
+        at(schedule.posterior_variance, t, x_t),
+        at(schedule.posterior_logvar_clipped, t, x_t),
+    )
+
+
+def predict_x_0(schedule: Schedule, output: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
+    """The x_0 that a network's output stands for; for eps it is Eq. (15). Not clipped.
+
+    output: (B, H, W, C), without variance channels. With eps and v, alphas_cumprod[t] must not be 0 (`jsd` ends so).
+    """
+    if prediction == "eps":
+        return at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t - (
+            at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * output
+        )
+    if prediction == "x_0":
+        return output
+    if prediction == "x_prev":
+        coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+        return (output - at(coef2, t, x_t) * x_t) / at(coef1, t, x_t)
+    if prediction == "v":
+        signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        return at(signal, t, x_t) * x_t - at(noise, t, x_t) * output
+    raise ValueError(f"got prediction {prediction!r}, expected one of {', '.join(get_args(Prediction))}")
+
+
+def predict_from_x_0(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
+    """The eps, x_0, x_prev or v that belongs to x_0 and x_t: the inverse of `predict_x_0`."""
+    if prediction == "eps":
+        return (at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_0) / (
+            at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t)
+        )
+    if prediction == "x_0":
+        return x_0
+    if prediction == "x_prev":
+        return q_posterior(schedule, x_0, x_t, t).mean
+    if prediction == "v":
+        signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        return (at(signal, t, x_t) * x_t - x_0) / at(noise, t, x_t)
+    raise ValueError(f"got prediction {prediction!r}, expected one of {', '.join(get_args(Prediction))}")
+
+
+def target(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, eps: Images, *, prediction: Prediction) -> Images:
+    """What a network trained on x_t = q_sample(x_0, t, eps) should put out."""
+    if prediction == "eps":
+        return eps  # as drawn: going through x_0 would round
+    if prediction == "v":
+        signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        return at(signal, t, x_t) * eps - at(noise, t, x_t) * x_0
+    return predict_from_x_0(schedule, x_0, x_t, t, prediction=prediction)
+
+
+def split_output(output: Output, *, variance: Variance) -> tuple[Images, Images | None]:
+    """The network's output as (mean part, variance part): two halves of its channels, or all and None where sigma is fixed.
+
+    Raises ValueError if a learned variance is asked of an odd number of channels.
+    """
+    if variance in ("fixed_small", "fixed_large"):
+        return output, None
+    if variance not in ("learned", "learned_range"):
+        raise ValueError(f"got variance {variance!r}, expected one of {', '.join(get_args(Variance))}")
+    if output.shape[-1] % 2:
+        raise ValueError(f"got {output.shape[-1]} output channels, expected an even number for variance {variance!r}")
+    mean, var = jnp.split(output, 2, axis=-1)
+    return mean, var
+
+
+def p_mean_logvar(
+    schedule: Schedule,
+    output: Output,
+    x_t: Images,
+    t: Steps,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip: bool = True,
+) -> Reverse:
+    """p(x_{t-1} | x_t) from a network's output: the mean (Eq. 11 for eps), the log-variance, and x_0.
+
+    x_0 is clipped to [-1, 1] (if `clip`) before the mean is formed from it, as the authors' code does, not after. With
+    `x_prev` the mean is the output itself and clipping touches only the x_0 that is returned. Variances:
+    fixed_large sigma^2 = beta_t and fixed_small the posterior's (section 3.2), both with t = 1's posterior variance at t = 0;
+    learned the output's second half as log-variance; learned_range that half, v in [-1, 1], interpolating between the
+    posterior's log-variance and log beta_t (Nichol & Dhariwal 2021, Eq. 15).
+    """
+    mean_part, var_part = split_output(output, variance=variance)
+    x_0 = predict_x_0(schedule, mean_part, x_t, t, prediction=prediction)
+    if clip:
+        x_0 = jnp.clip(x_0, -1.0, 1.0)
+    mean = mean_part if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
+    if variance == "fixed_small":
+        logvar = at(schedule.posterior_logvar_clipped, t, x_t)
+    elif variance == "fixed_large":
+        logvar = at(schedule.fixed_large_logvar, t, x_t)
+    elif variance == "learned":
+        assert var_part is not None
+        logvar = var_part
+    else:
+        assert var_part is not None
+        low, high = at(schedule.posterior_logvar_clipped, t, x_t), jnp.log(at(schedule.betas, t, x_t))
+        fraction = (var_part + 1.0) / 2.0
+        logvar = fraction * high + (1.0 - fraction) * low
+    return Reverse(mean, logvar, x_0)

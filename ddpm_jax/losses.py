@@ -1,0 +1,193 @@
+"""Training losses of one image batch, and the choice of t.
+
+Every loss has one signature: (schedule, model, x_0, t, eps, *, prediction, variance) -> float (B,), one number an image,
+where `model` is any function (x_t, t) -> output. A new loss is one function and one entry of `LOSSES`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax.diffusion import Images, Output, Prediction, Steps, Variance, q_sample, split_output, target
+from ddpm_jax.likelihood import bound_term
+from ddpm_jax.schedules import Schedule, snr
+
+Model = Callable[[Images, Steps], Output]
+
+
+def _mse(schedule, output, x_0, x_t, t, eps, prediction, variance):
+    mean_part, _ = split_output(output, variance=variance)
+    error = mean_part - target(schedule, x_0, x_t, t, eps, prediction=prediction)
+    return jnp.mean(error**2, axis=(1, 2, 3))
+
+
+def _vb(schedule, output, x_0, x_t, t, prediction, variance):
+    # Not clipped: a clipped x_0 has no gradient, and the authors clip only where the bound is evaluated.
+    return bound_term(schedule, output, x_0, x_t, t, prediction=prediction, variance=variance, clip=False).bits
+
+
+def simple_loss(
+    schedule: Schedule,
+    model: Model,
+    x_0: Images,
+    t: Steps,
+    eps: Images,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> Float[Array, " B"]:
+    """L_simple = |target - output(x_t, t)|^2, averaged over each image's dimensions, Eq. (14); target = eps by default."""
+    x_t = q_sample(schedule, x_0, t, eps)
+    return _mse(schedule, model(x_t, t), x_0, x_t, t, eps, prediction, variance)
+
+
+def vb_loss(
+    schedule: Schedule,
+    model: Model,
+    x_0: Images,
+    t: Steps,
+    eps: Images,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> Float[Array, " B"]:
+    """L = the bound's term L_t in bits/dim (Eqs. 5, 12), one term and not multiplied by T, as in the authors' code."""
+    x_t = q_sample(schedule, x_0, t, eps)
+    return _vb(schedule, model(x_t, t), x_0, x_t, t, prediction, variance)
+
+
+def rescaled_vb_loss(
+    schedule: Schedule,
+    model: Model,
+    x_0: Images,
+    t: Steps,
+    eps: Images,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> Float[Array, " B"]:
+    """T L_t: with uniform t its mean is the whole bound less L_T, in bits/dim."""
+    return schedule.T * vb_loss(schedule, model, x_0, t, eps, prediction=prediction, variance=variance)
+
+
+def _hybrid(schedule, model, x_0, t, eps, prediction, variance, weight):
+    x_t = q_sample(schedule, x_0, t, eps)
+    output = model(x_t, t)
+    mean_part, var_part = split_output(output, variance=variance)
+    if var_part is None:
+        raise ValueError(f"got variance {variance!r} with a hybrid loss, expected learned or learned_range")
+    # The bound trains the variance only; the mean learns from the simple loss (Nichol & Dhariwal 2021, section 3.1).
+    frozen_mean = jnp.concatenate([jax.lax.stop_gradient(mean_part), var_part], axis=-1)
+    vb = _vb(schedule, frozen_mean, x_0, x_t, t, prediction, variance)
+    return _mse(schedule, output, x_0, x_t, t, eps, prediction, variance) + weight * vb
+
+
+def hybrid_loss(
+    schedule: Schedule,
+    model: Model,
+    x_0: Images,
+    t: Steps,
+    eps: Images,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "learned_range",
+) -> Float[Array, " B"]:
+    """L_simple + L_t, the mean's gradient stopped in L_t: Nichol & Dhariwal's code without rescaling."""
+    return _hybrid(schedule, model, x_0, t, eps, prediction, variance, 1.0)
+
+
+def rescaled_hybrid_loss(
+    schedule: Schedule,
+    model: Model,
+    x_0: Images,
+    t: Steps,
+    eps: Images,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "learned_range",
+) -> Float[Array, " B"]:
+    """L_simple + 0.001 T L_t: L_hybrid of Nichol & Dhariwal 2021, Eq. (16), lambda = 0.001."""
+    return _hybrid(schedule, model, x_0, t, eps, prediction, variance, 0.001 * schedule.T)
+
+
+LOSSES: dict[str, Callable[..., Array]] = {
+    "simple": simple_loss,
+    "vb": vb_loss,
+    "rescaled_vb": rescaled_vb_loss,
+    "hybrid": hybrid_loss,
+    "rescaled_hybrid": rescaled_hybrid_loss,
+}
+
+
+def min_snr_weights(schedule: Schedule, gamma: float, *, prediction: Prediction) -> Float[np.ndarray, " T"]:
+    """Weights of the simple loss at each t, float64: min(SNR, gamma) in units of x_0's error (Hang et al. 2023).
+
+    That is min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0 and min(SNR, gamma) / (SNR + 1) for v. Raises ValueError
+    for x_prev, for which the method is not defined.
+    """
+    ratio = snr(schedule)
+    clipped = np.minimum(ratio, gamma)
+    if prediction == "eps":
+        return np.minimum(1.0, gamma / np.maximum(ratio, 1e-300))
+    if prediction == "x_0":
+        return clipped
+    if prediction == "v":
+        return clipped / (ratio + 1.0)
+    raise ValueError(f"got min-SNR weights for prediction {prediction!r}, expected eps, x_0 or v")
+
+
+def sample_t(key: Key[Array, ""], batch_size: int, T: int) -> Int[Array, " B"]:
+    """t uniform on 0 .. T-1, int32 (B,) (Algorithm 1, line 3, zero-based)."""
+    return jax.random.randint(key, (batch_size,), 0, T, jnp.int32)
+
+
+class LossHistory(NamedTuple):
+    """The last losses seen at each t, for choosing t by importance (Nichol & Dhariwal 2021, section 3.3).
+
+    losses: float32 (T, n), a ring for each t; count: int32 (T,), how many were ever written.
+    """
+
+    losses: Float[Array, "T n"]
+    count: Int[Array, " T"]
+
+
+def init_loss_history(T: int, n: int = 10) -> LossHistory:
+    """An empty history of the last n losses at each of T steps."""
+    return LossHistory(jnp.zeros((T, n), jnp.float32), jnp.zeros((T,), jnp.int32))
+
+
+def t_probabilities(history: LossHistory, *, uniform: float = 0.001) -> Float[Array, " T"]:
+    """p_t proportional to sqrt(E[L_t^2]) over the history, mixed with a little of the uniform; uniform until every t is full.
+
+    uniform: the share of the uniform distribution, as in the authors' code (Nichol & Dhariwal).
+    """
+    T, n = history.losses.shape
+    p = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
+    p = p / jnp.maximum(p.sum(), jnp.finfo(p.dtype).tiny) * (1.0 - uniform) + uniform / T
+    return jnp.where(jnp.all(history.count >= n), p, 1.0 / T)
+
+
+def importance_sample_t(
+    key: Key[Array, ""], batch_size: int, history: LossHistory
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """t (B,) from `t_probabilities` by inverting their sum at uniform draws, and the weights 1 / (T p_t) that keep E unbiased."""
+    p = t_probabilities(history)
+    cumulative = jnp.cumsum(p)
+    u = jax.random.uniform(key, (batch_size,)) * cumulative[-1]
+    t = jnp.clip(jnp.searchsorted(cumulative, u, side="right"), 0, p.shape[0] - 1).astype(jnp.int32)
+    return t, 1.0 / (p.shape[0] * p[t])
+
+
+def update_loss_history(history: LossHistory, t: Int[Array, " B"], losses: Float[Array, " B"]) -> LossHistory:
+    """The history after this batch's losses, written in batch order; of more than n with one t the last n stay."""
+    T, n = history.losses.shape
+    same = t[:, None] == t[None, :]
+    before = jnp.sum(same & (jnp.arange(len(t))[None, :] < jnp.arange(len(t))[:, None]), axis=1)
+    total = same.sum(axis=1)
+    slot = (history.count[t] + before) % n
+    row = jnp.where(total - before <= n, t, T)  # T is out of range: such a write is dropped
+    return LossHistory(history.losses.at[row, slot].set(losses, mode="drop"), history.count.at[t].add(1))

@@ -1,0 +1,62 @@
+"""Every random draw of a run: root(seed) -> stream(purpose) -> step, or image and reverse step.
+
+    root   = jax.random.key(seed)                      threefry2x32
+    stream = fold_in(root, PURPOSE)                    one stream for each purpose below
+    train  : fold_in(stream, step)                     draws for the whole global batch
+    sample : fold_in(fold_in(stream, image_index), k)  k = 0 draws x_T, k = 1, 2, ... the reverse steps in order
+
+Keys are derived, never stored and never split in passing, so that the seed and the step (or the image's index) are all it
+takes to repeat a draw. See docs/reproducibility.md.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+class Purpose(enum.IntEnum):
+    """What a stream of draws is for. The numbers are part of the contract: add new ones, never renumber."""
+
+    INIT = 0
+    T = 1
+    EPS = 2
+    DROPOUT = 3
+    FLIP = 4
+    SAMPLE = 5
+    BOUND = 6
+
+
+def root_key(seed: int) -> Key[Array, ""]:
+    """The key of a run, `jax.random.key(seed)` of the threefry2x32 generator.
+
+    seed: an integer in 0 .. 2**32 - 1. Raises ValueError outside of it, where JAX would silently wrap.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"got seed {seed}, expected an integer from 0 to 4294967295; choose another seed")
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def stream(root: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:
+    """The key of one purpose, fold_in(root, purpose)."""
+    return jax.random.fold_in(root, int(purpose))
+
+
+def step_key(root: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int) -> Key[Array, ""]:
+    """The key of one purpose at one training step, fold_in(stream, step). `step` may be traced."""
+    return jax.random.fold_in(stream(root, purpose), step)
+
+
+def image_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key for each image: fold_in(key, index), shape (B,).
+
+    `indices` are the images' global places (in a sample set, a data set or a global batch), so that what is drawn for an
+    image does not depend on which others are computed beside it.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(indices))
+
+
+def image_normal(keys: Key[Array, " B"], k: Int[Array, ""] | int, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Standard normal draws (B, *shape) of reverse step k: image b draws from fold_in(keys[b], k)."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), shape, dtype))(keys)

@@ -1,0 +1,212 @@
+"""The paper's U-Net (appendix B), as in the authors' code: computes eps_theta(x_t, t), or whatever it is trained to predict.
+
+Layers have the authors' names (`down_1_block_0`, `nin_shortcut`, ...), so that their checkpoints map one to one.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax.convolution import conv
+
+Dtype = jnp.dtype | type
+
+
+def _init(scale: float):
+    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+
+
+_ZERO = 1e-10  # the scale of layers that start as "zero": drawn very small in the authors' code, not set to 0
+
+
+class Conv(nn.Module):
+    """Convolution with TensorFlow's SAME padding and the authors' initialisation: (B, H, W, C) -> (B, h, w, features)."""
+
+    features: int
+    stride: int = 1
+    scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _init(self.scale), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias[None, None, None, :]
+
+
+def dense(features: int, *, name: str, dtype: Dtype, scale: float = 1.0) -> nn.Dense:
+    """Affine map of the last axis with the authors' initialisation; on images it is their 1x1 convolution "nin"."""
+    return nn.Dense(features, kernel_init=_init(scale), dtype=dtype, name=name)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over H, W and a group's channels: eps 1e-6, statistics in float32 (or wider) for any dtype."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+
+        # Reduced over pixels before the channels are grouped: the minor axis stays whole, which every backend does faster.
+        def group_mean(a):  # (B, H, W, C) -> (B, 1, 1, C)
+            mean = a.mean(axis=(1, 2)).reshape(B, self.groups, C // self.groups).mean(axis=-1)
+            return jnp.repeat(mean, C // self.groups, axis=1)[:, None, None, :]
+
+        h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        h = h - group_mean(h)
+        h = h * (jax.lax.rsqrt(group_mean(h**2) + 1e-6) * scale[None, None, None, :]) + bias[None, None, None, :]
+        return h.astype(x.dtype)
+
+
+def timestep_embedding(t: Int[Array, " B"], dim: int) -> Float[Array, "B dim"]:
+    """Sinusoids of the integer t: [sin, cos] halves, frequencies exp(-ln(10000) i / (dim/2 - 1)), float32; dim even, >= 4."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def dropout(x: Float[Array, "B H W C"], keys: Key[Array, " B"], rate: float) -> Float[Array, "B H W C"]:
+    """Zeroes each entry with probability `rate` and scales the others by its complement's inverse; image b draws from keys[b].
+
+    The probability is a multiple of 2**-16: two entries share a 32-bit word, which halves the time spent on random bits.
+    """
+    B, H, W, C = x.shape
+    threshold = round((1.0 - rate) * 2**16)
+    words = jax.vmap(lambda key: jax.random.bits(key, (H, W, (C + 1) // 2), jnp.uint32))(keys)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(B, H, W, -1)[..., :C]
+    return jnp.where(halves < threshold, x * jnp.asarray(2**16 / threshold, x.dtype), jnp.zeros((), x.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """norm, swish, conv, + temb, norm, swish, dropout, conv, + shortcut (a 1x1 where the channels change)."""
+
+    features: int
+    groups: int
+    dropout: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, temb, dropout_keys):
+        h = nn.swish(GroupNorm(self.groups, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        h += dense(self.features, name="temb_proj", dtype=self.dtype)(nn.swish(temb))[:, None, None, :]
+        h = nn.swish(GroupNorm(self.groups, name="norm2")(h))
+        if dropout_keys is not None and self.dropout > 0:
+            h = dropout(h, dropout_keys, self.dropout)
+        h = Conv(self.features, scale=_ZERO, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, name="nin_shortcut", dtype=self.dtype)(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, one head, scores q k / sqrt(C), softmax in float32; added to its input."""
+
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        h = GroupNorm(self.groups, name="norm")(x).reshape(B, H * W, C)
+        q, k, v = (dense(C, name=name, dtype=self.dtype)(h) for name in ("q", "k", "v"))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k) * C**-0.5
+        weights = nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1).astype(self.dtype)
+        h = jnp.einsum("bqk,bkc->bqc", weights, v)
+        h = dense(C, name="proj_out", dtype=self.dtype, scale=_ZERO)(h)
+        return x + h.reshape(B, H, W, C)
+
+
+def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
+    """Repeats every pixel twice in both directions (nearest neighbour)."""
+    B, H, W, C = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t): float (B, H, W, C), int (B,) -> float (B, H, W, out_channels).
+
+    The defaults are the CIFAR-10 network, 35,746,307 parameters. Usage:
+
+        params = UNet().init(key, x_t, t)["params"]
+        output = UNet().apply({"params": params}, x_t, t)
+        output = UNet().apply({"params": params}, x_t, t, dropout_keys)     # in training
+
+    dropout_keys: (B,) keys, one an image; without them there is no dropout. Parameters are float32 and `dtype` is what is
+    computed in, but norm statistics, softmax and the output, which are float32 in any case. `remat` recomputes each block in
+    the backward pass instead of storing what is inside it. H and W must be divisible by 2 ** (len(ch_mult) - 1), and
+    `groups` must divide every number of channels.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (16,)
+    out_channels: int = 3
+    dropout: float = 0.0
+    groups: int = 32
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: Float[Array, "B H W C"],
+        t: Int[Array, " B"],
+        dropout_keys: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B H W D"]:
+        residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+        attention_type = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        num_dropouts = 0
+
+        def block(h, features, name):
+            nonlocal num_dropouts
+            keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, num_dropouts)
+            num_dropouts += 1
+            layer = residual_type(features, self.groups, self.dropout, self.dtype, name=name)
+            return layer(h, temb, keys)
+
+        def attention(h, name):
+            return attention_type(self.groups, self.dtype, name=name)(h)
+
+        conv3x3 = functools.partial(Conv, dtype=self.dtype)
+
+        temb = timestep_embedding(t, self.ch)
+        temb = dense(4 * self.ch, name="temb_dense0", dtype=self.dtype)(temb)
+        temb = dense(4 * self.ch, name="temb_dense1", dtype=self.dtype)(nn.swish(temb))
+
+        h = conv3x3(self.ch, name="conv_in")(x_t)
+        skips = [h]
+        for i, mult in enumerate(self.ch_mult):
+            for j in range(self.num_res_blocks):
+                h = block(h, self.ch * mult, f"down_{i}_block_{j}")
+                if h.shape[1] in self.attn_resolutions:
+                    h = attention(h, f"down_{i}_attn_{j}")
+                skips.append(h)
+            if i != len(self.ch_mult) - 1:
+                h = conv3x3(self.ch * mult, stride=2, name=f"down_{i}_downsample")(h)
+                skips.append(h)
+
+        h = block(h, h.shape[-1], "mid_block_1")
+        h = attention(h, "mid_attn_1")
+        h = block(h, h.shape[-1], "mid_block_2")
+
+        for i, mult in reversed(list(enumerate(self.ch_mult))):
+            for j in range(self.num_res_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.ch * mult, f"up_{i}_block_{j}")
+                if h.shape[1] in self.attn_resolutions:
+                    h = attention(h, f"up_{i}_attn_{j}")
+            if i != 0:
+                h = conv3x3(self.ch * mult, name=f"up_{i}_upsample")(upsample(h))
+
+        h = nn.swish(GroupNorm(self.groups, name="norm_out")(h))
+        out_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return Conv(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h)
