@@ -107,6 +107,9 @@ def make_schedule(name: str, *, T: int = 1000, beta_start: float = 1e-4, beta_en
         raise ValueError(f"got schedule {name!r}, expected one of {', '.join(BETAS)}")
     if T < 2:
         raise ValueError(f"got T = {T}, expected at least 2 diffusion steps")
+    for option, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < beta <= 1:
+            raise ValueError(f"got {option} = {beta:g}, expected above 0 and at most 1")
     return schedule_from_betas(BETAS[name](T, beta_start, beta_end))
 
 
@@ -123,28 +126,31 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
     alphas_cumprod = np.cumprod(1.0 - betas)
     # t = 0 has no predecessor: alpha-bar before it is 1, and an index of t - 1 would wrap to the last entry.
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-    posterior_variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
     with np.errstate(divide="ignore"):  # jsd ends at alphas_cumprod = 0, where eps cannot be turned into x_0
+        # A difference from 1 would round, to 0 for the smallest betas.
+        one_minus_alphas_cumprod = -np.expm1(np.cumsum(np.log1p(-betas)))
         sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod)
-        sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod - 1.0)
+        sqrt_recipm1_alphas_cumprod = np.sqrt(one_minus_alphas_cumprod / alphas_cumprod)
+    one_minus_alphas_cumprod_prev = np.append(0.0, one_minus_alphas_cumprod[:-1])
+    posterior_variance = betas * (one_minus_alphas_cumprod_prev / one_minus_alphas_cumprod)
     return Schedule(
         betas=betas,
         alphas_cumprod=alphas_cumprod,
         alphas_cumprod_prev=alphas_cumprod_prev,
         sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
-        sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - alphas_cumprod),
-        log_one_minus_alphas_cumprod=np.log(1.0 - alphas_cumprod),
+        sqrt_one_minus_alphas_cumprod=np.sqrt(one_minus_alphas_cumprod),
+        log_one_minus_alphas_cumprod=np.log(one_minus_alphas_cumprod),
         sqrt_recip_alphas_cumprod=sqrt_recip_alphas_cumprod,
         sqrt_recipm1_alphas_cumprod=sqrt_recipm1_alphas_cumprod,
         posterior_variance=posterior_variance,
         # The posterior of t = 0 has variance 0, whose log is not finite: both logs take t = 1's value there instead.
         posterior_logvar_clipped=np.log(np.append(posterior_variance[1], posterior_variance[1:])),
         fixed_large_logvar=np.log(np.append(posterior_variance[1], betas[1:])),
-        posterior_mean_coef1=betas * np.sqrt(alphas_cumprod_prev) / (1.0 - alphas_cumprod),
-        posterior_mean_coef2=(1.0 - alphas_cumprod_prev) * np.sqrt(1.0 - betas) / (1.0 - alphas_cumprod),
+        posterior_mean_coef1=np.sqrt(alphas_cumprod_prev) * betas / one_minus_alphas_cumprod,
+        posterior_mean_coef2=np.sqrt(1.0 - betas) * one_minus_alphas_cumprod_prev / one_minus_alphas_cumprod,
     )
 
 
 def snr(schedule: Schedule) -> Float[np.ndarray, " T"]:
     """Signal-to-noise ratio alpha-bar_t / (1 - alpha-bar_t) of each t, float64."""
-    return schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+    return (schedule.sqrt_alphas_cumprod / schedule.sqrt_one_minus_alphas_cumprod) ** 2
