@@ -53,7 +53,7 @@ def q_mean_logvar(schedule: Schedule, x_0: Images, t: Steps) -> Gaussian:
     """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), Eq. (4)."""
     return Gaussian(
         at(schedule.sqrt_alphas_cumprod, t, x_0) * x_0,
-        at(1.0 - schedule.alphas_cumprod, t, x_0),
+        at(schedule.sqrt_one_minus_alphas_cumprod, t, x_0) ** 2,
         at(schedule.log_one_minus_alphas_cumprod, t, x_0),
     )
 
@@ -82,7 +82,7 @@ def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Gauss
 def predict_x_0(schedule: Schedule, output: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
     """The x_0 that a network's output stands for; for eps it is Eq. (15). Not clipped.
 
-    output: (B, H, W, C), without variance channels. With eps and v, alphas_cumprod[t] must not be 0 (`jsd` ends so).
+    output: (B, H, W, C), without variance channels. With eps, alphas_cumprod[t] must not be 0 (`jsd` ends so).
     """
     if prediction == "eps":
         return at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t - (
@@ -102,9 +102,8 @@ def predict_x_0(schedule: Schedule, output: Images, x_t: Images, t: Steps, *, pr
 def predict_from_x_0(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
     """The eps, x_0, x_prev or v that belongs to x_0 and x_t: the inverse of `predict_x_0`."""
     if prediction == "eps":
-        return (at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_0) / (
-            at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t)
-        )
+        signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        return (x_t - at(signal, t, x_t) * x_0) / at(noise, t, x_t)
     if prediction == "x_0":
         return x_0
     if prediction == "x_prev":
