@@ -10,6 +10,7 @@ takes to repeat a draw. See docs/reproducibility.md.
 """
 
 import enum
+import math
 
 import jax
 import jax.numpy as jnp
@@ -59,4 +60,7 @@ def image_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B
 
 def image_normal(keys: Key[Array, " B"], k: Int[Array, ""] | int, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """Standard normal draws (B, *shape) of reverse step k: image b draws from fold_in(keys[b], k)."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), shape, dtype))(keys)
+    # Drawn flat: the same words as drawn in shape, but compiled and run in a third of the time on CPU (jax 0.10.2).
+    size = math.prod(shape)
+    draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), (size,), dtype))(keys)
+    return draws.reshape(*keys.shape, *shape)
