@@ -29,7 +29,9 @@ from ddpm_jax.schedules import Schedule
 
 def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Array:
     """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), elementwise, in nats."""
-    return 0.5 * (-1.0 + logvar2 - logvar1 + jnp.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * jnp.exp(-logvar2))
+    # expm1, since exp(x) - 1 - x of nearly equal variances is lost in float32's rounding of 1.
+    variances = jnp.expm1(logvar1 - logvar2) - (logvar1 - logvar2)
+    return 0.5 * (variances + (mean1 - mean2) ** 2 * jnp.exp(-logvar2))
 
 
 def discretized_gaussian_log_likelihood(x_0: Array, mean: Array, logvar: Array) -> Array:
