@@ -1,0 +1,246 @@
+"""Checkpoints: asynchronous Orbax saves of a training state, each with a manifest that proves every byte of it.
+
+    DIRECTORY/<step>/state      step, params, opt_state, loss_history
+    DIRECTORY/<step>/ema        ema_params, an item of its own, so that sampling reads no more than it needs
+    DIRECTORY/<step>/meta       JSON: the data set's identity, what the logs wait for
+    DIRECTORY/<step>/manifest.json   written last: path, size and SHA-256 of every other file
+
+Orbax renames a finished step into its place and the manifest follows, so a step without one was cut short while it was saved.
+Array files carry no checksum of their own: a flipped bit would restore silently, which is why the manifest is checked first.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.training import TrainState
+
+MANIFEST = "manifest.json"
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all: beside its place, then renamed into it."""
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def _manifest_text(files: dict[str, list[Any]]) -> str:
+    listing = json.dumps(files, sort_keys=True)
+    return json.dumps({"files": files, "sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
+
+
+def _fingerprint(path: epath.Path) -> list[Any]:
+    """[size, SHA-256] of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def write_manifest(folder: epath.Path) -> None:
+    """Lists every file of a finished step folder, with sizes and SHA-256, in its manifest."""
+    files = sorted(path for path in folder.glob("**/*") if path.is_file() and path.name != MANIFEST)
+    write_text(folder / MANIFEST, _manifest_text({str(p.relative_to(folder)): _fingerprint(p) for p in files}))
+
+
+def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
+    """What is wrong with a step folder, or None. Only the files of the given items (and those of no item) are read."""
+    try:
+        text = (folder / MANIFEST).read_text()
+    except FileNotFoundError:
+        return "it has no manifest, so its saving was cut short"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"its manifest cannot be read ({error})"
+    try:
+        files = json.loads(text)["files"]
+        if text != _manifest_text(files):
+            return "its manifest is damaged"
+        for name, expected in files.items():
+            if name.split("/")[0] in {"state", "ema", "meta"} - set(items):
+                continue
+            if not (folder / name).exists():
+                return f"the file {name} is missing"
+            if _fingerprint(folder / name) != expected:
+                return f"the file {name} is not what was written"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest is damaged"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of a run. `say` receives one sentence about each step that is passed over."""
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        self.directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.say = say
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder, in order, whether intact or not."""
+        if not self.directory.exists():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+    def folder(self, step: int) -> epath.Path:
+        """The folder of a step."""
+        return self.directory / str(step)
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts saving: returns when the state has left the devices, and writes while training goes on.
+
+        Waits for the save before, and raises RunError if that failed (a full disk, say).
+        """
+        self.wait()
+        step = int(state.step)
+        folder = self.folder(step)
+        if jax.process_index() == 0 and folder.exists():
+            folder.rmtree()  # passed over at the start, and computed anew since
+        self.directory.mkdir(parents=True, exist_ok=True)
+        state_item = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        if state.loss_history is not None:
+            state_item["loss_history"] = state.loss_history
+        try:
+            self._checkpointer.save(
+                folder,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state_item),
+                    ema=ocp.args.StandardSave(state.ema_params),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        except Exception as error:
+            raise RunError(_save_failed(folder, error)) from error
+        self._pending = self._finisher.submit(self._finish, folder)
+
+    def _finish(self, folder: epath.Path) -> None:
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(folder)
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        finished = [step for step in self.steps() if (self.folder(step) / MANIFEST).exists()]
+        for step in finished[: -self.keep_last]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                # The manifest goes first: a folder that is deleted in part is never taken for a checkpoint.
+                (self.folder(step) / MANIFEST).unlink()
+                self.folder(step).rmtree()
+
+    def wait(self) -> None:
+        """Waits until the last save is complete on disk. Raises RunError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:
+                raise RunError(_save_failed(self.directory, error)) from error
+
+    def close(self) -> None:
+        """Waits, and lets go of all threads."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._checkpointer.close()
+
+    def choose(
+        self, *, step: int | None = None, unverified: bool = False, items: tuple[str, ...] = ("state", "ema", "meta")
+    ) -> int | None:
+        """The newest intact step, or the given one if it is intact; None if nothing was ever saved whole.
+
+        unverified: take the step without checking it. Steps passed over are told to `say`. Raises UsageError if a given step
+        is not there or damaged, or if there are steps and all are damaged.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            there = f"those there are {', '.join(map(str, steps))}" if steps else "there are none"
+            raise UsageError(f"{self.directory} has no checkpoint of step {step}; {there}")
+        wanted = steps[::-1] if step is None else [step]
+        if unverified and wanted:
+            return wanted[0]
+        lost = False
+        for candidate in wanted:
+            damage = find_damage(self.folder(candidate), items=items)
+            if damage is None:
+                return candidate
+            if step is not None:
+                raise UsageError(
+                    f"the checkpoint of step {step} in {self.directory} is not intact: {damage}; "
+                    "choose another step, or insist with --unverified"
+                )
+            lost = lost or (self.folder(candidate) / MANIFEST).exists()
+            self.say(f"The checkpoint of step {candidate} is passed over: {damage}.")
+        if lost:
+            raise UsageError(
+                f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
+                "or insist on the newest with --unverified"
+            )
+        return None
+
+    def restore_state(self, step: int, like: TrainState) -> TrainState:
+        """The training state of a step. like: its ShapeDtypeStructs, with the shardings that the arrays shall have."""
+        state_like = {"step": like.step, "params": like.params, "opt_state": like.opt_state}
+        if like.loss_history is not None:
+            state_like["loss_history"] = like.loss_history
+        restored = self._restore(
+            step, state=ocp.args.StandardRestore(state_like), ema=ocp.args.StandardRestore(like.ema_params)
+        )
+        state = restored.state
+        return TrainState(
+            step=state["step"],
+            params=state["params"],
+            ema_params=restored.ema,
+            opt_state=state["opt_state"],
+            loss_history=state.get("loss_history"),
+        )
+
+    def restore_ema(self, step: int, like: Any) -> Any:
+        """The EMA parameters of a step, as `like` (ShapeDtypeStructs with shardings)."""
+        return self._restore(step, ema=ocp.args.StandardRestore(like)).ema
+
+    def restore_meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._checkpointer.restore(self.folder(step), args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise UsageError(
+                f"the checkpoint of step {step} in {self.directory} cannot be restored ({_first_line(error)}); "
+                "choose another step"
+            ) from error
+
+
+def _save_failed(where: epath.Path, error: Exception) -> str:
+    return (
+        f"saving to {where} failed ({_first_line(error)}); earlier checkpoints are as they were: "
+        "make room and run the same command again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,384 @@
+"""What defines a run: frozen dataclasses with defaults, help, cross-field checks and a JSON round trip.
+
+The text under each field is its help on the command line. The defaults are the paper's CIFAR-10 recipe.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ddpm_jax.diffusion import Prediction, Variance
+from ddpm_jax.errors import UsageError
+from ddpm_jax.schedules import make_schedule
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what they become."""
+
+    source: str = "digits"
+    """Where the images come from: `digits` (embedded), or a file `x.npy` or `x.npz` of uint8 images."""
+    image_size: int = 32
+    """Height and width in pixels that the network sees."""
+    channels: int = 3
+    """1 for grey images, 3 for RGB."""
+    cache: Literal["auto", "device", "host"] = "auto"
+    """Keep the data set on the devices or in host memory; auto: on the devices up to 1 GiB. Changes speed only."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net."""
+
+    ch: int = 128
+    """Base channels C."""
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, in units of ch; each level after the first halves the resolution."""
+    num_res_blocks: int = 2
+    """Residual blocks per level on the way down (one more on the way up)."""
+    attn_resolutions: tuple[int, ...] = (16,)
+    """Resolutions with self-attention after every block (the middle always has it)."""
+    dropout: float = 0.1
+    """Probability that a feature is dropped in training."""
+    groups: int = 32
+    """Groups of every group normalisation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters, norm statistics, softmax, output and losses stay float32."""
+    remat: bool = False
+    """Recompute every block in the backward pass instead of storing its inside: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process, what the network predicts, and the loss."""
+
+    T: int = 1000
+    """Number of diffusion steps."""
+    schedule: Literal["linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine", "sigmoid"] = "linear"
+    """Variance schedule."""
+    beta_start: float = 1e-4
+    """First beta (linear, quad, warmup10, warmup50, sigmoid)."""
+    beta_end: float = 0.02
+    """Last beta (linear, quad, const, warmup10, warmup50, sigmoid)."""
+    prediction: Prediction = "eps"
+    """What the network's output stands for."""
+    variance: Variance = "fixed_large"
+    """Variance of p(x_{t-1} | x_t); the learned ones double the output channels."""
+    loss: Literal["simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid"] = "simple"
+    """L_simple, the variational bound's term, or both (the hybrid ones need a learned variance)."""
+    loss_weighting: Literal["none", "min_snr"] = "none"
+    """Weight of each t in the simple loss."""
+    min_snr_gamma: float = 5.0
+    """Where min-SNR weighting clips the signal-to-noise ratio."""
+    t_sampler: Literal["uniform", "loss_history"] = "uniform"
+    """How t is drawn in training: uniformly, or by importance from the history of losses."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, and what is written on the way."""
+
+    steps: int = 800_000
+    """Last step; the same command continues up to it, and stops there."""
+    batch_size: int = 128
+    """Images per step, over all devices and processes."""
+    accumulation: int = 1
+    """Parts that a batch's gradient is summed from, one after the other: less memory, same result to rounding."""
+    lr: float = 2e-4
+    """Adam's learning rate after the warm-up."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    adam_b1: float = 0.9
+    """Adam's decay of the first moment."""
+    adam_b2: float = 0.999
+    """Adam's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the parameters, which samples are drawn from."""
+    flip: bool = True
+    """Mirror half of the images, drawn anew at every step."""
+    steps_per_dispatch: int = 1
+    """Steps that run on the devices without the host; divides steps and every interval below."""
+    log_every: int = 100
+    """Steps between two log lines."""
+    sample_every: int = 10_000
+    """Steps between two sample grids; 0: none."""
+    num_samples: int = 64
+    """Images of a sample grid."""
+    save_every: int = 5000
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay, at least 2."""
+    keep_every: int = 0
+    """Keep every checkpoint whose step is a multiple of this as well; 0: none."""
+    init_from: str = ""
+    """Workdir of a run whose EMA parameters this one starts from; empty: start from random ones."""
+    fsdp: int = 1
+    """Devices over which parameters, EMA and optimizer state are split, for models too big for one device."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, but for the folder it is written to."""
+
+    seed: int = 0
+    """Seed of every random draw, 0 to 4294967295."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# What may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes.
+MAY_CHANGE = frozenset(
+    {
+        "data.cache",
+        "model.remat",
+        "train.steps",
+        "train.accumulation",
+        "train.steps_per_dispatch",
+        "train.log_every",
+        "train.sample_every",
+        "train.num_samples",
+        "train.save_every",
+        "train.keep_last",
+        "train.keep_every",
+        "train.fsdp",
+    }
+)
+
+
+class ConfigError(UsageError):
+    """A config that cannot be run."""
+
+
+def check(config: Config, *, num_devices: int = 1) -> list[str]:
+    """Refuses a config that could not run, before anything is compiled; returns warnings, one sentence each.
+
+    num_devices: devices over all processes. Raises ConfigError.
+    """
+    _check_types(config, "")
+    _check_numbers(config)
+    _check_network(config)
+    _check_diffusion(config.diffusion)
+    _check_intervals(config.train)
+    _check_devices(config.train, num_devices)
+    if config.train.warmup_steps > config.train.steps:
+        return [
+            f"train.warmup_steps={config.train.warmup_steps} is longer than the run of {config.train.steps} steps, "
+            "so the learning rate never reaches train.lr"
+        ]
+    return []
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    hints = typing.get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        value, hint, name = getattr(section, f.name), hints[f.name], prefix + f.name
+        if dataclasses.is_dataclass(hint):
+            _check_types(value, name + ".")
+        elif not _matches(value, hint):
+            raise ConfigError(f"{name}={value!r} is not {_describe(hint)}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of whole numbers"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(hint, str(hint))
+
+
+def _check_numbers(config: Config) -> None:
+    model, train, data = config.model, config.train, config.data
+    for name, value, low in [
+        ("data.image_size", data.image_size, 1),
+        ("model.ch", model.ch, 4),
+        ("model.num_res_blocks", model.num_res_blocks, 1),
+        ("model.groups", model.groups, 1),
+        ("train.steps", train.steps, 1),
+        ("train.batch_size", train.batch_size, 1),
+        ("train.accumulation", train.accumulation, 1),
+        ("train.warmup_steps", train.warmup_steps, 0),
+        ("train.steps_per_dispatch", train.steps_per_dispatch, 1),
+        ("train.log_every", train.log_every, 1),
+        ("train.sample_every", train.sample_every, 0),
+        ("train.num_samples", train.num_samples, 1),
+        ("train.save_every", train.save_every, 1),
+        ("train.keep_last", train.keep_last, 2),
+        ("train.keep_every", train.keep_every, 0),
+        ("train.fsdp", train.fsdp, 1),
+    ]:
+        if value < low:
+            raise ConfigError(f"{name}={value} is too small; use {low} or more")
+    for name, value, low, high in [
+        ("model.dropout", model.dropout, 0.0, 1.0),
+        ("train.ema_decay", train.ema_decay, 0.0, 1.0),
+        ("train.adam_b1", train.adam_b1, 0.0, 1.0),
+        ("train.adam_b2", train.adam_b2, 0.0, 1.0),
+    ]:
+        if not low <= value < high:
+            raise ConfigError(f"{name}={value} is outside of [0, 1); choose a value inside")
+    for name, value in [
+        ("train.lr", train.lr),
+        ("train.adam_eps", train.adam_eps),
+        ("train.grad_clip", train.grad_clip),
+        ("diffusion.min_snr_gamma", config.diffusion.min_snr_gamma),
+    ]:
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name}={value} is not a positive number")
+    if data.channels not in (1, 3):
+        raise ConfigError(f"data.channels={data.channels} is neither 1 (grey) nor 3 (RGB)")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} is outside of 0 .. 4294967295")
+
+
+def _check_network(config: Config) -> None:
+    model, size = config.model, config.data.image_size
+    for name, values in [("model.ch_mult", model.ch_mult), ("model.attn_resolutions", model.attn_resolutions)]:
+        if not values:
+            raise ConfigError(f"{name} is empty; give at least one number")
+        if min(values) < 1:
+            raise ConfigError(f"{name}={values} has a number below 1")
+    halvings = len(model.ch_mult) - 1
+    if size % 2**halvings:
+        raise ConfigError(
+            f"data.image_size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"model.ch_mult={model.ch_mult} ask; use a multiple of {2**halvings}"
+        )
+    resolutions = [size // 2**i for i in range(halvings + 1)]
+    for resolution in model.attn_resolutions:
+        if resolution not in resolutions:
+            raise ConfigError(
+                f"model.attn_resolutions has {resolution}, but the network's resolutions are "
+                f"{', '.join(map(str, resolutions))}; choose among these"
+            )
+    if model.ch % 2:
+        raise ConfigError(f"model.ch={model.ch} is odd, but the time embedding has two halves; use an even number")
+    for mult in model.ch_mult:
+        if model.ch * mult % model.groups:
+            raise ConfigError(
+                f"model.groups={model.groups} does not divide the {model.ch * mult} channels "
+                f"of model.ch={model.ch} times {mult}; change one of them"
+            )
+
+
+def _check_diffusion(diffusion: DiffusionConfig) -> None:
+    try:
+        schedule = make_schedule(
+            diffusion.schedule, T=diffusion.T, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end
+        )
+    except ValueError as error:
+        raise ConfigError(f"diffusion: {error}") from None
+    if schedule.alphas_cumprod[-1] == 0 and diffusion.prediction in ("eps", "v"):
+        raise ConfigError(
+            f"diffusion.prediction={diffusion.prediction} cannot be used with diffusion.schedule={diffusion.schedule}, "
+            "whose last alphas_cumprod is 0, where x_0 does not follow from it; use x_0 or x_prev"
+        )
+    learned = diffusion.variance in ("learned", "learned_range")
+    if learned and diffusion.loss == "simple":
+        raise ConfigError(
+            f"diffusion.variance={diffusion.variance} is never trained by diffusion.loss=simple; "
+            "use loss vb, hybrid or rescaled_hybrid, or a fixed variance"
+        )
+    if diffusion.loss in ("hybrid", "rescaled_hybrid") and not learned:
+        raise ConfigError(
+            f"diffusion.loss={diffusion.loss} needs a learned variance, got diffusion.variance={diffusion.variance}; "
+            "use learned or learned_range"
+        )
+    if diffusion.loss_weighting == "min_snr" and (diffusion.loss != "simple" or diffusion.prediction == "x_prev"):
+        raise ConfigError(
+            "diffusion.loss_weighting=min_snr is defined for diffusion.loss=simple with prediction eps, x_0 or v, "
+            f"got loss {diffusion.loss} and prediction {diffusion.prediction}"
+        )
+
+
+def _check_intervals(train: TrainConfig) -> None:
+    for name in ("steps", "log_every", "sample_every", "save_every"):
+        value = getattr(train, name)
+        if value % train.steps_per_dispatch:
+            raise ConfigError(
+                f"train.{name}={value} is not a multiple of train.steps_per_dispatch={train.steps_per_dispatch}; "
+                "change one of them"
+            )
+    if train.keep_every % train.save_every:
+        raise ConfigError(
+            f"train.keep_every={train.keep_every} is not a multiple of train.save_every={train.save_every}, "
+            "so no such checkpoint would be written; change one of them"
+        )
+
+
+def _check_devices(train: TrainConfig, num_devices: int) -> None:
+    if num_devices % train.fsdp:
+        raise ConfigError(f"train.fsdp={train.fsdp} does not divide the {num_devices} devices; choose a divisor")
+    parts = num_devices * train.accumulation
+    if train.batch_size % parts:
+        by = f"the {num_devices} devices" + (
+            f" times train.accumulation={train.accumulation}" if train.accumulation > 1 else ""
+        )
+        low = train.batch_size // parts * parts
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not divisible by {by}; use "
+            + (f"{low} or {low + parts}" if low else f"{parts}")
+        )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: Any) -> Config:
+    """The config of `to_json`; fields that are not there have their defaults. Raises ConfigError for any other content."""
+    return _section_from_json(Config, values, "")
+
+
+def _section_from_json(section: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the config'} is {type(values).__name__}, expected a JSON object")
+    hints = typing.get_type_hints(section)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ConfigError(f"{prefix}{unknown[0]} is not a field of this version of ddpm_jax")
+    arguments = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _section_from_json(hint, value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    result = section(**arguments)
+    _check_types(result, prefix)
+    return result
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as one level: {"seed": 0, "data.source": "digits", ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in to_json(config).items():
+        flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Names of the fields in which two configs differ."""
+    a, b = flatten(old), flatten(new)
+    return [name for name in a if a[name] != b[name]]

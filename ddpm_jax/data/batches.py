@@ -1,0 +1,50 @@
+"""Batches for the compiled steps: from a data set on the devices, which then only gets places, or from the host."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ddpm_jax import sharding
+from ddpm_jax.config import Config
+from ddpm_jax.data.order import batch_indices
+from ddpm_jax.data.sources import Source
+
+DEVICE_CACHE_BYTES = 2**30
+
+
+def on_device(config: Config, source: Source) -> bool:
+    """Whether the data set is kept on the devices: data.cache, where auto means up to 1 GiB."""
+    if config.data.cache == "auto":
+        return source.images.nbytes <= DEVICE_CACHE_BYTES
+    return config.data.cache == "device"
+
+
+def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int], tuple[Array, ...]]:
+    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache."""
+    batch_size, size = config.train.batch_size, len(source)
+    layout = sharding.split(mesh, axis=1)
+
+    def indices(first_step, num_steps):
+        return batch_indices(config.seed, first_step, num_steps, batch_size, size)
+
+    if on_device(config, source):
+        dataset = jax.device_put(source.images, sharding.replicated(mesh))
+
+        def places(first_step, num_steps):
+            return jax.device_put(indices(first_step, num_steps).astype(np.int32), layout), dataset
+
+        return places
+
+    def images(first_step, num_steps):
+        wanted = indices(first_step, num_steps)
+
+        def read(part):  # the steps and places of one device; other processes' devices are not asked for here
+            chosen = wanted[part[:2]]
+            return source.read(chosen.reshape(-1)).reshape(*chosen.shape, *source.images.shape[1:])
+
+        return (jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read),)
+
+    return images

@@ -1,0 +1,239 @@
+"""The training loop's input and output: what goes on around the compiled steps.
+
+The devices are never waited for but at a log, sample or checkpoint boundary, and a little to keep the host from running far
+ahead. Whatever is killed, the same command continues from the newest intact checkpoint, and ends as if nothing had happened.
+"""
+
+import collections
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ddpm_jax import sharding
+from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.config import Config, check
+from ddpm_jax.data import Source, make_feed, open_source
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.reporting import Report
+from ddpm_jax.training import TrainState, init_sharded_state, init_state, learning_rate, make_train_step
+from ddpm_jax.workdir import CHECKPOINTS, enter, load_run
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """Training was asked to stop and has saved; `signum` says by which signal."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped at step {step}, which is saved")
+        self.signum = signum
+        self.step = step
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in the list instead of ending the process; a second one of them ends it at once."""
+    received: list[int] = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    before = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class Losses:
+    """The metrics of steps on their way from the devices: fetched late, checked for NaN, averaged for each log line."""
+
+    def __init__(self, step: int, since_log: dict[str, list[float]]):
+        self.step = step  # the last step whose metrics are here
+        self.since_log = since_log
+        self._waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a dispatch; waits only for those before the last two, so that the host stays near."""
+        self._waiting.append(metrics)
+        while len(self._waiting) > 2:
+            self._fetch()
+
+    def fetch_all(self) -> None:
+        """Waits for every metric under way."""
+        while self._waiting:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        values = {name: np.asarray(value, np.float64) for name, value in self._waiting.popleft().items()}
+        first, self.step = self.step + 1, self.step + len(values["loss"])
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise RunError(
+                    f"{name} became {value[~np.isfinite(value)][0]} between steps {first} and {self.step}; the checkpoints "
+                    "before are kept: lower train.lr or train.grad_clip, or look at the data, and continue in a new workdir"
+                )
+            self.since_log.setdefault(name, []).extend(value.tolist())
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric since the last call, all of them fetched."""
+        self.fetch_all()
+        means = {name: math.fsum(values) / len(values) for name, values in self.since_log.items()}
+        self.since_log = {}
+        return means
+
+
+def describe(config: Config, source: Source, mesh: Mesh, params: int) -> str:
+    """What runs where, in one line."""
+    devices = mesh.devices.size
+    return (
+        f"{params:,} parameters, {len(source):,} images; {jax.process_count()} process(es), {devices} {jax.default_backend()} "
+        f"device(s), batch {config.train.batch_size} = {config.train.batch_size // devices} per device"
+    )
+
+
+def start_state(
+    config: Config, source: Source, mesh: Mesh, checkpoints: Checkpoints, *, unverified: bool
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, with what was saved beside it: the newest intact checkpoint's, or that of step 0."""
+    step = checkpoints.choose(unverified=unverified)
+    if step is not None:
+        meta = checkpoints.restore_meta(step)
+        if meta["data"] != source.identity:
+            raise UsageError(
+                f"the data set has changed since the checkpoint of step {step}: it was {meta['data']} and is "
+                f"{source.identity}; give the same data, or start in another workdir"
+            )
+        shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+        like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            shapes,
+            sharding.state_sharding(mesh, shapes),
+        )
+        return checkpoints.restore_state(step, like), meta
+    state = init_sharded_state(config, mesh)
+    if config.train.init_from:
+        params = initial_params(config, state, mesh)
+        state = state.replace(params=params, ema_params=jax.tree.map(jax.numpy.copy, params))
+    return state, {"data": source.identity, "since_log": {}}
+
+
+def initial_params(config: Config, state: TrainState, mesh: Mesh) -> Any:
+    """The EMA parameters of the run `train.init_from`, if they fit this config's network."""
+    params = load_run(config.train.init_from, mesh=mesh).params
+    theirs, ours = (
+        {jax.tree_util.keystr(k): a.shape for k, a in jax.tree.leaves_with_path(p)} for p in (params, state.params)
+    )
+    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"the parameters of train.init_from={config.train.init_from} do not fit this network: {name} has shape "
+            f"{theirs.get(name)} there and {ours.get(name)} here; use the same model"
+        )
+    return jax.device_put(params, jax.tree.map(lambda a: a.sharding, state.params))
+
+
+def train(config: Config, workdir: epath.PathLike, *, unverified: bool = False) -> TrainState:
+    """Trains to train.steps, from where the workdir is, and returns the last state.
+
+    unverified: continue from the newest checkpoint without checking it. Raises UsageError for what the user can put right
+    (before anything is compiled), RunError when a loss is not finite or a save fails, Interrupted after SIGTERM or SIGINT.
+    """
+    workdir = epath.Path(workdir)
+    for warning in check(config, num_devices=jax.device_count()):
+        tqdm.write(f"Note: {warning}.")
+    source = open_source(config.data)
+    enter(workdir, config)
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp)
+    options = config.train
+    checkpoints = Checkpoints(
+        workdir / CHECKPOINTS, keep_last=options.keep_last, keep_every=options.keep_every, say=tqdm.write
+    )
+    with signals() as received:
+        try:
+            state, meta = start_state(config, source, mesh, checkpoints, unverified=unverified)
+            if int(state.step) % options.steps_per_dispatch:
+                raise UsageError(
+                    f"the run stands at step {int(state.step)}, which is not a multiple of "
+                    f"train.steps_per_dispatch={options.steps_per_dispatch}; choose a divisor of it"
+                )
+            tqdm.write(describe(config, source, mesh, sum(a.size for a in jax.tree.leaves(state.params))))
+            if int(state.step):
+                tqdm.write(f"Continuing from step {int(state.step)}.")
+            return _loop(config, workdir, source, mesh, checkpoints, state, meta, received)
+        finally:
+            checkpoints.close()
+
+
+def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> TrainState:
+    options = config.train
+    step = int(state.step)
+    losses = Losses(step, meta["since_log"])
+    report = Report(workdir, last_step=step) if jax.process_index() == 0 else None
+    feed = make_feed(config, source, mesh)
+    train_steps = make_train_step(config, mesh=mesh)
+    generator = make_generator(config, mesh)
+    lr = learning_rate(config)
+    bar = tqdm(total=options.steps, initial=step, unit="step", disable=report is None, dynamic_ncols=True)
+    logged_step, logged_time = step, time.perf_counter()
+
+    def save():
+        losses.fetch_all()  # nothing is saved whose losses were not finite
+        if report:
+            report.flush()
+        checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log})
+
+    try:
+        while step < options.steps:
+            state, metrics = train_steps(state, *feed(step, options.steps_per_dispatch))
+            losses.add(metrics)
+            step += options.steps_per_dispatch
+            bar.update(options.steps_per_dispatch)
+            last = step == options.steps
+            if step % options.log_every == 0:
+                values = losses.means()
+                rate = (step - logged_step) / (time.perf_counter() - logged_time)
+                logged_step, logged_time = step, time.perf_counter()
+                values |= {"lr": float(lr(step - 1)), "steps_per_s": rate, "images_per_s": rate * options.batch_size}
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s")
+                if report:
+                    report.scalars(step, values)
+            if options.sample_every and (step % options.sample_every == 0 or last):
+                images = grid_images(config, generator, state.ema_params, mesh)
+                if report:
+                    report.samples(step, images)
+            if step % options.save_every == 0 or last or received:
+                save()
+            if received and not last:
+                checkpoints.wait()
+                raise Interrupted(received[0], step)
+        checkpoints.wait()
+        return state
+    finally:
+        bar.close()
+        if report:
+            report.close()
+
+
+def grid_images(config: Config, generator: Any, params: Any, mesh: Mesh) -> np.ndarray:
+    """The first train.num_samples images of the run's seed, uint8 (N, H, W, C)."""
+    batches = generate_batches(
+        generator,
+        params,
+        sample_key(config.seed),
+        range(config.train.num_samples),
+        batch_size=config.train.num_samples,
+        num_devices=mesh.devices.size,
+    )
+    return np.concatenate([images for _, images in batches])

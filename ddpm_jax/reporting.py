@@ -1,0 +1,118 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, image grids. All can be cut back to a step, so that none appears twice."""
+
+import io
+import json
+import struct
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from ddpm_jax.checkpoint import write_text
+
+METRICS = "metrics.jsonl"
+EVENTS = "events"
+
+
+def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+    """A uint8 image of 1 or 3 channels as a Pillow image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
+    """A uint8 image of 1 or 3 channels as a PNG file's content."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(
+    images: UInt8[np.ndarray, "N H W C"], *, columns: int | None = None, gap: int = 1
+) -> UInt8[np.ndarray, "h w C"]:
+    """Images side by side, row by row, with `gap` black pixels between; as square as their number allows by default."""
+    N, H, W, C = images.shape
+    columns = columns or int(np.ceil(np.sqrt(N)))
+    rows = -(-N // columns)
+    sheet = np.zeros((rows * (H + gap) - gap, columns * (W + gap) - gap, C), np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (H + gap), i % columns * (W + gap)
+        sheet[y : y + H, x : x + W] = image
+    return sheet
+
+
+def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[np.ndarray, "h w C"]:
+    """Repeats pixels until the image is at least about `smallest` pixels high, so that small images can be looked at."""
+    factor = max(1, smallest // image.shape[0])
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def cut_metrics(path: epath.Path, last_step: int) -> None:
+    """Removes the lines of metrics.jsonl beyond `last_step`, and a last line that was cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    if kept != lines:
+        write_text(path, "".join(kept))
+
+
+def cut_events(directory: epath.Path, last_step: int) -> None:
+    """Removes the TensorBoard events beyond `last_step`, and a last record that was cut short.
+
+    An event file is a sequence of records: length (8 bytes), its checksum (4), an Event, its checksum (4).
+    """
+    if not directory.exists():
+        return
+    for path in directory.glob("events.out.tfevents.*"):
+        content, kept, position = path.read_bytes(), [], 0
+        while position + 12 <= len(content):
+            (length,) = struct.unpack_from("<Q", content, position)
+            end = position + length + 16
+            if end > len(content):
+                break
+            if Event.FromString(content[position + 12 : end - 4]).step <= last_step:
+                kept.append(content[position:end])
+            position = end
+        if sum(map(len, kept)) != len(content):
+            path.write_bytes(b"".join(kept))
+
+
+class Report:
+    """Writes a run's metrics and pictures into its workdir; what is there beyond `last_step` is cut first."""
+
+    def __init__(self, workdir: epath.Path, *, last_step: int):
+        self.workdir = workdir
+        cut_metrics(workdir / METRICS, last_step)
+        cut_events(workdir / EVENTS, last_step)
+        self._events = SummaryWriter(str(workdir / EVENTS), flush_secs=10)
+        self._metrics = (workdir / METRICS).open("a")
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, {"step": step, **values}, and one TensorBoard scalar for each value."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def samples(self, step: int, images: UInt8[np.ndarray, "N H W C"]) -> None:
+        """A grid of sampled images: samples/step_<step>.png and a TensorBoard picture."""
+        sheet = enlarge(grid(images))
+        folder = self.workdir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step_{step:08d}.png").write_bytes(png_bytes(sheet))
+        self._events.add_image("samples", sheet, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Hands everything over to the file system."""
+        self._metrics.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self.flush()
+        self._metrics.close()
+        self._events.close()

@@ -1,0 +1,120 @@
+"""The folder that everything of a run lies in, and the run that can be loaded back from it.
+
+WORKDIR/config.json      the resolved config
+WORKDIR/checkpoints/     see checkpoint.py
+WORKDIR/metrics.jsonl    every logged scalar
+WORKDIR/events/          the same for TensorBoard
+WORKDIR/samples/         sample grids
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from ddpm_jax import config as configs
+from ddpm_jax import sharding
+from ddpm_jax.checkpoint import Checkpoints, write_text
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UsageError
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.training import build_schedule, build_unet, init_state
+from ddpm_jax.unet import UNet
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def read_config(workdir: epath.Path) -> Config:
+    """The config of a workdir. Raises UsageError if it is none, or its config cannot be read."""
+    if not workdir.exists():
+        raise UsageError(f"{workdir} does not exist; give the folder of a run that train.py made")
+    if not workdir.is_dir():
+        raise UsageError(f"{workdir} is a file; give the folder of a run that train.py made")
+    path = workdir / CONFIG
+    if not path.exists():
+        raise UsageError(f"{workdir} has no {CONFIG}; give the folder of a run that train.py made")
+    try:
+        return configs.from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+
+
+def enter(workdir: epath.Path, config: Config) -> None:
+    """Makes the workdir this config's: creates it, or checks that it is, or refuses with the fields that differ."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"the workdir {workdir} is a file; choose another path")
+    if (workdir / CONFIG).exists():
+        old = read_config(workdir)
+        fixed = [name for name in configs.differences(old, config) if name not in configs.MAY_CHANGE]
+        if fixed:
+            was, now = configs.flatten(old), configs.flatten(config)
+            fields = ", ".join(f"{name} (there {was[name]!r}, here {now[name]!r})" for name in fixed)
+            raise UsageError(
+                f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
+            )
+        if old == config:
+            return
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"the workdir {workdir} cannot be written ({error.strerror}); choose another path") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: all it takes to sample from it."""
+
+    config: Config
+    step: int
+    params: Any
+    schedule: Schedule
+    unet: UNet
+    mesh: Mesh
+
+    def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """The network's output at (x_t, t), with the run's parameters and without dropout."""
+        return self.unet.apply({"params": self.params}, x_t, t)
+
+
+def load_run(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    unverified: bool = False,
+    mesh: Mesh | None = None,
+) -> Run:
+    """The run of a workdir at its newest intact checkpoint, or at `step`; its parameters checked byte for byte.
+
+    weights: "ema", or "raw" for the parameters as the optimizer left them. unverified: skip the check. mesh: where the
+    parameters go, default all devices. Executes nothing of the workdir's. Raises UsageError where there is no such run,
+    checkpoint or kind of weights.
+    """
+    if weights not in ("ema", "raw"):
+        raise UsageError(f"got weights {weights!r}, expected ema or raw")
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS)
+    try:
+        items = ("ema",) if weights == "ema" else ("state", "ema")
+        chosen = checkpoints.choose(step=step, unverified=unverified, items=items)
+        if chosen is None:
+            raise UsageError(f"{workdir} has no checkpoint yet; train longer, or give another workdir")
+        mesh = sharding.make_mesh() if mesh is None else mesh
+        shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+        everywhere = sharding.replicated(mesh)
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
+        if weights == "ema":
+            params = checkpoints.restore_ema(chosen, like.ema_params)
+        else:
+            params = checkpoints.restore_state(chosen, like).params
+    finally:
+        checkpoints.close()
+    return Run(config, chosen, params, build_schedule(config), build_unet(config), mesh)
