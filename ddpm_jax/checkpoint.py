@@ -11,7 +11,7 @@ Array files carry no checksum of their own: a flipped bit would restore silently
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ def write_text(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all: beside its place, then renamed into it."""
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _manifest_text(files: dict[str, list[Any]]) -> str:
@@ -49,8 +49,16 @@ def _fingerprint(path: epath.Path) -> list[Any]:
 
 def write_manifest(folder: epath.Path) -> None:
     """Lists every file of a finished step folder, with sizes and SHA-256, in its manifest."""
-    files = sorted(path for path in folder.glob("**/*") if path.is_file() and path.name != MANIFEST)
-    write_text(folder / MANIFEST, _manifest_text({str(p.relative_to(folder)): _fingerprint(p) for p in files}))
+    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+    write_text(folder / MANIFEST, _manifest_text(files))
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:

@@ -5,6 +5,7 @@ ahead. Whatever is killed, the same command continues from the newest intact che
 """
 
 import collections
+import dataclasses
 import math
 import signal
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -124,7 +126,7 @@ def start_state(
     state = init_sharded_state(config, mesh)
     if config.train.init_from:
         params = initial_params(config, state, mesh)
-        state = state.replace(params=params, ema_params=jax.tree.map(jax.numpy.copy, params))
+        state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
     return state, {"data": source.identity, "since_log": {}}
 
 

@@ -5,14 +5,14 @@ other devices or accumulated in parts without changing a draw.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ddpm_jax import losses, rng, sharding
 from ddpm_jax.config import Config
@@ -113,10 +113,35 @@ def image_losses(config: Config, schedule: Schedule) -> Callable[..., Float[Arra
     return weighted
 
 
-def random_flip(key: Key[Array, ""], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Mirrors each image left to right with probability 1/2."""
-    flip = jax.random.bernoulli(key, shape=(x.shape[0],))
-    return jnp.where(flip[:, None, None, None], x[:, :, ::-1], x)
+class Draws(NamedTuple):
+    """All random draws of one step, for the whole global batch."""
+
+    flip: Bool[Array, " B"]
+    t: Int[Array, " B"]
+    weights: Float[Array, " B"]  # of t's importance sampling; 1 where t is uniform
+    eps: Float[Array, "B H W C"]
+    dropout_keys: Key[Array, " B"]
+
+
+def draw(config: Config, step: Int[Array, ""], shape: tuple[int, ...], history: losses.LossHistory | None) -> Draws:
+    """The draws of a step, a pure function of (seed, step), and of the loss history where t is chosen by it.
+
+    shape: (B, H, W, C) of the global batch.
+    """
+    root = rng.root_key(config.seed)
+    keys = {purpose: rng.step_key(root, purpose, step) for purpose in Purpose}
+    B, T = shape[0], config.diffusion.T
+    if history is None:
+        t, weights = losses.sample_t(keys[Purpose.T], B, T), jnp.ones((B,))
+    else:
+        t, weights = losses.importance_sample_t(keys[Purpose.T], B, history)
+    return Draws(
+        flip=jax.random.bernoulli(keys[Purpose.FLIP], shape=(B,)),
+        t=t,
+        weights=weights,
+        eps=jax.random.normal(keys[Purpose.EPS], shape),
+        dropout_keys=rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)),
+    )
 
 
 def _parts(x: Array, n: int) -> Array:
@@ -131,8 +156,7 @@ def one_step(config: Config) -> Callable[[TrainState, UInt8[Array, "B H W C"]], 
     """
     schedule, unet, optimizer = build_schedule(config), build_unet(config), build_optimizer(config)
     loss_of_images = image_losses(config, schedule)
-    T, n = config.diffusion.T, config.train.accumulation
-    root = rng.root_key(config.seed)
+    n = config.train.accumulation
 
     def mean_loss(params, x_0, t, eps, weights, dropout_keys):
         def model(x_t, t):
@@ -156,18 +180,10 @@ def one_step(config: Config) -> Callable[[TrainState, UInt8[Array, "B H W C"]], 
         return (loss, values.T.reshape(-1)), grads
 
     def step(state, images):
-        B = images.shape[0]
-        keys = {purpose: rng.step_key(root, purpose, state.step) for purpose in Purpose}
         x_0 = images.astype(jnp.float32) / 127.5 - 1.0
+        flip, t, weights, eps, dropout_keys = draw(config, state.step, x_0.shape, state.loss_history)
         if config.train.flip:
-            x_0 = random_flip(keys[Purpose.FLIP], x_0)
-        if state.loss_history is None:
-            t, weights = losses.sample_t(keys[Purpose.T], B, T), jnp.ones((B,))
-        else:
-            t, weights = losses.importance_sample_t(keys[Purpose.T], B, state.loss_history)
-        eps = jax.random.normal(keys[Purpose.EPS], x_0.shape)
-        dropout_keys = rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)) if config.model.dropout else None
-
+            x_0 = jnp.where(flip[:, None, None, None], x_0[:, :, ::-1], x_0)
         (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

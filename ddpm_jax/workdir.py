@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -64,7 +65,7 @@ def enter(workdir: epath.Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
     except OSError as error:
-        raise UsageError(f"the workdir {workdir} cannot be written ({error.strerror}); choose another path") from None
+        raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Run:
 
     def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The network's output at (x_t, t), with the run's parameters and without dropout."""
-        return self.unet.apply({"params": self.params}, x_t, t)
+        return jnp.asarray(self.unet.apply({"params": self.params}, x_t, t))
 
 
 def load_run(
