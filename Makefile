@@ -1,0 +1,38 @@
+# Two commands for a fresh machine that has Python >= 3.11 and make: `make demo` and `make test`.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+EXTRAS ?= test
+
+.PHONY: demo test check clean
+
+# One marker for each set of extras, newer than pyproject.toml once they are installed.
+comma := ,
+INSTALLED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12, say")'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python train.py configs/digits.py --workdir runs/digits
+	$(BIN)/python sample.py runs/digits --num-images 512 --batch-size 256 --out runs/digits/demo
+	$(BIN)/python -m ddpm_jax.evaluation.digits runs/digits/demo/images.npz
+	@echo "The generated digits: runs/digits/demo/grid.png"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) runs
