@@ -166,8 +166,8 @@ def t_probabilities(history: LossHistory, *, uniform: float = 0.001) -> Float[Ar
     uniform: the share of the uniform distribution, as in the authors' code (Nichol & Dhariwal).
     """
     T, n = history.losses.shape
-    p = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
-    p = p / jnp.maximum(p.sum(), jnp.finfo(p.dtype).tiny) * (1.0 - uniform) + uniform / T
+    p = jnp.sqrt(jnp.mean(history.losses**2, axis=1)) + jnp.finfo(jnp.float32).tiny  # uniform if all losses are 0
+    p = p / p.sum() * (1.0 - uniform) + uniform / T
     return jnp.where(jnp.all(history.count >= n), p, 1.0 / T)
 
 
@@ -190,4 +190,5 @@ def update_loss_history(history: LossHistory, t: Int[Array, " B"], losses: Float
     total = same.sum(axis=1)
     slot = (history.count[t] + before) % n
     row = jnp.where(total - before <= n, t, T)  # T is out of range: such a write is dropped
+    losses = losses.astype(history.losses.dtype)
     return LossHistory(history.losses.at[row, slot].set(losses, mode="drop"), history.count.at[t].add(1))
