@@ -94,8 +94,8 @@ def random_bits(keys: Key[Array, " B"], H: int, W: int, C: int) -> UInt32[Array,
 
 def dropout(x: Float[Array, "B H W C"], keys: Key[Array, " B"], rate: float) -> Float[Array, "B H W C"]:
     """Zeroes each entry with probability `rate`, scales the others by 1 / (1 - rate); image b draws from keys[b] alone."""
-    kept = random_bits(keys, *x.shape[1:]) < round((1 - rate) * 2**32)
-    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+    kept = random_bits(keys, *x.shape[1:]) < jnp.uint32(round((1 - rate) * 2**32))
+    return jnp.where(kept, x * (1 / (1 - rate)), jnp.zeros((), x.dtype))
 
 
 class ResidualBlock(nn.Module):
