@@ -8,6 +8,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ddpm_jax.diffusion import Prediction, Variance
 from ddpm_jax.errors import UsageError
 from ddpm_jax.schedules import make_schedule
@@ -161,7 +163,7 @@ def check(config: Config, *, num_devices: int = 1) -> list[str]:
 
     num_devices: devices over all processes. Raises ConfigError.
     """
-    _check_types(config, "")
+    check_types(config)
     _check_numbers(config)
     _check_network(config)
     _check_diffusion(config.diffusion)
@@ -175,12 +177,13 @@ def check(config: Config, *, num_devices: int = 1) -> list[str]:
     return []
 
 
-def _check_types(section: Any, prefix: str) -> None:
+def check_types(section: Any, prefix: str = "") -> None:
+    """Refuses values that are not of their field's type. prefix: of the section's field names. Raises ConfigError."""
     hints = typing.get_type_hints(type(section))
     for f in dataclasses.fields(section):
         value, hint, name = getattr(section, f.name), hints[f.name], prefix + f.name
-        if dataclasses.is_dataclass(hint):
-            _check_types(value, name + ".")
+        if dataclasses.is_dataclass(hint) and _matches(value, hint):
+            check_types(value, name + ".")
         elif not _matches(value, hint):
             raise ConfigError(f"{name}={value!r} is not {_describe(hint)}")
 
@@ -202,9 +205,9 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        return "a list of whole numbers"
+        return "a tuple of whole numbers"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(hint, str(hint))
+    return names.get(hint, f"a {hint.__name__}")
 
 
 def _check_numbers(config: Config) -> None:
@@ -229,22 +232,22 @@ def _check_numbers(config: Config) -> None:
     ]:
         if value < low:
             raise ConfigError(f"{name}={value} is too small; use {low} or more")
-    for name, value, low, high in [
-        ("model.dropout", model.dropout, 0.0, 1.0),
-        ("train.ema_decay", train.ema_decay, 0.0, 1.0),
-        ("train.adam_b1", train.adam_b1, 0.0, 1.0),
-        ("train.adam_b2", train.adam_b2, 0.0, 1.0),
+    for name, fraction in [
+        ("model.dropout", model.dropout),
+        ("train.ema_decay", train.ema_decay),
+        ("train.adam_b1", train.adam_b1),
+        ("train.adam_b2", train.adam_b2),
     ]:
-        if not low <= value < high:
-            raise ConfigError(f"{name}={value} is outside of [0, 1); choose a value inside")
-    for name, value in [
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"{name}={fraction} is outside of [0, 1); choose a value inside")
+    for name, positive in [
         ("train.lr", train.lr),
         ("train.adam_eps", train.adam_eps),
         ("train.grad_clip", train.grad_clip),
         ("diffusion.min_snr_gamma", config.diffusion.min_snr_gamma),
     ]:
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name}={value} is not a positive number")
+        if not 0 < positive < float("inf"):
+            raise ConfigError(f"{name}={positive} is not a positive number")
     if data.channels not in (1, 3):
         raise ConfigError(f"data.channels={data.channels} is neither 1 (grey) nor 3 (RGB)")
     if not 0 <= config.seed < 2**32:
@@ -273,12 +276,8 @@ def _check_network(config: Config) -> None:
             )
     if model.ch % 2:
         raise ConfigError(f"model.ch={model.ch} is odd, but the time embedding has two halves; use an even number")
-    for mult in model.ch_mult:
-        if model.ch * mult % model.groups:
-            raise ConfigError(
-                f"model.groups={model.groups} does not divide the {model.ch * mult} channels "
-                f"of model.ch={model.ch} times {mult}; change one of them"
-            )
+    if model.ch % model.groups:  # of the first convolution's channels; all others are multiples of them
+        raise ConfigError(f"model.groups={model.groups} does not divide model.ch={model.ch}; change one of them")
 
 
 def _check_diffusion(diffusion: DiffusionConfig) -> None:
@@ -288,10 +287,13 @@ def _check_diffusion(diffusion: DiffusionConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from None
-    if schedule.alphas_cumprod[-1] == 0 and diffusion.prediction in ("eps", "v"):
+    last = schedule.alphas_cumprod[-1]
+    # The factor of x_t in x_0, 1 / sqrt(alphas_cumprod), must be finite in float32.
+    overflows = schedule.sqrt_recip_alphas_cumprod[-1] > np.finfo(np.float32).max
+    if (diffusion.prediction == "eps" and overflows) or (diffusion.prediction == "v" and last == 0):
         raise ConfigError(
             f"diffusion.prediction={diffusion.prediction} cannot be used with diffusion.schedule={diffusion.schedule}, "
-            "whose last alphas_cumprod is 0, where x_0 does not follow from it; use x_0 or x_prev"
+            f"whose last alphas_cumprod is {last:g}, where x_0 does not follow from it; use x_0 or x_prev"
         )
     learned = diffusion.variance in ("learned", "learned_range")
     if learned and diffusion.loss == "simple":
@@ -331,9 +333,8 @@ def _check_devices(train: TrainConfig, num_devices: int) -> None:
         raise ConfigError(f"train.fsdp={train.fsdp} does not divide the {num_devices} devices; choose a divisor")
     parts = num_devices * train.accumulation
     if train.batch_size % parts:
-        by = f"the {num_devices} devices" + (
-            f" times train.accumulation={train.accumulation}" if train.accumulation > 1 else ""
-        )
+        factors = {"the %d devices": num_devices, "train.accumulation=%d": train.accumulation}
+        by = " times ".join(name % factor for name, factor in factors.items() if factor > 1)
         low = train.batch_size // parts * parts
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not divisible by {by}; use "
@@ -366,7 +367,7 @@ def _section_from_json(section: Any, values: Any, prefix: str) -> Any:
             value = tuple(value)
         arguments[name] = value
     result = section(**arguments)
-    _check_types(result, prefix)
+    check_types(result, prefix)
     return result
 
 

@@ -1,0 +1,404 @@
+"""What a config refuses, before anything is compiled; its JSON round trip; that the configs shipped can be run."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+import re
+import typing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY, tiny
+
+from ddpm_jax import config as configs
+from ddpm_jax.cli import load_config
+from ddpm_jax.config import MAY_CHANGE, Config, ConfigError, check, differences, flatten, from_json, to_json
+from ddpm_jax.diffusion import predict_x_0
+from ddpm_jax.errors import UsageError
+from ddpm_jax.training import build_schedule, build_unet, init_state
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SECTIONS = ("data", "model", "diffusion", "train")
+
+shipped = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def replaced(config, name, value):
+    """The config with one field, named as in `flatten`, changed."""
+    section, _, field = name.rpartition(".")
+    if section:
+        field, value = section, dataclasses.replace(getattr(config, section), **{field: value})
+    return dataclasses.replace(config, **{field: value})
+
+
+def refuses(message):
+    return pytest.raises(ConfigError, match=f"^{re.escape(message)}$")
+
+
+# ---- Mistakes, each with what is said about it
+
+MISTAKES = {
+    "train.batch_size=100 is not divisible by the 8 devices; use 96 or 104": {
+        "devices": 8,
+        "train": {"batch_size": 100},
+    },
+    "train.batch_size=6 is not divisible by the 8 devices; use 8": {"devices": 8, "train": {"batch_size": 6}},
+    "train.batch_size=40 is not divisible by the 4 devices times train.accumulation=3; use 36 or 48": {
+        "devices": 4,
+        "train": {"batch_size": 40, "accumulation": 3},
+    },
+    "train.batch_size=16 is not divisible by train.accumulation=5; use 15 or 20": {"train": {"accumulation": 5}},
+    "train.fsdp=3 does not divide the 8 devices; choose a divisor": {"devices": 8, "train": {"fsdp": 3}},
+    "data.image_size=30 cannot be halved 3 times, as the 4 levels of model.ch_mult=(1, 2, 2, 2) ask; use "
+    "a multiple of 8": {"data": {"image_size": 30}, "model": {"ch_mult": (1, 2, 2, 2)}},
+    "model.attn_resolutions has 16, but the network's resolutions are 8, 4; choose among these": {
+        "model": {"attn_resolutions": (4, 16)}
+    },
+    "model.groups=16 does not divide model.ch=8; change one of them": {
+        "model": {"ch_mult": (2, 4), "ch": 8, "groups": 16}
+    },
+    "model.ch=9 is odd, but the time embedding has two halves; use an even number": {"model": {"ch": 9}},
+    "model.ch_mult is empty; give at least one number": {"model": {"ch_mult": ()}},
+    "model.attn_resolutions is empty; give at least one number": {"model": {"attn_resolutions": ()}},
+    "model.ch_mult=(1, 0) has a number below 1": {"model": {"ch_mult": (1, 0)}},
+    "data.channels=2 is neither 1 (grey) nor 3 (RGB)": {"data": {"channels": 2}},
+    "diffusion: got T = 1, expected at least 2 diffusion steps": {"diffusion": {"T": 1}},
+    "diffusion: got beta_start = 0, expected above 0 and at most 1": {"diffusion": {"beta_start": 0.0}},
+    "diffusion: got beta_start = nan, expected above 0 and at most 1": {"diffusion": {"beta_start": math.nan}},
+    "diffusion: got beta_end = 1.5, expected above 0 and at most 1": {"diffusion": {"beta_end": 1.5}},
+    "diffusion.prediction=eps cannot be used with diffusion.schedule=jsd, whose last alphas_cumprod is "
+    "0, where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd"}},
+    "diffusion.prediction=v cannot be used with diffusion.schedule=jsd, whose last alphas_cumprod is 0, "
+    "where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd", "prediction": "v"}},
+    "diffusion.prediction=eps cannot be used with diffusion.schedule=linear, whose last alphas_cumprod "
+    "is 0, where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"beta_end": 1.0}},
+    "diffusion.prediction=eps cannot be used with diffusion.schedule=const, whose last alphas_cumprod is "
+    "9.33264e-302, where x_0 does not follow from it; use x_0 or x_prev": {
+        "diffusion": {"schedule": "const", "T": 1000}
+    },
+    "diffusion.variance=learned is never trained by diffusion.loss=simple; use loss vb, hybrid or "
+    "rescaled_hybrid, or a fixed variance": {"diffusion": {"variance": "learned"}},
+    "diffusion.loss=hybrid needs a learned variance, got diffusion.variance=fixed_large; use learned or "
+    "learned_range": {"diffusion": {"loss": "hybrid"}},
+    "diffusion.loss=rescaled_hybrid needs a learned variance, got diffusion.variance=fixed_small; use "
+    "learned or learned_range": {"diffusion": {"loss": "rescaled_hybrid", "variance": "fixed_small"}},
+    "diffusion.loss_weighting=min_snr is defined for diffusion.loss=simple with prediction eps, x_0 or "
+    "v, got loss vb and prediction eps": {"diffusion": {"loss_weighting": "min_snr", "loss": "vb"}},
+    "diffusion.loss_weighting=min_snr is defined for diffusion.loss=simple with prediction eps, x_0 or "
+    "v, got loss simple and prediction x_prev": {"diffusion": {"loss_weighting": "min_snr", "prediction": "x_prev"}},
+    **{
+        f"train.{name}=15 is not a multiple of train.steps_per_dispatch=2; change one of them": {"train": {name: 15}}
+        for name in ("steps", "log_every", "sample_every", "save_every")
+    },
+    "train.keep_every=15 is not a multiple of train.save_every=10, so no such checkpoint would be "
+    "written; change one of them": {"train": {"keep_every": 15}},
+    "train.keep_last=1 is too small; use 2 or more": {"train": {"keep_last": 1}},
+    "train.steps=0 is too small; use 1 or more": {"train": {"steps": 0}},
+    "train.steps_per_dispatch=0 is too small; use 1 or more": {"train": {"steps_per_dispatch": 0}},
+    "train.accumulation=0 is too small; use 1 or more": {"train": {"accumulation": 0}},
+    "train.fsdp=0 is too small; use 1 or more": {"train": {"fsdp": 0}},
+    "train.warmup_steps=-1 is too small; use 0 or more": {"train": {"warmup_steps": -1}},
+    "model.ch=2 is too small; use 4 or more": {"model": {"ch": 2}},
+    "model.groups=0 is too small; use 1 or more": {"model": {"groups": 0}},
+    "data.image_size=0 is too small; use 1 or more": {"data": {"image_size": 0}},
+    "model.dropout=1.0 is outside of [0, 1); choose a value inside": {"model": {"dropout": 1.0}},
+    "model.dropout=nan is outside of [0, 1); choose a value inside": {"model": {"dropout": math.nan}},
+    "train.ema_decay=1.0 is outside of [0, 1); choose a value inside": {"train": {"ema_decay": 1.0}},
+    "train.lr=0.0 is not a positive number": {"train": {"lr": 0.0}},
+    "train.lr=nan is not a positive number": {"train": {"lr": math.nan}},
+    "train.grad_clip=inf is not a positive number": {"train": {"grad_clip": math.inf}},
+    "seed=4294967296 is outside of 0 .. 4294967295": {"seed": 2**32},
+    "seed=-1 is outside of 0 .. 4294967295": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistake_is_refused_before_any_compile(message):
+    changes = dict(MISTAKES[message])
+    num_devices = changes.pop("devices", 1)
+    config = tiny(**changes)
+    before = len(compiled)
+    with refuses(message):
+        check(config, num_devices=num_devices)
+    assert len(compiled) == before
+    assert "\n" not in message
+    assert issubclass(ConfigError, UsageError)  # exit code 2
+
+
+def test_a_compile_would_have_been_noticed():
+    before = len(compiled)
+    jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
+    assert len(compiled) > before
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+def test_right_config_passes_without_a_warning(num_devices):
+    assert check(TINY, num_devices=num_devices) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"diffusion": {"variance": "learned_range", "loss": "hybrid"}},
+        {"diffusion": {"variance": "learned", "loss": "vb"}},
+        {"diffusion": {"variance": "learned", "loss": "rescaled_hybrid"}},
+        {"diffusion": {"schedule": "jsd", "prediction": "x_0"}},
+        {"diffusion": {"schedule": "jsd", "prediction": "x_prev"}},
+        {"diffusion": {"loss_weighting": "min_snr", "prediction": "v"}},
+        {"diffusion": {"T": 2}},
+        {"train": {"keep_every": 20}},
+        {"model": {"dropout": 0.0, "attn_resolutions": (8, 4)}},
+        {"seed": 2**32 - 1},
+    ],
+)
+def test_what_is_not_a_mistake_passes(changes):
+    assert check(tiny(**changes)) == []
+
+
+def test_warm_up_longer_than_the_run_is_a_warning():
+    assert check(tiny(train={"warmup_steps": 40})) == []
+    assert check(tiny(train={"warmup_steps": 41})) == [
+        "train.warmup_steps=41 is longer than the run of 40 steps, so the learning rate never reaches train.lr"
+    ]
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_proposed_batch_sizes_are_the_nearest_that_pass(num_devices, accumulation):
+    def passes(batch_size):
+        check(tiny(train={"batch_size": batch_size, "accumulation": accumulation}), num_devices=num_devices)
+
+    for batch_size in range(1, 70):
+        try:
+            passes(batch_size)
+        except ConfigError as error:
+            proposed = [int(number) for number in re.search("use (.*)$", str(error)).group(1).split(" or ")]
+            for number in proposed:
+                passes(number)
+            assert max(abs(number - batch_size) for number in proposed) < num_devices * accumulation
+            assert max(proposed) > batch_size
+
+
+@pytest.mark.parametrize("T", [255, 256])
+def test_eps_is_allowed_just_where_x_0_is_finite_in_float32(T):
+    config = tiny(diffusion={"schedule": "const", "beta_end": 0.5, "T": T})  # 1 / sqrt(alphas_cumprod) = 2 ** (T / 2)
+    if T == 256:
+        with pytest.raises(ConfigError, match=r"whose last alphas_cumprod is 8\.63617e-78,"):
+            check(config)
+    else:
+        check(config)
+        x_t, t = jnp.full((1, 1, 1, 1), 0.5), jnp.array([T - 1])
+        assert jnp.isfinite(predict_x_0(build_schedule(config), x_t, x_t, t, prediction="eps")).all()
+
+
+@pytest.mark.parametrize(
+    ("ch", "ch_mult", "groups"),
+    [(8, (1,), 8), (8, (1,), 16), (8, (2,), 16), (8, (2, 3), 8), (12, (1, 2), 8), (12, (1, 2), 6), (8, (3, 1), 4)],
+)
+def test_network_builds_just_where_the_groups_pass(ch, ch_mult, groups):
+    config = tiny(model={"ch": ch, "ch_mult": ch_mult, "groups": groups, "attn_resolutions": (8,)})
+    try:
+        jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    except (TypeError, ValueError):
+        with pytest.raises(ConfigError, match=f"^model.groups={groups} does not divide"):
+            check(config)
+    else:
+        assert check(config) == []
+
+
+# ---- Types
+
+CHANNELS = "a tuple of whole numbers"
+WRONG_TYPES = [
+    ("seed", 1.0, "a whole number"),
+    ("seed", True, "a whole number"),
+    ("train.steps", 10.0, "a whole number"),
+    ("train.steps", "10", "a whole number"),
+    ("train.steps", True, "a whole number"),
+    ("train.steps", None, "a whole number"),
+    ("train.steps", np.int64(10), "a whole number"),  # JSON could not write it
+    ("train.lr", "2e-4", "a number"),
+    ("train.lr", None, "a number"),
+    ("model.dropout", False, "a number"),
+    ("train.flip", 1, "true or false"),
+    ("train.flip", "no", "true or false"),
+    ("data.source", None, "a text"),
+    ("data.source", 3, "a text"),
+    ("model.ch_mult", [1, 2], CHANNELS),
+    ("model.ch_mult", (1, 2.0), CHANNELS),
+    ("model.ch_mult", (True, 2), CHANNELS),
+    ("model.ch_mult", 1, CHANNELS),
+    ("model.ch_mult", "12", CHANNELS),
+    ("data.cache", "gpu", "one of auto, device, host"),
+    ("model.dtype", "float16", "one of float32, bfloat16"),
+    ("diffusion.prediction", "noise", "one of eps, x_0, x_prev, v"),
+    ("diffusion.schedule", ("linear",), "one of linear, quad, const, jsd, warmup10, warmup50, cosine, sigmoid"),
+    ("train", {}, "a TrainConfig"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG_TYPES)
+def test_wrong_type_is_refused(name, value, expected):
+    with refuses(f"{name}={value!r} is not {expected}"):
+        check(replaced(TINY, name, value))
+
+
+def test_whole_number_is_a_number():
+    config = replaced(TINY, "train.grad_clip", 1)
+    assert check(config) == []
+    assert differences(config, replaced(TINY, "train.grad_clip", 1.0)) == []
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_every_type_is_known_to_the_check():
+    for section in (Config, *(type(getattr(TINY, name)) for name in SECTIONS)):
+        for name, hint in typing.get_type_hints(section).items():
+            default = getattr(section(), name)
+            assert configs._matches(default, hint), name
+            assert not configs._matches(object(), hint), name
+
+
+# ---- JSON, differences, help
+
+
+def other_value(name, value, hint):
+    """A value of the field's type that is not the given one."""
+    if typing.get_origin(hint) is typing.Literal:
+        return next(choice for choice in typing.get_args(hint) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return {int: 7, float: 0.375, str: "other", tuple: (5, 6)}[type(value)]
+
+
+def hints():
+    """The type of every field, named as in `flatten`."""
+    return {
+        f"{section}.{name}": hint
+        for section in SECTIONS
+        for name, hint in typing.get_type_hints(type(getattr(TINY, section))).items()
+    } | {"seed": int}
+
+
+def test_every_field_survives_json():
+    config = TINY
+    for name, value in flatten(TINY).items():
+        config = replaced(config, name, other_value(name, value, hints()[name]))
+    assert differences(TINY, config) == list(flatten(TINY))
+    again = from_json(json.loads(json.dumps(to_json(config))))
+    assert again == config
+    assert {k: type(v) for k, v in flatten(again).items()} == {k: type(v) for k, v in flatten(config).items()}
+
+
+def test_differences_names_the_one_field_that_differs():
+    for name, value in flatten(TINY).items():
+        other = replaced(TINY, name, other_value(name, value, hints()[name]))
+        assert differences(TINY, other) == differences(other, TINY) == [name]
+    assert differences(TINY, tiny()) == []
+
+
+def test_missing_json_fields_have_their_defaults():
+    assert from_json({}) == Config()
+    assert from_json({"train": {"steps": 5}}) == replaced(Config(), "train.steps", 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sead": 1}, "sead is not a field of this version of ddpm_jax"),
+        ({"train": {"step": 1}}, "train.step is not a field of this version of ddpm_jax"),
+        ({"train.steps": 1}, "train.steps is not a field of this version of ddpm_jax"),
+        ({"seed": "1"}, "seed='1' is not a whole number"),
+        ({"seed": None}, "seed=None is not a whole number"),
+        ({"train": {"steps": 1.5}}, "train.steps=1.5 is not a whole number"),
+        ({"train": {"flip": 0}}, "train.flip=0 is not true or false"),
+        ({"model": {"ch_mult": [1, "2"]}}, "model.ch_mult=(1, '2') is not a tuple of whole numbers"),
+        ({"model": {"ch_mult": [[1], 2]}}, "model.ch_mult=([1], 2) is not a tuple of whole numbers"),
+        ({"data": {"source": ["digits"]}}, "data.source=('digits',) is not a text"),
+        ({"data": {"cache": "gpu"}}, "data.cache='gpu' is not one of auto, device, host"),
+        ({"data": {"cache": {}}}, "data.cache={} is not one of auto, device, host"),
+        ({"train": 3}, "train is int, expected a JSON object"),
+        ([], "the config is list, expected a JSON object"),
+        (None, "the config is NoneType, expected a JSON object"),
+    ],
+)
+def test_json_that_is_no_config_is_refused(values, message):
+    with refuses(message):
+        from_json(values)
+
+
+def test_what_may_change_exists_and_computes_nothing():
+    assert set(flatten(Config())) >= MAY_CHANGE
+    deciding = {name for name in flatten(Config()) if name.startswith("diffusion.")}
+    deciding |= {
+        "seed",
+        "data.source",
+        "data.image_size",
+        "data.channels",
+        "model.ch",
+        "model.ch_mult",
+        "model.dropout",
+    }
+    deciding |= {"model.num_res_blocks", "model.attn_resolutions", "model.groups", "model.dtype", "train.batch_size"}
+    deciding |= {
+        "train.lr",
+        "train.warmup_steps",
+        "train.adam_b1",
+        "train.adam_b2",
+        "train.adam_eps",
+        "train.grad_clip",
+    }
+    deciding |= {"train.ema_decay", "train.flip", "train.init_from"}
+    assert deciding | MAY_CHANGE == set(flatten(Config()))  # a new field is put into one of the two
+    assert not deciding & MAY_CHANGE
+
+
+def test_every_field_has_help():
+    helped = set()
+    for node in ast.parse(inspect.getsource(configs)).body:
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    assert isinstance(text.value.value, str)
+                    assert len(text.value.value) > 10
+                    helped.add((node.name, field.target.id))
+    for section in (Config, *(type(getattr(TINY, name)) for name in SECTIONS)):
+        for field in dataclasses.fields(section):
+            if field.name not in SECTIONS:  # whose help is the docstring of the section's class
+                assert (section.__name__, field.name) in helped, (section.__name__, field.name)
+
+
+# ---- The configs shipped
+
+
+@shipped
+def test_shipped_config_passes_and_survives_json(path):
+    config = load_config(str(path))
+    for num_devices in (1, 2, 4, 8):
+        assert check(config, num_devices=num_devices) == []
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"python train.py configs/{path.name}" in docstring
+
+
+@shipped
+def test_shipped_config_builds(path):
+    config = load_config(str(path))
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    size, channels = config.data.image_size, config.data.channels
+    x_t, t = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    output = jax.eval_shape(lambda p, x_t, t: build_unet(config).apply({"params": p}, x_t, t), state.params, x_t, t)
+    learned = config.diffusion.variance in ("learned", "learned_range")
+    assert output.shape == (2, size, size, channels * (2 if learned else 1))
+    assert output.dtype == jnp.float32
+    assert (state.loss_history is not None) == (config.diffusion.t_sampler == "loss_history")
