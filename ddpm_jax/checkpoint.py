@@ -9,8 +9,11 @@ Orbax renames a finished step into its place and the manifest follows, so a step
 Array files carry no checksum of their own: a flipped bit would restore silently, which is why the manifest is checked first.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -67,7 +70,9 @@ def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema",
         text = (folder / MANIFEST).read_text()
     except FileNotFoundError:
         return "it has no manifest, so its saving was cut short"
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        return "its manifest is damaged"
+    except OSError as error:
         return f"its manifest cannot be read ({error})"
     try:
         files = json.loads(text)["files"]
@@ -124,13 +129,13 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         folder = self.folder(step)
-        if jax.process_index() == 0 and folder.exists():
-            folder.rmtree()  # passed over at the start, and computed anew since
-        self.directory.mkdir(parents=True, exist_ok=True)
         state_item = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
         if state.loss_history is not None:
             state_item["loss_history"] = state.loss_history
         try:
+            if jax.process_index() == 0 and folder.exists():
+                self._delete(folder)  # passed over at the start, and computed anew since
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._checkpointer.save(
                 folder,
                 args=ocp.args.Composite(
@@ -141,21 +146,28 @@ class Checkpoints:
             )
         except Exception as error:
             raise RunError(_save_failed(folder, error)) from error
-        self._pending = self._finisher.submit(self._finish, folder)
+        self._pending = self._finisher.submit(self._finish, step)
 
-    def _finish(self, folder: epath.Path) -> None:
+    def _finish(self, step: int) -> None:
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
-            write_manifest(folder)
-            self._delete_old()
+            write_manifest(self.folder(step))
+            self._delete_old(step)
 
-    def _delete_old(self) -> None:
-        finished = [step for step in self.steps() if (self.folder(step) / MANIFEST).exists()]
+    def _delete_old(self, newest: int) -> None:
+        # Steps beyond the newest were passed over: they are no reason to delete an intact one.
+        finished = [step for step in self.steps() if step <= newest and (self.folder(step) / MANIFEST).exists()]
         for step in finished[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
-                # The manifest goes first: a folder that is deleted in part is never taken for a checkpoint.
-                (self.folder(step) / MANIFEST).unlink()
-                self.folder(step).rmtree()
+                self._delete(self.folder(step))
+        for path in self.directory.iterdir():
+            if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):  # a save that was killed
+                path.rmtree()
+
+    def _delete(self, folder: epath.Path) -> None:
+        # The manifest goes first: a folder that is deleted in part is never taken for a checkpoint.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        folder.rmtree()
 
     def wait(self) -> None:
         """Waits until the last save is complete on disk. Raises RunError if it failed."""
@@ -172,7 +184,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._finisher.shutdown()
-            self._checkpointer.close()
+            with contextlib.suppress(Exception):  # a failed save, told by then, may be raised here once more
+                self._checkpointer.close()
 
     def choose(
         self, *, step: int | None = None, unverified: bool = False, items: tuple[str, ...] = ("state", "ema", "meta")
@@ -238,17 +251,18 @@ class Checkpoints:
             return self._checkpointer.restore(self.folder(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise UsageError(
-                f"the checkpoint of step {step} in {self.directory} cannot be restored ({_first_line(error)}); "
+                f"the checkpoint of step {step} in {self.directory} cannot be restored ({_reason(error)}); "
                 "choose another step"
             ) from error
 
 
 def _save_failed(where: epath.Path, error: Exception) -> str:
     return (
-        f"saving to {where} failed ({_first_line(error)}); earlier checkpoints are as they were: "
+        f"saving to {where} failed ({_reason(error)}); earlier checkpoints are as they were: "
         "make room and run the same command again"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    text, full = str(error).strip() or type(error).__name__, os.strerror(errno.ENOSPC)
+    return full if full in text else text.splitlines()[0]  # TensorStore tells it at the end of a long list of its files
