@@ -110,6 +110,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._passed_over: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps that have a folder, in order, whether intact or not."""
@@ -135,6 +136,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0 and folder.exists():
                 self._delete(folder)  # passed over at the start, and computed anew since
+                self._passed_over.discard(step)
             self.directory.mkdir(parents=True, exist_ok=True)
             self._checkpointer.save(
                 folder,
@@ -152,11 +154,11 @@ class Checkpoints:
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             write_manifest(self.folder(step))
-            self._delete_old(step)
+            self._delete_old()
 
-    def _delete_old(self, newest: int) -> None:
-        # Steps beyond the newest were passed over: they are no reason to delete an intact one.
-        finished = [step for step in self.steps() if step <= newest and (self.folder(step) / MANIFEST).exists()]
+    def _delete_old(self) -> None:
+        # What was passed over or never finished is no reason to delete an intact step.
+        finished = [s for s in self.steps() if s not in self._passed_over and (self.folder(s) / MANIFEST).exists()]
         for step in finished[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
@@ -213,6 +215,7 @@ class Checkpoints:
                     "choose another step, or insist with --unverified"
                 )
             lost = lost or (self.folder(candidate) / MANIFEST).exists()
+            self._passed_over.add(candidate)
             self.say(f"The checkpoint of step {candidate} is passed over: {damage}.")
         if lost:
             raise UsageError(

@@ -391,15 +391,20 @@ def test_an_unfinished_newer_step_costs_no_intact_one(directory):
         assert checkpoints.choose() == 30
 
 
-def test_damaged_newer_steps_cost_no_intact_one(directory):
-    for step in (80, 90):
+def test_damaged_steps_cost_no_intact_one(directory):
+    for step in (24, 90):
         shutil.copytree(directory / "10", directory / str(step))
         flip(directory / str(step) / "_CHECKPOINT_METADATA", 0)
     with Opened(directory, keep_last=2) as checkpoints:
         assert checkpoints.choose() == 20
         checkpoints.save_all(25)  # a signal, or another interval than before
         assert find_damage(checkpoints.folder(20)) is find_damage(checkpoints.folder(25)) is None
+        assert checkpoints.steps() == [20, 24, 25, 90]
+    with Opened(directory, keep_last=2) as checkpoints:
         assert checkpoints.choose() == 25
+        checkpoints.save_all(30, 90)
+        assert checkpoints.steps() == [30, 90]
+        assert checkpoints.choose() == 90
 
 
 def test_a_damaged_step_is_saved_over(directory):
