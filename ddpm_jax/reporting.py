@@ -3,14 +3,18 @@
 import io
 import json
 import struct
+import time
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from ddpm_jax.checkpoint import write_text
 
@@ -70,15 +74,17 @@ def cut_events(directory: epath.Path, last_step: int) -> None:
     for path in directory.glob("events.out.tfevents.*"):
         content, kept, position = path.read_bytes(), [], 0
         while position + 12 <= len(content):
-            (length,) = struct.unpack_from("<Q", content, position)
+            length, checksum = struct.unpack_from("<QI", content, position)
             end = position + length + 16
-            if end > len(content):
+            if checksum != masked_crc32c(content[position : position + 8]) or end > len(content):
                 break
             if Event.FromString(content[position + 12 : end - 4]).step <= last_step:
                 kept.append(content[position:end])
             position = end
         if sum(map(len, kept)) != len(content):
-            path.write_bytes(b"".join(kept))
+            temporary = directory / "cut.tmp"  # not with `tfevents` in its name: TensorBoard would read it
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(path)
 
 
 class Report:
@@ -88,7 +94,10 @@ class Report:
         self.workdir = workdir
         cut_metrics(workdir / METRICS, last_step)
         cut_events(workdir / EVENTS, last_step)
-        self._events = SummaryWriter(str(workdir / EVENTS), flush_secs=10)
+        (workdir / EVENTS).mkdir(parents=True, exist_ok=True)
+        # The file's name has the second it is opened in, and last_step to tell apart two of a second. Not a SummaryWriter:
+        # its flush does not wait for the thread that writes, so a kill after a checkpoint would lose events before it.
+        self._events = EventsWriter(str(workdir / EVENTS / "events"), f".from_{last_step}")
         self._metrics = (workdir / METRICS).open("a")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -96,7 +105,8 @@ class Report:
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._event(step, summary.scalar(name, value))
+        self._events.flush()
 
     def samples(self, step: int, images: UInt8[np.ndarray, "N H W C"]) -> None:
         """A grid of sampled images: samples/step_<step>.png and a TensorBoard picture."""
@@ -104,7 +114,10 @@ class Report:
         folder = self.workdir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"step_{step:08d}.png").write_bytes(png_bytes(sheet))
-        self._events.add_image("samples", sheet, step, dataformats="HWC")
+        self._event(step, summary.image("samples", sheet, dataformats="HWC"))
+
+    def _event(self, step: int, content: Summary) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def flush(self) -> None:
         """Hands everything over to the file system."""

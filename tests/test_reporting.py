@@ -1,0 +1,248 @@
+"""What a run writes, and that it can be cut back to any step so that continuing repeats none and loses none."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from ddpm_jax.reporting import (
+    EVENTS,
+    METRICS,
+    Report,
+    cut_events,
+    cut_metrics,
+    enlarge,
+    grid,
+    png_bytes,
+    to_pil,
+)
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+
+
+def records(path):
+    """The events of a file, each with both of its checksums verified."""
+    content, position, events = path.read_bytes(), 0, []
+    while position < len(content):
+        length, checksum = struct.unpack_from("<QI", content, position)
+        assert checksum == masked_crc32c(content[position : position + 8])
+        data = content[position + 12 : position + 12 + length]
+        assert struct.unpack_from("<I", content, position + 12 + length) == (masked_crc32c(data),)
+        events.append(Event.FromString(data))
+        position += length + 16
+    return events
+
+
+def scalars(workdir):
+    """All (step, name, value) that TensorBoard would find, by step."""
+    return sorted(
+        (event.step, value.tag, value.simple_value)
+        for path in (workdir / EVENTS).iterdir()
+        for event in records(path)
+        for value in event.summary.value
+        if value.HasField("simple_value")
+    )
+
+
+def write(workdir, steps, *, last_step=0, run=0):
+    """A run that goes on from last_step and logs at the given steps."""
+    report = Report(workdir, last_step=last_step)
+    for step in steps:
+        report.scalars(step, {"loss": step + run / 8, "lr": 0.5})
+    report.close()
+
+
+# ---- Metrics
+
+
+def test_every_scalar_is_a_line_and_an_event(workdir):
+    write(workdir, [10, 20])
+    assert metrics(workdir) == [{"step": 10, "loss": 10.0, "lr": 0.5}, {"step": 20, "loss": 20.0, "lr": 0.5}]
+    assert scalars(workdir) == [(10, "loss", 10.0), (10, "lr", 0.5), (20, "loss", 20.0), (20, "lr", 0.5)]
+    (file,) = (workdir / EVENTS).iterdir()
+    assert records(file)[0].file_version == "brain.Event:2"
+    assert all(event.wall_time > 1.7e9 for event in records(file))
+
+
+def test_losses_are_logged_to_the_last_bit(workdir):
+    report = Report(workdir, last_step=0)
+    values = [0.1 + 0.2, 1e-45, 1 / 3, 1e300]
+    for step, value in enumerate(values):
+        report.scalars(step, {"loss": value})
+    report.close()
+    assert [line["loss"] for line in metrics(workdir)] == values
+
+
+def test_flush_leaves_nothing_behind(workdir):
+    report = Report(workdir, last_step=0)
+    report.scalars(10, {"loss": 1.0})
+    report.samples(20, IMAGES)
+    report.flush()  # killed here, all of it is on the disk
+    assert metrics(workdir) == [{"step": 10, "loss": 1.0}]
+    assert scalars(workdir) == [(10, "loss", 1.0)]
+    (file,) = (workdir / EVENTS).iterdir()
+    assert [event.step for event in records(file)] == [0, 10, 20]
+    report.close()
+
+
+@pytest.mark.parametrize(("last_step", "kept"), [(0, []), (9, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
+def test_metrics_are_cut_beyond_a_step(last_step, kept, workdir):
+    write(workdir, [10, 20, 30])
+    cut_metrics(workdir / METRICS, last_step)
+    assert [line["step"] for line in metrics(workdir)] == kept
+
+
+def test_a_torn_last_line_is_cut(workdir):
+    write(workdir, [10, 20])
+    path = workdir / METRICS
+    content = path.read_text()
+    first, second = content.splitlines(keepends=True)
+    for left in range(1, len(second)):
+        path.write_text(first + second[:left])
+        cut_metrics(path, 100)
+        assert path.read_text() == first
+    path.write_text(content)
+    cut_metrics(path, 100)
+    assert path.read_text() == content
+
+
+def test_cutting_what_is_not_there_does_nothing(workdir):
+    cut_metrics(workdir / METRICS, 0)
+    cut_events(workdir / EVENTS, 0)
+    assert list(workdir.iterdir()) == []
+
+
+# ---- Events
+
+
+@pytest.mark.parametrize(("last_step", "kept"), [(0, []), (9, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
+def test_events_are_cut_beyond_a_step(last_step, kept, workdir):
+    write(workdir, [10, 20, 30])
+    cut_events(workdir / EVENTS, last_step)
+    assert [step for step, name, _ in scalars(workdir) if name == "loss"] == kept
+    (file,) = (workdir / EVENTS).iterdir()  # no temporary file is left beside it
+    assert records(file)[0].file_version == "brain.Event:2"
+
+
+def test_a_torn_last_record_is_cut(workdir):
+    write(workdir, [10, 20])
+    (file,) = (workdir / EVENTS).iterdir()
+    content = file.read_bytes()
+    last = records(file)[-1]
+    whole = len(content) - last.ByteSize() - 16
+    for left in range(whole + 1, len(content)):
+        file.write_bytes(content[:left])
+        cut_events(workdir / EVENTS, 100)
+        assert file.read_bytes() == content[:whole]
+    file.write_bytes(content)
+    cut_events(workdir / EVENTS, 100)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("tail", [bytes(40), b"\xff" * 40, b"no record, but longer than one would be"])
+def test_a_tail_that_is_no_record_is_cut(tail, workdir):
+    write(workdir, [10, 20])
+    (file,) = (workdir / EVENTS).iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content + tail)
+    cut_events(workdir / EVENTS, 100)
+    assert file.read_bytes() == content
+
+
+def test_other_files_are_left_alone(workdir):
+    write(workdir, [10])
+    (workdir / EVENTS / "note.txt").write_text("mine")
+    cut_events(workdir / EVENTS, 0)
+    assert (workdir / EVENTS / "note.txt").read_text() == "mine"
+
+
+# ---- Continuing
+
+
+def test_no_step_appears_twice_and_none_is_lost(workdir):
+    # (restored step, steps logged before the next kill): kills after, before and right at a checkpoint, and one at the start
+    runs = [(0, [10, 20]), (0, [10, 20, 30, 40]), (30, [40, 50, 60]), (50, [60]), (60, []), (60, [70])]
+    for run, (last_step, steps) in enumerate(runs):
+        write(workdir, steps, last_step=last_step, run=run)
+    expected = [(10, 1), (20, 1), (30, 1), (40, 2), (50, 2), (60, 3), (70, 5)]  # step and the run that it is from
+    assert [(line["step"], line["loss"]) for line in metrics(workdir)] == [(s, s + run / 8) for s, run in expected]
+    assert [(s, v) for s, name, v in scalars(workdir) if name == "loss"] == [(s, s + run / 8) for s, run in expected]
+
+
+def test_two_starts_within_a_second_keep_both_files(workdir, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1.7e9)
+    write(workdir, [10, 20])
+    write(workdir, [30], last_step=20)
+    assert [step for step, name, _ in scalars(workdir) if name == "loss"] == [10, 20, 30]
+    assert len(list((workdir / EVENTS).iterdir())) == 2
+
+
+# ---- Images
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_gives_every_pixel_back(channels):
+    image = np.random.default_rng(1).integers(0, 256, (5, 7, channels), np.uint8)
+    decoded = pixels(png_bytes(image))
+    np.testing.assert_array_equal(decoded, image[..., 0] if channels == 1 else image)
+    assert to_pil(image).mode == {1: "L", 3: "RGB"}[channels]
+
+
+@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (9, 3, 3), (10, 4, 3)])
+def test_grid_is_as_square_as_the_number_allows(number, columns, rows):
+    assert grid(np.zeros((number, 4, 5, 3), np.uint8)).shape == (rows * 5 - 1, columns * 6 - 1, 3)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_grid_reads_like_text(gap):
+    images = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
+    sheet = grid(images, columns=3, gap=gap)
+    assert sheet.shape == (4 + gap, 9 + 2 * gap, 1)
+    for i in range(6):
+        y, x = i // 3 * (2 + gap), i % 3 * (3 + gap)
+        assert np.all(sheet[y : y + 2, x : x + 3] == (i + 1 if i < 5 else 0))  # the last place is black
+    assert np.count_nonzero(sheet) == 5 * 6  # and so are the gaps
+
+
+def test_enlarge_repeats_pixels():
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    assert enlarge(image, smallest=7).shape == (6, 9, 1)
+    np.testing.assert_array_equal(enlarge(image, smallest=7)[::3, ::3], image)
+    np.testing.assert_array_equal(enlarge(image, smallest=7)[2::3, 2::3], image)
+    np.testing.assert_array_equal(enlarge(image, smallest=2), image)
+    np.testing.assert_array_equal(enlarge(image, smallest=1), image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_are_a_picture_in_the_folder_and_in_tensorboard(channels, workdir):
+    images = np.repeat(IMAGES, channels, axis=-1)
+    report = Report(workdir, last_step=0)
+    report.samples(40, images)
+    report.close()
+    sheet = enlarge(grid(images))
+    expected = sheet[..., 0] if channels == 1 else sheet
+    np.testing.assert_array_equal(pixels((workdir / "samples/step_00000040.png").read_bytes()), expected)
+    (file,) = (workdir / EVENTS).iterdir()
+    (event,) = (event for event in records(file) if event.summary.value)
+    assert (event.step, event.summary.value[0].tag) == (40, "samples")
+    shown = pixels(event.summary.value[0].image.encoded_image_string)
+    np.testing.assert_array_equal(shown.reshape((*shown.shape[:2], -1))[..., 0], sheet[..., 0])
