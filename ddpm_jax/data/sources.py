@@ -4,7 +4,6 @@ A new kind of source is one function here and one line in `open_source`.
 """
 
 import hashlib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +49,18 @@ def array_file(name: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of uint8 images")
     try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False), None
-        with np.load(path, allow_pickle=False) as arrays:
-            if "images" not in arrays:
-                raise UsageError(f"{name} has the arrays {', '.join(arrays.files)}, expected one called images")
-            return arrays["images"], arrays.get("labels")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return content, None
+        with content:
+            arrays = {key: content[key] for key in ("images", "labels") if key in content}
+    except Exception as error:  # a broken file raises almost anything
         raise UsageError(
             f"{name} cannot be read as an array file ({error}); write it with numpy.save or numpy.savez"
         ) from None
+    if "images" not in arrays:
+        raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one called images")
+    return arrays["images"], arrays.get("labels")
 
 
 SOURCES: dict[str, Callable[[str], tuple[np.ndarray, np.ndarray | None]]] = {
@@ -81,7 +82,7 @@ def open_source(config: DataConfig) -> Source:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
         raise UsageError(
             f"data.source={name!r} has {images.dtype} values of shape {images.shape}, "
-            "expected uint8 of shape (N, H, W) or (N, H, W, C)"
+            "expected uint8 of shape (N, H, W) or (N, H, W, C) and at least one image"
         )
     if images.ndim == 3:
         images = images[..., None]
@@ -91,15 +92,18 @@ def open_source(config: DataConfig) -> Source:
             f"data.source={name!r} has images of shape {images.shape[1:]}, but data.image_size and data.channels say "
             f"{expected}; change these or the images"
         )
-    if labels is not None and labels.shape != (len(images),):
-        raise UsageError(f"data.source={name!r} has {len(images)} images and labels of shape {labels.shape}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise UsageError(
+            f"data.source={name!r} has labels of type {labels.dtype} and shape {labels.shape}, "
+            f"expected whole numbers of shape ({len(images)},)"
+        )
     return Source(images, labels, _identity(images, labels))
 
 
 def _identity(images: np.ndarray, labels: np.ndarray | None) -> dict[str, str | int]:
     digest = hashlib.sha256(str(images.shape).encode())
     for first in range(0, len(images), 4096):
-        digest.update(np.ascontiguousarray(images[first : first + 4096]))
+        digest.update(images[first : first + 4096].tobytes())
     if labels is not None:
-        digest.update(np.ascontiguousarray(labels.astype(np.int64)))
+        digest.update(labels.astype(np.int64).tobytes())
     return {"images": len(images), "sha256": digest.hexdigest()}
