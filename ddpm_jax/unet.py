@@ -16,8 +16,43 @@ from ddpm_jax.convolution import conv
 Dtype = jnp.dtype | type
 
 
-def _init(scale: float):
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+@functools.partial(jax.jit, static_argnums=1)
+def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
+    """jax.random.bits(keys[b], shape) for each b, of threefry2x32 keys.
+
+    The generator (Salmon et al. 2011, 20 rounds) is written out here as elementwise operations, which XLA fuses into the use
+    of the bits. JAX's own is a loop over whole arrays on CPU, slow to compile and slow to run.
+    """
+    words = jax.random.key_data(keys)
+    if words.shape[-1] != 2:
+        raise ValueError(
+            f"got keys of {words.shape[-1]} words, expected the 2 words of threefry2x32; see ddpm_jax.rng.root_key"
+        )
+    first, second = words.T.reshape(2, -1, *[1] * len(shape))
+    schedule = (first, second, first ^ second ^ 0x1BD11BDA)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    count = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), 1 + axis) * stride for axis, stride in enumerate(strides)
+    )
+    x_0, x_1 = schedule[0], schedule[1] + count
+    for i in range(5):
+        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x_0 = x_0 + x_1
+            x_1 = x_0 ^ (x_1 << distance | x_1 >> 32 - distance)
+        x_0 = x_0 + schedule[(i + 1) % 3]
+        x_1 = x_1 + schedule[(i + 2) % 3] + (i + 1)
+    return x_0 ^ x_1
+
+
+def kernel_init(scale: float = 1.0):
+    """The authors' initialisation: uniform in +-sqrt(3 scale / fan_avg), whose variance is scale / fan_avg."""
+
+    def init(key, shape, dtype=jnp.float32):
+        *window, fan_in, fan_out = shape
+        limit = math.sqrt(3 * scale / (math.prod(window) * (fan_in + fan_out) / 2))
+        return (random_bits(key[None], shape)[0] * (limit / 2**31) - limit).astype(dtype)
+
+    return init
 
 
 _ZERO = 1e-10  # the scale of layers that start as "zero": drawn very small in the authors' code, not set to 0
@@ -33,14 +68,14 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", _init(self.scale), (3, 3, x.shape[-1], self.features))
+        kernel = self.param("kernel", kernel_init(self.scale), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias[None, None, None, :]
 
 
 def dense(features: int, *, name: str, dtype: Dtype, scale: float = 1.0) -> nn.Dense:
     """Affine map of the last axis with the authors' initialisation; on images it is their 1x1 convolution "nin"."""
-    return nn.Dense(features, kernel_init=_init(scale), dtype=dtype, name=name)
+    return nn.Dense(features, kernel_init=kernel_init(scale), dtype=dtype, name=name)
 
 
 class GroupNorm(nn.Module):
@@ -73,28 +108,9 @@ def timestep_embedding(t: Int[Array, " B"], dim: int) -> Float[Array, "B dim"]:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def random_bits(keys: Key[Array, " B"], H: int, W: int, C: int) -> UInt32[Array, "B H W C"]:
-    """jax.random.bits(keys[b], (H, W, C)) for each image b; keys are threefry2x32 keys.
-
-    The generator (Salmon et al. 2011, 20 rounds) is written out here as elementwise operations, which XLA fuses into the use
-    of the bits. JAX's own is a loop over whole arrays on CPU, where it made dropout cost as much as several convolutions.
-    """
-    first, second = jax.random.key_data(keys).T[:, :, None, None, None]
-    schedule = (first, second, first ^ second ^ 0x1BD11BDA)
-    row, column, channel = (jax.lax.broadcasted_iota(jnp.uint32, (1, H, W, C), axis) for axis in (1, 2, 3))
-    x_0, x_1 = schedule[0], (row * W + column) * C + channel + schedule[1]
-    for i in range(5):
-        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
-            x_0 = x_0 + x_1
-            x_1 = x_0 ^ (x_1 << distance | x_1 >> 32 - distance)
-        x_0 = x_0 + schedule[(i + 1) % 3]
-        x_1 = x_1 + schedule[(i + 2) % 3] + (i + 1)
-    return x_0 ^ x_1
-
-
 def dropout(x: Float[Array, "B H W C"], keys: Key[Array, " B"], rate: float) -> Float[Array, "B H W C"]:
     """Zeroes each entry with probability `rate`, scales the others by 1 / (1 - rate); image b draws from keys[b] alone."""
-    kept = random_bits(keys, *x.shape[1:]) < jnp.uint32(round((1 - rate) * 2**32))
+    kept = random_bits(keys, x.shape[1:]) < jnp.uint32(round((1 - rate) * 2**32))
     return jnp.where(kept, x * (1 / (1 - rate)), jnp.zeros((), x.dtype))
 
 
