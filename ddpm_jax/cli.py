@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import jax
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, check_types
 from ddpm_jax.errors import RunError, UsageError
 
 
@@ -23,8 +23,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main function; a UsageError ends it with exit code 2, a RunError with 1, each as one sentence."""
-    # Orbax and others report each save and restore there, between the lines of the progress bar.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports every save there, and of one that fails whole stacks, though it raises the error as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ddpm_jax" / "compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,4 +56,5 @@ def load_config(name: str) -> Config:
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UsageError(f"the config {name} does not define `config = Config(...)`")
+    check_types(config)
     return config

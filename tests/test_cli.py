@@ -1,0 +1,433 @@
+"""The scripts' answers: every mistake of a command line gets one clear message and exit code 2, before any work starts."""
+
+import ast
+import importlib.util
+import inspect
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+
+from ddpm_jax import cli
+from ddpm_jax import config as configs
+from ddpm_jax.config import MAY_CHANGE, Config
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.loop import Interrupted
+from ddpm_jax.workdir import enter, read_config
+
+ROOT = Path(__file__).parent.parent
+DIGITS = "configs/digits.py"
+
+
+def plain(text):
+    """The words in a box, whether it is drawn with lines or, on a terminal that has none, without."""
+    return " ".join(re.sub("[│─╭╮╰╯]|---+", " ", text).split())
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch, tmp_path):
+    """A wide terminal in the repository's root; what `cli.run` sets for its process is set back."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    values = {name: getattr(jax.config, name) for name in names}
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    yield
+    for name, value in values.items():
+        jax.config.update(name, value)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules, by name."""
+    modules = {}
+    for name in ("train", "sample"):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+        modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(
+            spec
+        )  # tyro reads the help in its source
+        spec.loader.exec_module(modules[name])
+    yield modules
+    for module in modules.values():
+        del sys.modules[module.__name__]
+
+
+@pytest.fixture
+def run(scripts, monkeypatch, capsys):
+    """Runs a script as its command line would: (exit code, standard output, standard error)."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.run(scripts[name].main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Checks that a command line ends with code 2 and just this sentence."""
+
+    def refused(message, name, *arguments):
+        assert run(name, *arguments) == (2, "", f"{name}.py: {message}\n")
+
+    return refused
+
+
+@pytest.fixture
+def boxed(run):
+    """The text of the one box that a command line which cannot be parsed is answered with."""
+
+    def boxed(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.count("For full helptext") == 1
+        assert "Arguments" not in err  # no name of ours that is not on the command line
+        return plain(err)
+
+    return boxed
+
+
+# ---- Options
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("--train.batchsize", "--train.batch-size INT Images per step"),
+        ("--batch-size", "--train.batch-size INT Images per step"),
+        ("--train.stesp", "--train.steps INT Last step"),
+        ("--workdri", "--workdir STR Folder that the run is written to"),
+        ("--diffusion.shedule", "--diffusion.schedule {linear,quad,"),
+    ],
+)
+def test_typo_is_answered_with_the_nearest_option(typo, meant, boxed, tmp_path):
+    answer = boxed("train", DIGITS, "--workdir", tmp_path / "run", typo, "3")
+    assert answer.startswith(f"Unrecognized options Unrecognized options: {typo}")
+    assert meant in answer
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--train.steps", "many", "--train.steps INT"),
+        ("--train.steps", "10.5", "--train.steps INT"),
+        ("--train.lr", "fast", "--train.lr FLOAT"),
+        ("--seed", "zero", "--seed INT"),
+        (
+            "--diffusion.schedule",
+            "linaer",
+            "'linear', 'quad', 'const', 'jsd', 'warmup10', 'warmup50', 'cosine', 'sigmoid'",
+        ),
+        ("--data.cache", "gpu", "'auto', 'device', 'host'"),
+        ("--model.dtype", "float16", "'float32', 'bfloat16'"),
+    ],
+)
+def test_wrong_value_is_answered_with_the_right_ones(option, value, expected, boxed, tmp_path):
+    answer = boxed("train", DIGITS, "--workdir", tmp_path / "run", option, value)
+    assert value in answer
+    assert expected in answer
+
+
+def test_option_without_its_value_is_refused(boxed, refused, tmp_path):
+    assert "--workdir" in boxed("train", DIGITS, "--workdir")
+    refused(
+        "model.ch_mult is empty; give at least one number",
+        "train",
+        DIGITS,
+        "--model.ch-mult",
+        "--workdir",
+        tmp_path / "run",
+    )
+
+
+def test_any_field_can_be_overridden(run, scripts, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(scripts["train"], "train", lambda *given, **options: calls.append((given, options)))
+    base = cli.load_config(DIGITS)
+    options = "--seed 3 --train.batch-size 64 --model.ch-mult 1 3 --train.lr 1e-4 --train.flip --model.dtype bfloat16"
+    assert run("train", DIGITS, "--workdir", tmp_path, *options.split()) == (0, "", "")
+    assert run("train", DIGITS, "--workdir", tmp_path, "--train.no-flip", "--unverified") == (0, "", "")
+    (((config, workdir), more), ((again, _), unverified)) = calls
+    assert workdir == str(tmp_path)
+    assert (more, unverified) == ({"unverified": False}, {"unverified": True})
+    changed = {"seed": 3, "train.batch_size": 64, "model.ch_mult": (1, 3), "train.lr": 1e-4, "model.dtype": "bfloat16"}
+    changed["train.flip"] = True
+    assert configs.flatten(config) == configs.flatten(base) | changed
+    assert configs.flatten(again) == configs.flatten(base) | {"train.flip": False}
+
+
+def helps(*classes):
+    """The help of every field: the text under it."""
+    for section in classes:
+        for node in ast.walk(ast.parse(inspect.getsource(section))):
+            if isinstance(node, ast.ClassDef):
+                for field, text in zip(node.body, node.body[1:], strict=False):
+                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                        yield section, field.target.id, text.value.value
+
+
+def test_help_shows_every_field_with_its_text_and_this_configs_default(run, scripts):
+    code, out, err = run("train", DIGITS, "--help")
+    assert (code, err) == (0, "")
+    out = plain(out)
+    values = configs.flatten(cli.load_config(DIGITS))
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        entry = re.search(rf"{re.escape(option)}[ ,].*?\(default: (.*?)\)", out)
+        assert entry, name
+        assert entry.group(1) in (shown, f"'{shown}'"), name
+    sections = [type(getattr(Config(), name)) for name in ("data", "model", "diffusion", "train")]
+    texts = [*helps(Config, *sections, scripts["train"].Arguments)]
+    assert len(texts) == len(values) + 3
+    for _, name, text in texts:
+        assert " ".join(text.split()) in out, name
+
+
+def test_help_of_sample_shows_every_option(run, scripts):
+    for arguments in (["--help"], ["runs/digits", "--help"]):
+        code, out, err = run("sample", *arguments)
+        assert (code, err) == (0, "")
+        out = plain(out)
+        texts = [*helps(scripts["sample"].Arguments)]
+        assert len(texts) >= 7
+        for _, name, text in texts:
+            assert f"--{name.replace('_', '-')}" in out
+            assert " ".join(text.split()) in out
+
+
+def test_train_without_a_config_says_how_it_is_called(run):
+    for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0), (["--workdir", "runs/x"], 2)):
+        got, out, err = run("train", *arguments)
+        assert (got, err) == (code, "")
+        assert "usage: train.py CONFIG --workdir WORKDIR" in out
+
+
+# ---- Config files
+
+
+def test_missing_config_is_answered_with_the_nearest(refused, tmp_path, monkeypatch):
+    refused(
+        "the config configs/digit.py does not exist; perhaps you meant configs/digits.py", "train", "configs/digit.py"
+    )
+    refused("the config digits.py does not exist; perhaps you meant configs/digits.py", "train", "digits.py")
+    there = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
+    refused(f"the config /0/1 does not exist; there are {there}", "train", "/0/1", "--help")
+    monkeypatch.chdir(tmp_path)
+    refused("the config configs/digits.py does not exist; there are none in configs/", "train", DIGITS)
+
+
+WITH = "from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "does not define `config = Config(...)`"),
+        ("config = {}", "does not define `config = Config(...)`"),
+        (WITH + "config = Config", "does not define `config = Config(...)`"),
+        (WITH + "Config(seed=1)", "does not define `config = Config(...)`"),
+        ("config = 1 / 0", "cannot be executed (ZeroDivisionError: division by zero)"),
+        ("import no_such_module", "cannot be executed (ModuleNotFoundError: No module named 'no_such_module')"),
+        (
+            WITH + "config = Config(train=TrainConfig(step=3))",
+            "cannot be executed (TypeError: TrainConfig.__init__() got an unexpected keyword argument 'step')",
+        ),
+    ],
+)
+def test_file_that_gives_no_config_is_refused(source, message, refused, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    refused(f"the config {path} {message}", "train", path, "--workdir", tmp_path / "run")
+
+
+def test_file_with_a_syntax_error_is_refused(run, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("config = Config(")
+    code, out, err = run("train", path)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"train\.py: the config {path} cannot be executed \(SyntaxError: .*line 1\)\)\n", err)
+
+
+def test_file_that_is_not_python_is_refused(refused, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    refused(f"the config {path} is not a Python file; give configs/NAME.py", "train", path)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("train=TrainConfig(steps='10')", "train.steps='10' is not a whole number"),
+        ("model=ModelConfig(ch_mult=[1, 2])", "model.ch_mult=[1, 2] is not a tuple of whole numbers"),
+        ("data=None", "data=None is not a DataConfig"),
+    ],
+)
+def test_wrong_type_in_a_config_file_is_refused(code, message, refused, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"{WITH}config = Config({code})")
+    refused(message, "train", path, "--workdir", tmp_path / "run")
+
+
+def test_config_that_cannot_be_run_leaves_nothing_behind(refused, tmp_path):
+    message = "train.batch_size=100 is not divisible by the 8 devices; use 96 or 104"
+    refused(message, "train", DIGITS, "--workdir", tmp_path / "run", "--train.batch-size", 100)
+    message = "data.source='x.npy' is not a file; give the path of an .npy or .npz file of uint8 images"
+    refused(message, "train", DIGITS, "--workdir", tmp_path / "run", "--data.source", "x.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Workdirs
+
+
+def test_train_without_a_workdir_is_refused(refused):
+    refused("no workdir was given; add --workdir runs/NAME", "train", DIGITS)
+
+
+def test_workdir_that_is_a_file_is_refused(refused, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    refused(f"the workdir {path} is a file; choose another path", "train", DIGITS, "--workdir", path)
+    refused(f"{path} is a file; give the folder of a run that train.py made", "sample", path)
+    assert path.read_text() == "mine"
+
+
+def test_workdir_below_a_file_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, out, err = run("train", DIGITS, "--workdir", tmp_path / "file/run")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"train\.py: the workdir .*/file/run cannot be written \(.*\); choose another path\n", err)
+
+
+def test_workdir_of_another_config_is_refused_with_the_fields(refused, tmp_path):
+    enter(epath.Path(tmp_path), cli.load_config(DIGITS))
+    before = (tmp_path / "config.json").read_text()
+    refused(
+        f"the workdir {tmp_path} belongs to another config, which differs in seed (there 0, here 5), model.ch_mult "
+        "(there (1, 2), here (1, 3)), train.lr (there 0.002, here 0.1); choose another workdir",
+        *("train", DIGITS, "--workdir", tmp_path, "--train.lr", 0.1, "--model.ch-mult", 1, 3, "--seed", 5),
+        *("--train.steps", 500),  # may change, and is not named
+    )
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_workdir_takes_what_may_change(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    old = Config()
+    enter(workdir, old)
+    assert read_config(workdir) == old
+    values = configs.to_json(old)
+    for name in MAY_CHANGE:
+        section, field = name.split(".")
+        values[section][field] = {"cache": "host", "remat": True}.get(field, 4)
+    new = configs.from_json(values)
+    assert set(configs.differences(old, new)) == MAY_CHANGE
+    enter(workdir, new)
+    assert read_config(workdir) == new
+    enter(workdir, new)
+    with pytest.raises(UsageError, match=r"differs in seed \(there 0, here 1\); choose another workdir$"):
+        enter(workdir, configs.from_json(values | {"seed": 1}))
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_workdir_with_other_files_is_refused(refused, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    refused(
+        f"the workdir {tmp_path} has files but no config.json; choose an empty or a new folder",
+        *("train", DIGITS, "--workdir", tmp_path),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_sampling_needs_a_run(refused, tmp_path):
+    missing, empty, begun = (tmp_path / name for name in ("missing", "empty", "begun"))
+    give = "give the folder of a run that train.py made"
+    refused(f"{missing} does not exist; {give}", "sample", missing)
+    empty.mkdir()
+    refused(f"{empty} has no config.json; {give}", "sample", empty)
+    enter(epath.Path(begun), cli.load_config(DIGITS))
+    refused(f"{begun} has no checkpoint yet; train longer, or give another workdir", "sample", begun)
+    refused(f"{begun}/checkpoints has no checkpoint of step 5; there are none", "sample", begun, "--step", 5)
+    assert [path.name for path in begun.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ("[]", "the config is list, expected a JSON object"),
+        ('{"sead": 1}', "sead is not a field of this version of ddpm_jax"),
+        ('{"seed": "1"}', "seed='1' is not a whole number"),
+    ],
+)
+def test_broken_config_of_a_workdir_is_refused(text, reason, refused, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    message = f"{tmp_path}/config.json cannot be read ({reason})"
+    refused(message, "sample", tmp_path)
+    refused(message, "train", DIGITS, "--workdir", tmp_path)
+
+
+def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
+    refused("--num-images 0 is too small; use 1 or more", "sample", tmp_path, "--num-images", 0)
+    refused("--batch-size -1 is too small; use 1 or more", "sample", tmp_path, "--batch-size", -1)
+    refused("--seed -1 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", -1)
+    refused("--seed 4294967296 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", 2**32)
+    assert "--num-images INT How many images" in boxed("sample", tmp_path, "--num-image", 3)
+    assert "'ema', 'raw'" in boxed("sample", tmp_path, "--weights", "best")
+
+
+# ---- How a script ends
+
+
+def test_failures_end_with_their_code_and_one_sentence(scripts, run, monkeypatch):
+    for error, code in ((UsageError("do that"), 2), (RunError("no more room"), 1)):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(scripts["train"], "main", fail)
+        assert run("train") == (code, "", f"train.py: {error}\n")
+    monkeypatch.setattr(scripts["train"], "main", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what only we can break keeps its stack
+        run("train")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_training_says_how_to_continue(signum, scripts, run, monkeypatch, tmp_path):
+    def stopped(*_, **__):
+        raise Interrupted(signum, 30)
+
+    monkeypatch.setattr(scripts["train"], "train", stopped)
+    code, out, err = run("train", DIGITS, "--workdir", tmp_path / "run")
+    assert (code, out) == (128 + signum, "")
+    sentence = f"{signum.name}: stopped at step 30, which is saved; the same command continues from there."
+    assert err.strip() == sentence
+
+
+def test_script_ends_so_as_a_process():
+    done = subprocess.run([sys.executable, "train.py", "configs/digist.py"], capture_output=True, text=True, cwd=ROOT)
+    message = "train.py: the config configs/digist.py does not exist; perhaps you meant configs/digits.py\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_resolved_config_of_a_workdir_is_json(tmp_path):
+    enter(epath.Path(tmp_path / "new/run"), cli.load_config(DIGITS))
+    values = json.loads((tmp_path / "new/run/config.json").read_text())
+    assert values == json.loads(json.dumps(configs.to_json(cli.load_config(DIGITS))))
