@@ -192,6 +192,14 @@ class UNet(nn.Module):
         t: Int[Array, " B"],
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
+        _, H, W, _ = x_t.shape
+        factor = 2 ** (len(self.ch_mult) - 1)
+        if H % factor or W % factor:
+            raise ValueError(
+                f"got images of {H}x{W}, expected multiples of {factor} for ch_mult={self.ch_mult}; "
+                "use images of another size or fewer levels"
+            )
+
         residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         attention_type = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         num_dropouts = 0
