@@ -1,6 +1,7 @@
 """What the scripts share: finding a config, parsing options, and saying a failure in one sentence."""
 
 import difflib
+import errno
 import importlib.util
 import logging
 import os
@@ -22,10 +23,14 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main function; a UsageError ends it with exit code 2, a RunError with 1, each as one sentence."""
+    """Runs a script's main function; a UsageError ends it with exit code 2, a RunError with 1, each as one sentence.
+
+    A full disk is told so too, wherever it is met.
+    """
     # Orbax reports every save there, and of one that fails whole stacks, though it raises the error as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore_closed_loops
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ddpm_jax" / "compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -35,6 +40,16 @@ def run(main: Callable[[], None]) -> None:
         fail(str(error), 2)
     except RunError as error:
         fail(str(error), 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("the disk is full; what was saved before is as it was: make room and run the same command again", 1)
+
+
+def _ignore_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    # What a save that failed had still under way reports to an event loop that is gone, hundreds of times.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def load_config(name: str) -> Config:

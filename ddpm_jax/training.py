@@ -195,16 +195,16 @@ def one_step(config: Config) -> Callable[[TrainState, UInt8[Array, "B H W C"]], 
             opt_state=opt_state,
             loss_history=None if history is None else losses.update_loss_history(history, t, values),
         )
-        return new_state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return new_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return step
 
 
 def make_train_step(config: Config, *, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compiles (state, batches, dataset=None) -> (state, metrics): a scan over as many steps as `batches` has.
+    """Compiles (state, batches, dataset) -> (state, metrics): a scan over as many steps as `batches` has.
 
-    batches: uint8 (S, B, H, W, C), the images of S steps; or int32 (S, B), their places in `dataset`, uint8 (N, H, W, C)
-    on the devices. metrics: float32 (S,) each. The state is donated: use the returned one. Also one step runs through the
+    batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their places in `dataset`,
+    uint8 (N, H, W, C) on the devices. metrics: float32 (S,) each. The state is donated: use the returned one. Also one step runs through the
     scan, since a step inside a scan and one outside round differently. mesh: what the state and the batches lie on
     (`sharding.make_mesh`); default all devices.
     """
@@ -213,10 +213,12 @@ def make_train_step(config: Config, *, mesh: Mesh | None = None) -> Callable[...
     shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     state_sharding = sharding.state_sharding(mesh, shapes)
 
-    def train_steps(state, batches, dataset=None):
+    def train_steps(state, batches, dataset):
         def body(state, batch):
             images = batch if dataset is None else dataset[batch]
-            return step(state, jax.lax.with_sharding_constraint(images, sharding.split(mesh)))
+            images = jax.lax.with_sharding_constraint(images, sharding.split(mesh))
+            # The barrier keeps the look-up out of the step's own kernels, which would round differently with it inside.
+            return step(state, jax.lax.optimization_barrier(images))
 
         return jax.lax.scan(body, state, batches)
 

@@ -363,7 +363,7 @@ def fed(config, source, mesh, first_step, num_steps):
     for array in given:
         assert len(array.sharding.device_set) == mesh.devices.size
     batch, *dataset = (np.asarray(array) for array in given)
-    return (dataset[0][batch] if dataset else batch), given
+    return (batch if dataset[0] is None else dataset[0][batch]), given
 
 
 @pytest.mark.parametrize("cache", ["device", "host"])

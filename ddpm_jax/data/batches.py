@@ -22,7 +22,7 @@ def on_device(config: Config, source: Source) -> bool:
     return config.data.cache == "device"
 
 
-def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int], tuple[Array, ...]]:
+def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int], tuple[Array, Array | None]]:
     """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache."""
     batch_size, size = config.train.batch_size, len(source)
     layout = sharding.split(mesh, axis=1)
@@ -45,6 +45,6 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int]
             chosen = wanted[part[:2]]
             return source.read(chosen.reshape(-1)).reshape(*chosen.shape, *source.images.shape[1:])
 
-        return (jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read),)
+        return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
     return images

@@ -1,0 +1,35 @@
+"""The number of devices changes neither a draw nor, but for rounding, a loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training import SMALLER, run
+from tiny import tiny
+
+from ddpm_jax import sharding, training
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(tiny(model=SMALLER), 50, dispatch=10)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_losses_agree_on_any_number_of_devices(one_device, count):
+    mesh = sharding.make_mesh(devices=jax.devices()[:count])
+    _, metrics = run(tiny(model=SMALLER), 50, mesh=mesh, dispatch=10)
+    np.testing.assert_allclose(metrics["loss"], one_device[1]["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_draws_are_identical_on_any_number_of_devices(count):
+    config, shape = tiny(), (16, 8, 8, 1)
+    split = sharding.split(sharding.make_mesh(devices=jax.devices()[:count]))
+    draw = jax.jit(lambda step: training.draw(config, step, shape, None), out_shardings=split)
+    for step in (0, 7):
+        here, there = draw(jnp.int32(step)), training.draw(config, jnp.int32(step), shape, None)
+        assert here.eps.sharding.num_devices == count
+        for a, b in zip(here[:-1], there[:-1], strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(jax.random.key_data(here.dropout_keys), jax.random.key_data(there.dropout_keys))

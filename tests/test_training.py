@@ -1,0 +1,203 @@
+"""The training step: what it computes, and what may not change it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny
+
+from ddpm_jax import losses, sharding, training
+from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.rng import Purpose
+
+
+def run(config, steps, *, mesh=None, dispatch=None, state=None):
+    """The state after `steps` steps and every step's metrics, `dispatch` steps in one call."""
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    dispatch = dispatch or config.train.steps_per_dispatch
+    state = state or training.init_sharded_state(config, mesh)
+    feed = make_feed(config, open_source(config.data), mesh)
+    step, metrics = training.make_train_step(config, mesh=mesh), []
+    for first in range(0, steps, dispatch):
+        state, m = step(state, *feed(first, dispatch))
+        metrics.append(jax.device_get(m))
+    return jax.device_get(state), {k: np.concatenate([m[k] for m in metrics]) for k in metrics[0]}
+
+
+def equal(a, b):
+    """Whether two pytrees are the same bit for bit."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+        for x, y in zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
+    )
+
+
+# Compiling a step is what these tests cost, so they share as few programs as they can.
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(tiny(), STEPS)
+
+
+def test_scans_of_any_length_agree_bit_for_bit(reference):
+    assert equal(run(tiny(), STEPS, dispatch=1), reference)
+    assert equal(run(tiny(), STEPS, dispatch=3), reference)
+
+
+def test_a_run_is_repeatable_bit_for_bit(reference):
+    assert equal(run(tiny(), STEPS), reference)
+
+
+def test_where_the_data_are_cached_changes_no_bit(reference):
+    assert equal(run(tiny(data={"cache": "device"}), STEPS), reference)
+    assert equal(run(tiny(data={"cache": "host"}), STEPS), reference)
+
+
+def test_accumulation_changes_memory_only(reference):
+    _, metrics = run(tiny(train={"accumulation": 4}), STEPS)
+    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=2e-5)
+
+
+def test_rematerialisation_changes_memory_only(reference):
+    _, metrics = run(tiny(model={"remat": True}), STEPS)
+    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=2e-5)
+
+
+def test_the_paper_learning_rate_is_zero_at_step_0_and_reached_at_the_last_warmup_step():
+    lr = training.learning_rate(tiny(train={"lr": 2e-4, "warmup_steps": 5000}))
+    assert float(lr(0)) == 0.0
+    np.testing.assert_allclose([lr(2500), lr(5000), lr(800_000)], [1e-4, 2e-4, 2e-4], rtol=1e-6)
+    assert float(training.learning_rate(tiny(train={"lr": 2e-4, "warmup_steps": 0}))(0)) == pytest.approx(2e-4)
+
+
+def test_the_state_starts_with_a_copy_as_ema_and_the_first_step_moves_nothing():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    start = training.init_sharded_state(tiny(), mesh)
+    assert equal(start.params, start.ema_params)
+    fresh = jax.device_get(start.params)
+    one, _ = run(tiny(), 1, dispatch=1, state=start)
+    assert equal(one.params, fresh)  # the learning rate is 0 at step 0
+    assert one.step == 1
+
+
+def adam_in_numpy(gradients, config):
+    """The parameters' path from 0 under clipping, Adam, warm-up and EMA, written out in float64."""
+    train = config.train
+    p = ema = m = v = 0.0
+    for i, g in enumerate(gradients):
+        g = np.asarray(g, np.float64)
+        g = g * min(1.0, train.grad_clip / np.sqrt((g**2).sum()))
+        m = train.adam_b1 * m + (1 - train.adam_b1) * g
+        v = train.adam_b2 * v + (1 - train.adam_b2) * g**2
+        step = m / (1 - train.adam_b1 ** (i + 1)) / (np.sqrt(v / (1 - train.adam_b2 ** (i + 1))) + train.adam_eps)
+        p = p - train.lr * min(i / train.warmup_steps, 1.0) * step
+        ema = train.ema_decay * ema + (1 - train.ema_decay) * p
+    return p, ema
+
+
+def test_optimizer_is_clip_adam_warmup_and_flat_ema():
+    config = tiny(train={"grad_clip": 1.0, "ema_decay": 0.9})
+    gradients = np.random.default_rng(0).normal(size=(20, 5)) * np.array([[0.1], [10.0]] * 10)
+    optimizer = training.build_optimizer(config)
+    params = ema = jnp.zeros(5)
+    state = optimizer.init(params)
+    for g in gradients:
+        updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        ema = optax.incremental_update(params, ema, 1.0 - config.train.ema_decay)
+    expected, expected_ema = adam_in_numpy(gradients, config)
+    np.testing.assert_allclose(params, expected, rtol=1e-4)
+    np.testing.assert_allclose(ema, expected_ema, rtol=1e-4)
+
+
+def test_ema_of_the_step_is_the_flat_average_of_the_parameters():
+    five, _ = run(tiny(), 5, dispatch=1)
+    six, _ = run(tiny(), 6, dispatch=1)
+    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, five.ema_params, six.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), six.ema_params, expected)
+    assert not equal(six.ema_params, six.params)
+
+
+def test_draws_of_a_step_are_those_of_the_contract():
+    config, shape = tiny(), (16, 8, 8, 1)
+    draws = training.draw(config, jnp.int32(7), shape, None)
+    root = jax.random.key(config.seed)
+
+    def key(purpose):
+        return jax.random.fold_in(jax.random.fold_in(root, int(purpose)), 7)
+
+    np.testing.assert_array_equal(draws.t, jax.random.randint(key(Purpose.T), (16,), 0, 20, jnp.int32))
+    np.testing.assert_array_equal(draws.eps, jax.random.normal(key(Purpose.EPS), shape))
+    np.testing.assert_array_equal(draws.flip, jax.random.bernoulli(key(Purpose.FLIP), shape=(16,)))
+    dropout = jax.vmap(lambda i: jax.random.fold_in(key(Purpose.DROPOUT), i))(jnp.arange(16))
+    np.testing.assert_array_equal(jax.random.key_data(draws.dropout_keys), jax.random.key_data(dropout))
+
+
+def test_flips_hit_about_half_the_images_and_change_between_steps():
+    config = tiny()
+    flips = np.stack([training.draw(config, jnp.int32(s), (128, 8, 8, 1), None).flip for s in range(20)])
+    assert abs(flips.mean() - 0.5) < 4 * 0.5 / np.sqrt(flips.size)
+    assert all((a != b).any() for a, b in zip(flips[:-1], flips[1:], strict=True))
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_flip_mirrors_left_to_right_before_the_noise(flip, monkeypatch):
+    """The loss sees images flipped by hand where the draw says so, and as they are without flips; never at load time only."""
+    config, seen = tiny(train={"flip": flip}), []
+
+    def spy(schedule, model, x_0, t, eps, **kinds):
+        seen.append(x_0)
+        return jnp.zeros(x_0.shape[0]) * jnp.sum(model(x_0, t))
+
+    monkeypatch.setitem(losses.LOSSES, "simple", spy)
+    monkeypatch.setattr(training.UNet, "__call__", lambda self, x_t, t, keys=None: x_t)
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    params = {"w": jnp.zeros(1)}
+    state = training.TrainState(jnp.int32(3), params, params, training.build_optimizer(config).init(params), None)
+    with jax.disable_jit():
+        training.one_step(config)(state, jnp.asarray(images))
+    drawn = np.asarray(training.draw(config, jnp.int32(3), images.shape, None).flip) & flip
+    assert drawn.any() == flip
+    by_hand = np.where(drawn[:, None, None, None], images[:, :, ::-1], images)
+    np.testing.assert_allclose(jax.device_get(seen[0]), by_hand.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)
+
+
+SMALLER = {"ch_mult": (1,), "attn_resolutions": (8,), "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        {"prediction": "v", "loss_weighting": "min_snr"},
+        {"variance": "learned_range", "loss": "rescaled_hybrid", "t_sampler": "loss_history"},
+        {"variance": "learned", "loss": "vb", "t_sampler": "loss_history", "schedule": "cosine"},
+    ],
+    ids=lambda d: "-".join(d.values()),
+)
+def test_every_kind_of_loss_trains(diffusion):
+    config = tiny(diffusion=diffusion, train={"lr": 3e-3, "warmup_steps": 0, "flip": False}, model=SMALLER)
+    state, metrics = run(config, 30, dispatch=10)
+    assert np.isfinite(metrics["loss"]).all()
+    assert metrics["loss"][-10:].mean() < metrics["loss"][:3].mean()
+    if state.loss_history is not None:
+        assert state.loss_history.count.sum() == 30 * 16
+
+
+def test_loss_falls_on_digits():
+    config = tiny(train={"lr": 3e-3, "flip": False}, model=SMALLER)
+    _, metrics = run(config, 60, dispatch=20)
+    assert metrics["loss"][-10:].mean() < 0.6 * metrics["loss"][:5].mean()
+
+
+def test_state_is_born_split_over_fsdp_and_the_losses_agree():
+    config = tiny(train={"fsdp": 4}, model=SMALLER | {"ch": 64})
+    mesh = sharding.make_mesh(fsdp=4)
+    state = training.init_sharded_state(config, mesh)
+    kernel = state.params["up_0_block_0"]["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    _, split = run(config, 4, mesh=mesh)
+    _, whole = run(tiny(model=SMALLER | {"ch": 64}), 4)
+    np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
