@@ -222,6 +222,16 @@ def test_a_flipped_bit_anywhere_is_noticed(directory):
         assert checkpoints.choose() == 20
 
 
+def test_any_byte_of_the_manifest_counts(directory):
+    folder, manifest = checkpoint.epath.Path(directory / "20"), directory / "20" / MANIFEST
+    content = manifest.read_bytes()
+    for position in range(0, len(content), 13):  # also in its own digest, which ends it
+        flip(manifest, position, bit=position % 8)
+        assert find_damage(folder) == "its manifest is damaged", position
+        manifest.write_bytes(content)
+    assert find_damage(folder) is None
+
+
 def test_a_missing_or_truncated_file_is_noticed(directory):
     newest = directory / "20"
     for path in files_of(newest):
@@ -380,15 +390,17 @@ def test_the_newest_and_every_nth_stay(tmp_path):
         assert checkpoints.steps() == [70, 80, 90]
 
 
-def test_an_unfinished_newer_step_costs_no_intact_one(directory):
-    for step in (97, 98, 99):
+def test_an_unfinished_step_costs_no_intact_one(directory):
+    for step in (15, 97, 98, 99):
         shutil.copytree(directory / "10", directory / str(step))
         (directory / str(step) / MANIFEST).unlink()
-    with Opened(directory, keep_last=2) as checkpoints:
+    with Opened(directory, keep_last=3) as checkpoints:
         assert checkpoints.choose() == 20
         checkpoints.save_all(30)
-        assert checkpoints.steps() == [20, 30, 97, 98, 99]
-        assert checkpoints.choose() == 30
+        assert checkpoints.steps() == [10, 15, 20, 30, 97, 98, 99]
+        checkpoints.save_all(40)
+        assert checkpoints.steps() == [15, 20, 30, 40, 97, 98, 99]
+        assert checkpoints.choose() == 40
 
 
 def test_damaged_steps_cost_no_intact_one(directory):

@@ -1,6 +1,7 @@
 """The scripts' answers: every mistake of a command line gets one clear message and exit code 2, before any work starts."""
 
 import ast
+import errno
 import importlib.util
 import inspect
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -39,8 +41,10 @@ def as_before(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     values = {name: getattr(jax.config, name) for name in names}
+    hook = sys.unraisablehook
     levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
     yield
+    sys.unraisablehook = hook
     for name, value in values.items():
         jax.config.update(name, value)
     for name, level in levels.items():
@@ -397,16 +401,37 @@ def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
 
 
 def test_failures_end_with_their_code_and_one_sentence(scripts, run, monkeypatch):
-    for error, code in ((UsageError("do that"), 2), (RunError("no more room"), 1)):
+    full = "the disk is full; what was saved before is as it was: make room and run the same command again"
+    for error, code, message in (
+        (UsageError("do that"), 2, "do that"),
+        (RunError("it broke"), 1, "it broke"),
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), 1, full),
+    ):
 
         def fail(error=error):
             raise error
 
         monkeypatch.setattr(scripts["train"], "main", fail)
-        assert run("train") == (code, "", f"train.py: {error}\n")
-    monkeypatch.setattr(scripts["train"], "main", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # what only we can break keeps its stack
+        assert run("train") == (code, "", f"train.py: {message}\n")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, PermissionError(errno.EACCES, "Permission denied")])
+def test_what_nobody_foresaw_keeps_its_stack(error, scripts, run, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(scripts["train"], "main", fail)
+    with pytest.raises((ZeroDivisionError, PermissionError)):
         run("train")
+
+
+def test_closed_event_loops_alone_are_hushed(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    cli.run(lambda: None)
+    for message in ("Event loop is closed", "something else"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert [str(unraisable.exc_value) for unraisable in told] == ["something else"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
