@@ -359,11 +359,10 @@ def mesh_of(devices, fsdp=1):
 
 def fed(config, source, mesh, first_step, num_steps):
     """The batches that the compiled step will see, and the arrays that carry them."""
-    given = make_feed(config, source, mesh)(first_step, num_steps)
-    for array in given:
+    batch, dataset = make_feed(config, source, mesh)(first_step, num_steps)
+    for array in jax.tree.leaves((batch, dataset)):
         assert len(array.sharding.device_set) == mesh.devices.size
-    batch, *dataset = (np.asarray(array) for array in given)
-    return (batch if dataset[0] is None else dataset[0][batch]), given
+    return np.asarray(batch) if dataset is None else np.asarray(dataset)[np.asarray(batch)], batch, dataset
 
 
 @pytest.mark.parametrize("cache", ["device", "host"])
@@ -371,12 +370,12 @@ def fed(config, source, mesh, first_step, num_steps):
 def test_batches_do_not_depend_on_cache_or_devices(cache, devices, fsdp, digits):
     config = tiny(data={"cache": cache}, seed=3)
     expected = digits.images[batch_indices(3, 110, 4, 16, 1797)]  # the first epoch ends within step 112
-    batch, given = fed(config, digits, mesh_of(devices, fsdp), 110, 4)
-    assert batch.dtype == np.uint8
-    np.testing.assert_array_equal(batch, expected)
-    assert given[0].dtype == (np.int32 if cache == "device" else np.uint8)
-    assert {shard.data.shape[:2] for shard in given[0].addressable_shards} == {(4, 16 // devices)}
-    assert len(given) == (2 if cache == "device" else 1)
+    images, batch, dataset = fed(config, digits, mesh_of(devices, fsdp), 110, 4)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, expected)
+    assert batch.dtype == (np.int32 if cache == "device" else np.uint8)
+    assert {shard.data.shape[:2] for shard in batch.addressable_shards} == {(4, 16 // devices)}
+    assert (dataset is None) == (cache == "host")
 
 
 def test_host_reads_what_each_device_needs_and_no_more(digits):
@@ -395,8 +394,7 @@ def test_host_reads_what_each_device_needs_and_no_more(digits):
 def test_memory_mapped_file_feeds_the_same(tmp_path, digits):
     source = open_source(digits_config(source=str(saved(tmp_path / "x.npy", digits.images))))
     config = tiny(data={"cache": "host"})
-    one, _ = fed(config, source, mesh_of(2), 0, 3)
-    other, _ = fed(config, digits, mesh_of(2), 0, 3)
+    one, other = (fed(config, either, mesh_of(2), 0, 3)[0] for either in (source, digits))
     np.testing.assert_array_equal(one, other)
 
 
