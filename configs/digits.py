@@ -8,18 +8,18 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, Tr
 
 config = Config(
     data=DataConfig(source="digits", image_size=8, channels=1),
-    model=ModelConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, groups=8),
-    diffusion=DiffusionConfig(T=200, schedule="linear", beta_start=5e-4, beta_end=0.1),
+    model=ModelConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, groups=8),
+    diffusion=DiffusionConfig(T=100, schedule="linear", beta_start=1e-3, beta_end=0.2, variance="fixed_small"),
     train=TrainConfig(
         steps=1000,
-        batch_size=128,
-        lr=2e-3,
+        batch_size=64,
+        lr=3e-3,
         warmup_steps=100,
         ema_decay=0.99,
         flip=False,
         steps_per_dispatch=10,
         log_every=100,
-        sample_every=500,
+        sample_every=1000,
         save_every=500,
     ),
 )

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 MIN_CONFIDENCE = 0.80
-MIN_PRECISION = 0.60
+MIN_PRECISION = 0.50
 MAX_DISTANCE = 2.0
 
 
