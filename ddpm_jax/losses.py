@@ -152,7 +152,7 @@ class LossHistory(NamedTuple):
     """
 
     losses: Float[Array, "T n"]
-    count: Int[Array, " T"]
+    count: Int[Array, " T"]  # type: ignore[assignment]  # hides tuple.count, which nobody asks of it
 
 
 def init_loss_history(T: int, n: int = 10) -> LossHistory:

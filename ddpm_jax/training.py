@@ -204,9 +204,9 @@ def make_train_step(config: Config, *, mesh: Mesh | None = None) -> Callable[...
     """Compiles (state, batches, dataset) -> (state, metrics): a scan over as many steps as `batches` has.
 
     batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their places in `dataset`,
-    uint8 (N, H, W, C) on the devices. metrics: float32 (S,) each. The state is donated: use the returned one. Also one step runs through the
-    scan, since a step inside a scan and one outside round differently. mesh: what the state and the batches lie on
-    (`sharding.make_mesh`); default all devices.
+    uint8 (N, H, W, C) on the devices. metrics: float32 (S,) each. The state is donated: use the returned one. Also one
+    step runs through the scan, since a step inside a scan and one outside round differently. mesh: what the state and the
+    batches lie on (`sharding.make_mesh`); default all devices.
     """
     mesh = sharding.make_mesh(fsdp=config.train.fsdp) if mesh is None else mesh
     step = one_step(config)

@@ -285,9 +285,10 @@ def test_all_damaged_is_refused_rather_than_begun_anew(directory):
         assert checkpoints.choose(unverified=True) == 20
 
 
-def test_one_damaged_and_one_cut_short_is_refused_too(directory):
-    (directory / "20" / MANIFEST).unlink()
-    flip(directory / "10/_CHECKPOINT_METADATA", 0)
+@pytest.mark.parametrize(("cut_short", "damaged"), [("20", "10"), ("10", "20")])
+def test_one_damaged_and_one_cut_short_is_refused_too(cut_short, damaged, directory):
+    (directory / cut_short / MANIFEST).unlink()
+    flip(directory / damaged / "_CHECKPOINT_METADATA", 0)
     with Opened(directory) as checkpoints, pytest.raises(UsageError, match="is intact"):
         checkpoints.choose()
 

@@ -1,0 +1,48 @@
+"""The README's sentences about behaviour are true, and its code runs."""
+
+import re
+from pathlib import Path
+
+import ddpm_jax
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_twelve_lines_run(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(code.strip().splitlines()) == 12
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["images"].shape == (4, 8, 8, 1)
+    assert 0.5 < float(names["loss"]) < 2.0  # an untrained network puts out nearly 0, so this is the noise's power
+    assert "(4, 8, 8, 1)" in capsys.readouterr().out
+
+
+def test_the_two_commands_come_first():
+    first = re.search(r"```\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+
+
+def test_every_public_name_is_there_and_documented():
+    promised = """make_schedule Schedule q_sample q_posterior predict_x_0 p_mean_logvar simple_loss bits_per_dim UNet sample
+    TrainState init_state make_train_step Config load_run"""
+    assert set(promised.split()) <= set(ddpm_jax.__all__)
+    for name in ddpm_jax.__all__:
+        assert getattr(ddpm_jax, name).__doc__, name
+
+
+def test_every_file_that_a_document_names_exists():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = document.read_text()
+        for name in re.findall(r"`((?:ddpm_jax|tests|configs|docs)/[\w/]+\.\w+)`", text):
+            assert (ROOT / name).exists(), f"{document.name}: {name}"
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_configs_of_the_table_exist():
+    for name in re.findall(r"python train.py (\S+)", README):
+        assert (ROOT / name).is_file()
