@@ -321,13 +321,15 @@ def test_workdir_below_a_file_is_refused(run, tmp_path):
 
 
 def test_workdir_of_another_config_is_refused_with_the_fields(refused, tmp_path):
-    enter(epath.Path(tmp_path), cli.load_config(DIGITS))
+    config = cli.load_config(DIGITS)
+    enter(epath.Path(tmp_path), config)
     before = (tmp_path / "config.json").read_text()
     refused(
-        f"the workdir {tmp_path} belongs to another config, which differs in seed (there 0, here 5), model.ch_mult "
-        "(there (1, 2), here (1, 3)), train.lr (there 0.002, here 0.1); choose another workdir",
+        f"the workdir {tmp_path} belongs to another config, which differs in seed (there {config.seed}, here 5), "
+        f"model.ch_mult (there {config.model.ch_mult}, here (1, 3)), train.lr (there {config.train.lr}, here 0.1); "
+        "choose another workdir",
         *("train", DIGITS, "--workdir", tmp_path, "--train.lr", 0.1, "--model.ch-mult", 1, 3, "--seed", 5),
-        *("--train.steps", 500),  # may change, and is not named
+        *("--train.steps", 5000),  # may change, and is not named
     )
     assert (tmp_path / "config.json").read_text() == before
 
