@@ -38,8 +38,10 @@ class Arguments:
 
 def main() -> None:
     """Parses the command line, samples and writes."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    if {"-h", "--help"} & set(sys.argv):
         tyro.cli(Arguments, prog="sample.py WORKDIR", args=["--help"])
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UsageError("no workdir was given; run sample.py WORKDIR, and sample.py --help for the options")
     workdir = sys.argv[1]
     arguments = tyro.cli(Arguments, prog=f"sample.py {workdir}", args=sys.argv[2:])
     for name in ("num_images", "batch_size"):
