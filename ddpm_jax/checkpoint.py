@@ -10,6 +10,7 @@ Array files carry no checksum of their own: a flipped bit would restore silently
 """
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -130,6 +131,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         folder = self.folder(step)
+        meta = copy.deepcopy(meta)  # it is written later, while the caller goes on changing what is in it
         state_item = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
         if state.loss_history is not None:
             state_item["loss_history"] = state.loss_history

@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, every flipped byte is noticed, and no failure costs an intact one."""
 
+import copy
 import dataclasses
 import errno
 import gc
@@ -166,6 +167,17 @@ def test_training_on_does_not_disturb_a_save(tmp_path):
             state = go_on(state)
         checkpoints.wait()
         assert_same_bits(checkpoints.restore_state(1, shapes_of(state)), expected)
+
+
+def test_logging_on_does_not_disturb_a_save(tmp_path):
+    """The losses that wait for a log line go on being collected while the save is written."""
+    with Opened(tmp_path / "checkpoints") as checkpoints:
+        for step in range(10, 60, 10):  # several, since the writing is a race
+            meta = copy.deepcopy(META)
+            checkpoints.save(small_state(step), meta)
+            meta["since_log"]["loss"].append(float(step))
+            checkpoints.wait()
+            assert checkpoints.restore_meta(step) == META
 
 
 def mesh_of(devices, fsdp):
