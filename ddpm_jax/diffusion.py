@@ -23,6 +23,9 @@ from ddpm_jax.schedules import Schedule
 Prediction = Literal["eps", "x_0", "x_prev", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
+# What becomes of a predicted x_0: clipped to [-1, 1] (True), left (False), or thresholded at this quantile (a float).
+Clip = bool | float
+
 Images = Float[Array, "B H W C"]
 Output = Float[Array, "B H W D"]  # D = C, or 2 C where the variance is learned
 Steps = Int[Array, " B"]
@@ -99,6 +102,20 @@ def predict_x_0(schedule: Schedule, output: Images, x_t: Images, t: Steps, *, pr
     raise ValueError(f"got prediction {prediction!r}, expected one of {', '.join(get_args(Prediction))}")
 
 
+def clip_x_0(x_0: Images, clip: Clip) -> Images:
+    """x_0 clipped to [-1, 1], as it is, or, for a float in (0, 1), by dynamic thresholding (Saharia et al. 2022).
+
+    Dynamic thresholding clips each image to [-s, s] and divides it by s, where s is that quantile of its |x_0|, or 1 if that
+    is larger. Raises ValueError for a number that is no quantile.
+    """
+    if isinstance(clip, bool):
+        return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+    if not 0.0 < clip < 1.0:
+        raise ValueError(f"got clip = {clip:g}, expected True, False or a quantile between 0 and 1")
+    s = jnp.maximum(1.0, jnp.quantile(jnp.abs(x_0), clip, axis=(1, 2, 3), keepdims=True))
+    return jnp.clip(x_0, -s, s) / s
+
+
 def predict_from_x_0(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
     """The eps, x_0, x_prev or v that belongs to x_0 and x_t: the inverse of `predict_x_0`."""
     if prediction == "eps":
@@ -147,20 +164,18 @@ def p_mean_logvar(
     *,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip: bool = True,
+    clip: Clip = True,
 ) -> Reverse:
     """p(x_{t-1} | x_t) from a network's output: the mean (Eq. 11 for eps), the log-variance, and x_0.
 
-    x_0 is clipped to [-1, 1] (if `clip`) before the mean is formed from it, as the authors' code does, not after. With
+    x_0 is clipped (see `clip_x_0`) before the mean is formed from it, as the authors' code does, not after. With
     `x_prev` the mean is the output itself and clipping touches only the x_0 that is returned. Variances:
     fixed_large sigma^2 = beta_t and fixed_small the posterior's (section 3.2), both with t = 1's posterior variance at t = 0;
     learned the output's second half as log-variance; learned_range that half, v in [-1, 1], interpolating between the
     posterior's log-variance and log beta_t (Nichol & Dhariwal 2021, Eq. 15).
     """
     mean_part, var_part = split_output(output, variance=variance)
-    x_0 = predict_x_0(schedule, mean_part, x_t, t, prediction=prediction)
-    if clip:
-        x_0 = jnp.clip(x_0, -1.0, 1.0)
+    x_0 = clip_x_0(predict_x_0(schedule, mean_part, x_t, t, prediction=prediction), clip)
     mean = mean_part if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
     if variance == "fixed_small":
         logvar = at(schedule.posterior_logvar_clipped, t, x_t)

@@ -151,6 +151,19 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
     )
 
 
+def respace(schedule: Schedule, steps: np.ndarray) -> Schedule:
+    """The process that visits only the given steps: beta'_i = 1 - alpha-bar(steps[i]) / alpha-bar(steps[i-1]).
+
+    steps: increasing t's, at least 2, int (S,); entry i of the new tables belongs to t = steps[i]. With all steps nothing
+    changes.
+    """
+    starts = np.append(0, np.asarray(steps[:-1]) + 1)
+    with np.errstate(divide="ignore"):  # a beta of 1
+        # From the product of the alphas between two steps: the ratio of their alpha-bars would round.
+        log_alphas = np.add.reduceat(np.log1p(-schedule.betas[: steps[-1] + 1]), starts)
+    return schedule_from_betas(-np.expm1(log_alphas))
+
+
 def snr(schedule: Schedule) -> Float[np.ndarray, " T"]:
     """Signal-to-noise ratio alpha-bar_t / (1 - alpha-bar_t) of each t, float64."""
     return (schedule.sqrt_alphas_cumprod / schedule.sqrt_one_minus_alphas_cumprod) ** 2

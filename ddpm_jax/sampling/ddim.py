@@ -1,0 +1,71 @@
+"""DDIM: denoising diffusion implicit models (Song, Meng & Ermon 2021), and the way back from an image to its x_T."""
+
+import numpy as np
+
+from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.sampling.linear import levels, linear
+from ddpm_jax.sampling.loop import Sampler
+from ddpm_jax.schedules import Schedule
+
+
+def ddim(
+    schedule: Schedule,
+    steps: np.ndarray,
+    *,
+    eta: float = 0.0,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip: Clip = True,
+) -> Sampler:
+    """x_s = sqrt(alpha-bar_s) x_0 + sqrt(1 - alpha-bar_s - sigma^2) eps + sigma z, Eq. (12) of the DDIM paper.
+
+    steps: increasing t's. eta in [0, 1] scales sigma (their Eq. 16): 0 draws no noise, 1 with all steps is ancestral sampling
+    with fixed_small. x_0 is the predicted one, clipped, and eps the noise that belongs to it. Raises ValueError for eta
+    outside of [0, 1].
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"got eta = {eta:g}, expected from 0 (no noise) to 1 (ancestral)")
+    at = levels(schedule, steps)
+    # 1 - alpha-bar_t / alpha-bar_s, from the noises, since a difference of nearly equal signals would round.
+    fraction = (at.noise**2 - at.next_noise**2) / at.next_signal**2
+    sigma = eta * at.next_noise / at.noise * np.sqrt(fraction)
+    x = np.sqrt(at.next_noise**2 - sigma**2) / at.noise
+    return linear(
+        schedule,
+        at.t,
+        x=x,
+        x_0=(at.next_signal - x * at.signal)[:, None],
+        noise=sigma if eta else None,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+    )
+
+
+def ddim_encode(
+    schedule: Schedule,
+    steps: np.ndarray,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> Sampler:
+    """DDIM with eta = 0 run backwards: takes images x_0 to the x_T that `ddim` over the same steps returns to them.
+
+    Exact in the limit of many steps: each step uses the eps of the level it leaves, as Euler's method does in the other
+    direction. The clean image has no level of its own and is evaluated at the first of the steps. Nothing is clipped.
+    """
+    steps = np.asarray(steps)
+    t = np.append(steps[0], steps[:-1])
+    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    level = np.append(1.0, signal[steps[:-1]])
+    # x' = signal' x / level + (noise'/signal' - noise/level) signal' eps, and eps = (x - signal_t x_0) / noise_t.
+    change = noise[steps] - signal[steps] * np.append(0.0, noise[steps[:-1]]) / level
+    return linear(
+        schedule,
+        t,
+        x=signal[steps] / level + change / noise[t],
+        x_0=(-change * signal[t] / noise[t])[:, None],
+        prediction=prediction,
+        variance=variance,
+        clip=False,
+    )

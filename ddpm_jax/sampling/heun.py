@@ -1,0 +1,35 @@
+"""Heun's method on the probability-flow ODE (Karras et al. 2022, Algorithm 1)."""
+
+import numpy as np
+
+from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.sampling.linear import levels, linear
+from ddpm_jax.sampling.loop import Sampler
+from ddpm_jax.schedules import Schedule
+
+
+def heun(
+    schedule: Schedule,
+    steps: np.ndarray,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip: Clip = True,
+) -> Sampler:
+    """dy/ds = eps with y = x / signal and s = noise / signal: an Euler step, then again with the mean of both ends' eps.
+
+    steps: increasing t's, S of them, which take 2 S - 1 network evaluations: the last step, to the clean image, has no eps at
+    its end and stays Euler's. Each evaluation is a row. The second of a step knows x only as the first has left it, which is
+    enough: both ends' eps, seen from there, are (y - x_0) / s, so that y changes by h/2 of their difference.
+    """
+    at = levels(schedule, steps)
+    S = len(at.t)
+    ahead, back = np.arange(S) * 2, np.arange(S - 1) * 2 + 1
+    t, x, x_0 = np.empty(2 * S - 1, np.int64), np.ones(2 * S - 1), np.zeros((2 * S - 1, 2))
+    t[ahead], t[back] = at.t, at.t[1:]
+    x[ahead] = at.next_noise / at.noise
+    x_0[ahead, 0] = at.next_signal - x[ahead] * at.signal
+    s, next_s = at.noise[:-1] / at.signal[:-1], at.noise[1:] / at.signal[1:]
+    half = (next_s - s) / (2 * next_s) * at.signal[1:]
+    x_0[back] = np.stack([-half, half], axis=-1)
+    return linear(schedule, t, x=x, x_0=x_0, prediction=prediction, variance=variance, clip=clip)

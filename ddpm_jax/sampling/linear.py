@@ -1,0 +1,73 @@
+"""Samplers that are a table: x' = a x + b x_0 + (c_1, c_2, ...) earlier x_0's + s z, with x_0 predicted from x at t.
+
+DDIM, DPM-Solver++ and Heun's method all are. Their files compute the table, in float64; this one runs it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from ddpm_jax.diffusion import Clip, Prediction, Variance, clip_x_0, predict_x_0, split_output
+from ddpm_jax.sampling.loop import Sampler
+from ddpm_jax.schedules import Schedule
+
+
+class Levels(NamedTuple):
+    """For each step of a chain, in the order it is run: the t it is evaluated at, signal sqrt(alpha-bar) and noise
+    sqrt(1 - alpha-bar) there, and both at the step after, where the last one reaches the clean image: 1 and 0.
+    """
+
+    t: Int[np.ndarray, " S"]
+    signal: Float[np.ndarray, " S"]
+    noise: Float[np.ndarray, " S"]
+    next_signal: Float[np.ndarray, " S"]
+    next_noise: Float[np.ndarray, " S"]
+
+
+def levels(schedule: Schedule, steps: Sequence[int] | np.ndarray) -> Levels:
+    """The levels of the chain over `steps` (increasing t's), from the last of them to the clean image; float64.
+
+    Raises ValueError where there is no signal at the last of them (`jsd`): these samplers would divide by it.
+    """
+    t = np.asarray(steps)[::-1]
+    if schedule.alphas_cumprod[t[0]] == 0:
+        raise ValueError(
+            f"got a schedule whose alphas_cumprod[{t[0]}] is 0, expected some signal; use ancestral sampling"
+        )
+    signal, noise = schedule.sqrt_alphas_cumprod[t], schedule.sqrt_one_minus_alphas_cumprod[t]
+    return Levels(t, signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0))
+
+
+def linear(
+    schedule: Schedule,
+    t: Int[np.ndarray, " S"],
+    *,
+    x: Float[np.ndarray, " S"],
+    x_0: Float[np.ndarray, "S m"],
+    noise: Float[np.ndarray, " S"] | None = None,
+    prediction: Prediction,
+    variance: Variance,
+    clip: Clip,
+) -> Sampler:
+    """The sampler x' = x[k] x + sum_j x_0[k, j] (the x_0 predicted j rows ago) + noise[k] z, for rows k = 0, 1, ....
+
+    t: where the network is evaluated, int (S,). Coefficients are float64 and cast once, in the loop. A learned variance is
+    not used: these samplers have their own.
+    """
+
+    def step(model, x, row, draw, previous):
+        t = jnp.full(x.shape[:1], row["t"])
+        output, _ = split_output(model(x, t), variance=variance)
+        predicted = clip_x_0(predict_x_0(schedule, output, x, t, prediction=prediction), clip)
+        x = row["x"] * x
+        for j, earlier in enumerate((predicted, *previous)):
+            x = x + row["x_0"][j] * earlier
+        if noise is not None:
+            x = x + row["noise"] * draw()
+        return x, predicted
+
+    rows = {"t": t, "x": x, "x_0": x_0} | ({} if noise is None else {"noise": noise})
+    return Sampler(rows, step, memory=x_0.shape[1] - 1)

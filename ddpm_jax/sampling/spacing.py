@@ -1,0 +1,84 @@
+"""Which of the T steps a sampler visits: increasing t's, each at most once."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from ddpm_jax.schedules import Schedule
+
+Steps = Int[np.ndarray, " S"]
+
+
+def linspace(schedule: Schedule, n: int) -> Steps:
+    """From 0 to T-1, both visited, at equal distances."""
+    return _distinct(np.linspace(schedule.T - 1, 0, n)[::-1], schedule.T)
+
+
+def leading(schedule: Schedule, n: int) -> Steps:
+    """0, d, 2d, ... with d = T // n: the DDIM paper's "linear". The noisiest steps are left out."""
+    return np.arange(n) * (schedule.T // n)
+
+
+def trailing(schedule: Schedule, n: int) -> Steps:
+    """T-1, T-1-T/n, ...: the noisiest step is always visited (Lin et al. 2023)."""
+    return _distinct(schedule.T - 1 - np.arange(n)[::-1] * (schedule.T / n), schedule.T)
+
+
+def quadratic(schedule: Schedule, n: int) -> Steps:
+    """From 0 to T-1 with equally spaced square roots: denser where there is little noise."""
+    return _distinct(np.linspace(np.sqrt(schedule.T - 1), 0, n)[::-1] ** 2, schedule.T)
+
+
+def logsnr(schedule: Schedule, n: int) -> Steps:
+    """From 0 to T-1 at equal distances in the logarithm of the signal-to-noise ratio (Lu et al. 2022).
+
+    Raises ValueError where that ratio ends at 0 (`jsd`).
+    """
+    if schedule.alphas_cumprod[-1] == 0:
+        raise ValueError("got spacing 'logsnr' with a schedule whose last alphas_cumprod is 0; use another spacing")
+    falling = np.log(schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)  # minus half the log-SNR
+    return _distinct(
+        np.interp(np.linspace(falling[-1], falling[0], n)[::-1], falling, np.arange(schedule.T)), schedule.T
+    )
+
+
+def _distinct(places: np.ndarray, T: int) -> Steps:
+    """Rounded to whole steps, those that would coincide moved to the next free one."""
+    n = np.arange(len(places))
+    steps = np.maximum.accumulate(np.round(places).astype(np.int64) - n) + n
+    return np.minimum(steps, T - len(places) + n)
+
+
+SPACINGS: dict[str, Callable[[Schedule, int], Steps]] = {
+    f.__name__: f for f in (linspace, leading, trailing, quadratic, logsnr)
+}
+
+
+def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: str = "linspace") -> Steps:
+    """The steps to visit: all (no counts), n of them by a spacing of `SPACINGS`, or so many in each of equal sections of T.
+
+    The sections (Nichol & Dhariwal's, e.g. 10, 20, 30: the first number is for the least noise) are spaced by linspace.
+    Raises ValueError for an unknown spacing or more steps than there are.
+    """
+    counts = (counts,) if isinstance(counts, int) else tuple(counts)
+    if spacing not in SPACINGS:
+        raise ValueError(f"got spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
+    if not counts:
+        return np.arange(schedule.T)
+    if len(counts) > 1 and spacing != "linspace":
+        raise ValueError(f"got sections of {counts} steps and spacing {spacing!r}, expected linspace for sections")
+    ends = [schedule.T * i // len(counts) for i in range(len(counts) + 1)]
+    for count, first, end in zip(counts, ends, ends[1:], strict=False):
+        if not 1 <= count <= end - first:
+            raise ValueError(
+                f"got {count} steps of the {end - first} from t = {first} on, expected from 1 to {end - first}"
+            )
+    if len(counts) == 1:
+        return SPACINGS[spacing](schedule, counts[0])
+    return np.concatenate(
+        [
+            np.round(np.linspace(first, end - 1, c)).astype(np.int64)
+            for c, first, end in zip(counts, ends, ends[1:], strict=False)
+        ]
+    )
