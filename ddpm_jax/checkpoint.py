@@ -23,10 +23,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ddpm_jax import sharding
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.training import TrainState
 
 MANIFEST = "manifest.json"
+NONE = -1  # no step, among whole numbers
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -55,6 +57,12 @@ def write_manifest(folder: epath.Path) -> None:
     """Lists every file of a finished step folder, with sizes and SHA-256, in its manifest."""
     files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
     write_text(folder / MANIFEST, _manifest_text(files))
+
+
+def digest(folder: epath.Path) -> str:
+    """SHA-256 of a step folder's manifest, which stands for every byte of it; "" if it has none."""
+    path = folder / MANIFEST
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -93,6 +101,13 @@ def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema",
     return None
 
 
+def saved_steps(directory: epath.Path) -> list[int]:
+    """The steps that have a folder in a run's checkpoint folder, in order, whether intact or not."""
+    if not directory.exists():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
 class Checkpoints:
     """The checkpoints of a run. `say` receives one sentence about each step that is passed over."""
 
@@ -115,9 +130,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a folder, in order, whether intact or not."""
-        if not self.directory.exists():
-            return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        return saved_steps(self.directory)
 
     def folder(self, step: int) -> epath.Path:
         """The folder of a step."""
@@ -196,9 +209,14 @@ class Checkpoints:
     ) -> int | None:
         """The newest intact step, or the given one if it is intact; None if nothing was ever saved whole.
 
-        unverified: take the step without checking it. Steps passed over are told to `say`. Raises UsageError if a given step
-        is not there or damaged, or if there are steps and all are damaged.
+        unverified: take the step without checking it. Steps passed over are told to `say`. Of several processes the first one
+        looks and decides for all. Raises UsageError if a given step is not there or damaged, or if there are steps and all are
+        damaged.
         """
+        chosen = sharding.first_decides(lambda: self._choose(step, unverified, items))
+        return None if chosen == NONE else chosen
+
+    def _choose(self, step: int | None, unverified: bool, items: tuple[str, ...]) -> int:
         steps = self.steps()
         if step is not None and step not in steps:
             there = f"those there are {', '.join(map(str, steps))}" if steps else "there are none"
@@ -206,7 +224,7 @@ class Checkpoints:
         wanted = steps[::-1] if step is None else [step]
         if unverified and wanted:
             return wanted[0]
-        lost = False
+        lost, cut_short = False, 0
         for candidate in wanted:
             damage = find_damage(self.folder(candidate), items=items)
             if damage is None:
@@ -216,15 +234,16 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self.directory} is not intact: {damage}; "
                     "choose another step, or insist with --unverified"
                 )
-            lost = lost or (self.folder(candidate) / MANIFEST).exists()
+            has_manifest = (self.folder(candidate) / MANIFEST).exists()
+            lost, cut_short = lost or has_manifest, cut_short + (not has_manifest)
             self._passed_over.add(candidate)
             self.say(f"The checkpoint of step {candidate} is passed over: {damage}.")
-        if lost:
+        if lost or cut_short > 1:  # one is a first save that was killed; no kill leaves two
             raise UsageError(
                 f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
                 "or insist on the newest with --unverified"
             )
-        return None
+        return NONE
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
         """The training state of a step. like: its ShapeDtypeStructs, with the shardings that the arrays shall have."""

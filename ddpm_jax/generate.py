@@ -1,19 +1,57 @@
-"""Images from parameters: the config's sampler, compiled for a mesh, over ranges of image indices."""
+"""Images from parameters: a sampler compiled for a config and a mesh, over ranges of image indices."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
+from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
-from ddpm_jax.sampling import sample
+from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training import build_schedule, build_unet
+
+Generator = Callable[..., Any]  # (params, key, indices) -> images
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How images are drawn; the defaults are the paper's Algorithm 2 over all T steps."""
+
+    sampler: str = "ancestral"
+    """One of ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun."""
+    steps: tuple[int, ...] = ()
+    """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
+    spacing: str = "linspace"
+    """Which steps: linspace, leading, trailing, quadratic or logsnr."""
+    eta: float | None = None
+    """DDIM's noise, from 0 (none, its default) to 1 (ancestral)."""
+    clip: Literal["static", "dynamic", "none"] = "static"
+    """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
+
+
+def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
+    """The sampler of these options for a run's schedule and network output. Raises UsageError if there is none."""
+    d = config.diffusion
+    try:
+        return make_sampler(
+            build_schedule(config),
+            options.sampler,
+            steps=options.steps,
+            spacing=options.spacing,
+            eta=options.eta,
+            prediction=d.prediction,
+            variance=d.variance,
+            clip={"static": True, "none": False, "dynamic": 0.995}[options.clip],
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -27,42 +65,57 @@ def sample_key(seed: int) -> Key[Array, ""]:
 
 
 def make_generator(
-    config: Config, mesh: Mesh
-) -> Callable[[Any, Key[Array, ""], Int[Array, " B"]], UInt8[Array, "B H W C"]]:
-    """Compiles (params, key, indices) -> uint8 images (B, H, W, C): the whole reverse chain, one program for each B.
+    config: Config, mesh: Mesh, options: SamplerOptions | None = None, *, watch: Sequence[int] = ()
+) -> Generator:
+    """Compiles (params, key, indices int (B,)) -> uint8 images (B, H, W, C): the whole reverse chain, one program for each B.
 
-    B must be a multiple of the mesh's devices, over which the images are split.
+    B must be a multiple of the mesh's devices, over which the work is split; every device ends with all images. watch: rows
+    of the sampler after which to look: then it gives (images, x_t, x_0), the latter two (len(watch), B, H, W, C). Raises
+    UsageError for options that do not go together.
     """
-    schedule, unet, d = build_schedule(config), build_unet(config), config.diffusion
-    size = config.data.image_size
+    options = SamplerOptions() if options is None else options
+    sampler, unet = build_sampler(config, options), build_unet(config)
+    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
 
     def generate(params, key, indices):
         def model(x_t, t):
             return unet.apply({"params": params}, x_t, t)
 
-        images = sample(
-            schedule,
-            model,
-            key,
-            jax.lax.with_sharding_constraint(indices, sharding.split(mesh)),
-            image_shape=(size, size, config.data.channels),
-            prediction=d.prediction,
-            variance=d.variance,
-        )
-        return to_uint8(images)
+        indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
+        x, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=watch)
+        return (to_uint8(x), to_uint8(seen.x), to_uint8(seen.x_0)) if len(watch) else to_uint8(x)
 
-    return jax.jit(generate, out_shardings=sharding.split(mesh))
+    return jax.jit(generate, out_shardings=sharding.replicated(mesh))
+
+
+def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> list[range]:
+    """The indices in fixed ranges of batch_size, rounded up to a multiple of num_devices; the last one may be shorter."""
+    size = _padded(min(batch_size, len(indices)), num_devices)
+    return [range(i, min(i + size, indices.stop)) for i in range(indices.start, indices.stop, size)]
+
+
+def _padded(count: int, num_devices: int) -> int:
+    return -(-count // num_devices) * num_devices
 
 
 def generate_batches(
-    generator: Callable, params: Any, key: Key[Array, ""], indices: range, *, batch_size: int, num_devices: int
+    generator: Generator,
+    params: Any,
+    key: Key[Array, ""],
+    ranges: Iterable[range],
+    *,
+    batch_size: int,
+    num_devices: int,
 ) -> Iterator[tuple[range, UInt8[np.ndarray, "n H W C"]]]:
-    """Yields (index range, images) for fixed ranges of `batch_size` indices: range(0, batch_size), and so on.
+    """Yields (range, images) for each of the ranges; while one is looked at, the devices compute the next.
 
-    Every batch has the same shape, rounded up to a multiple of num_devices; what pads the last one is left out.
+    Every batch is computed in the shape of batch_size (rounded up to a multiple of num_devices); what pads it is left out.
     """
-    size = -(-min(batch_size, len(indices)) // num_devices) * num_devices
-    for first in range(indices.start, indices.stop, size):
-        part = range(first, min(first + size, indices.stop))
-        images = generator(params, key, jnp.arange(first, first + size, dtype=jnp.int32))
-        yield part, np.asarray(images)[: len(part)]
+    size, waiting = _padded(batch_size, num_devices), None
+    for part in ranges:
+        images = generator(params, key, np.arange(part.start, part.start + size, dtype=np.int32))
+        if waiting is not None:
+            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+        waiting = part, images
+    if waiting is not None:
+        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]

@@ -25,7 +25,7 @@ from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Config, check
 from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key
 from ddpm_jax.reporting import Report
 from ddpm_jax.training import TrainState, init_sharded_state, init_state, learning_rate, make_train_step
 from ddpm_jax.workdir import CHECKPOINTS, enter, load_run
@@ -47,7 +47,8 @@ def signals() -> Iterator[list[int]]:
 
     def receive(signum, frame):
         received.append(signum)
-        signal.signal(signum, before[signum])
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
     before = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -196,13 +197,30 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
             report.flush()
         checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log})
 
+    def sample_grid():
+        images = grid_images(config, generator, state.ema_params, mesh)
+        if report:
+            report.samples(step, images)
+
+    def grid_is_due():
+        return options.sample_every and (step % options.sample_every == 0 or step == options.steps)
+
+    def asked_to_stop():
+        # A signal may reach one process before another: they agree where all of them wait for the devices anyhow.
+        if jax.process_count() == 1:
+            return bool(received)
+        return step % options.log_every == 0 and sharding.any_process(bool(received))
+
     try:
+        if step and grid_is_due() and sharding.first_decides(lambda: not (report and report.has_samples(step))):
+            sample_grid()  # what came between the save and its grid
+            logged_time = time.perf_counter()
         while step < options.steps:
             state, metrics = train_steps(state, *feed(step, options.steps_per_dispatch))
             losses.add(metrics)
             step += options.steps_per_dispatch
             bar.update(options.steps_per_dispatch)
-            last = step == options.steps
+            last, stop = step == options.steps, asked_to_stop()
             if step % options.log_every == 0:
                 values = losses.means()
                 rate = (step - logged_step) / (time.perf_counter() - logged_time)
@@ -211,15 +229,13 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s")
                 if report:
                     report.scalars(step, values)
-            if options.sample_every and (step % options.sample_every == 0 or last):
-                images = grid_images(config, generator, state.ema_params, mesh)
-                if report:
-                    report.samples(step, images)
-            if step % options.save_every == 0 or last or received:
+            if step % options.save_every == 0 or last or stop:
                 save()
-            if received and not last:
+            if stop and not last:
                 checkpoints.wait()
-                raise Interrupted(received[0], step)
+                raise Interrupted(received[0] if received else signal.SIGTERM, step)
+            if grid_is_due():
+                sample_grid()
         checkpoints.wait()
         return state
     finally:
@@ -230,12 +246,9 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
 
 def grid_images(config: Config, generator: Any, params: Any, mesh: Mesh) -> np.ndarray:
     """The first train.num_samples images of the run's seed, uint8 (N, H, W, C)."""
+    count, devices = config.train.num_samples, mesh.devices.size
+    ranges = batch_ranges(range(count), batch_size=count, num_devices=devices)
     batches = generate_batches(
-        generator,
-        params,
-        sample_key(config.seed),
-        range(config.train.num_samples),
-        batch_size=config.train.num_samples,
-        num_devices=mesh.devices.size,
+        generator, params, sample_key(config.seed), ranges, batch_size=count, num_devices=devices
     )
     return np.concatenate([images for _, images in batches])

@@ -110,11 +110,17 @@ class Report:
 
     def samples(self, step: int, images: UInt8[np.ndarray, "N H W C"]) -> None:
         """A grid of sampled images: samples/step_<step>.png and a TensorBoard picture."""
-        sheet = enlarge(grid(images))
-        folder = self.workdir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"step_{step:08d}.png").write_bytes(png_bytes(sheet))
+        sheet, path = enlarge(grid(images)), self._grid_path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png_bytes(sheet))
         self._event(step, summary.image("samples", sheet, dataformats="HWC"))
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the grid of a step is there."""
+        return self._grid_path(step).exists()
+
+    def _grid_path(self, step: int) -> epath.Path:
+        return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def _event(self, step: int, content: Summary) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))

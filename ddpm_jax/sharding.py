@@ -4,22 +4,64 @@ The mesh has two axes: `data`, over which batches are split, and `fsdp`, over wh
 The layout changes where numbers are computed, never which.
 """
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax.errors import UsageError
 
 BATCH_AXES = ("data", "fsdp")
 
 
 def start_processes() -> None:
-    """Joins the processes of a multi-host run: `jax.distributed.initialize()`.
+    """Joins the processes of a multi-host run: `jax.distributed.initialize()`. Call it before anything else of JAX.
 
-    It detects TPU pods, GKE and Slurm; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    Call it before anything else of JAX.
+    It detects TPU pods, GKE and Slurm; elsewhere it takes the environment's JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. Raises UsageError if neither says which processes there are.
     """
-    jax.distributed.initialize()
+    address, count, index = (
+        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    )
+    try:
+        jax.distributed.initialize(address, int(count) if count else None, int(index) if index else None)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the processes of this run cannot be joined ({str(error).splitlines()[0]}); outside of TPU pods, GKE and Slurm "
+            "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or leave out --distributed"
+        ) from None
+
+
+def first_decides(decide: Callable[[], int]) -> int:
+    """What `decide` returns on the first process, on all of them; so files are looked at and written by one.
+
+    A UsageError there is raised there, and on the others one that says so.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    value, error = 0, None
+    if jax.process_index() == 0:
+        try:
+            value = decide()
+        except UsageError as problem:
+            error = problem
+    value, failed = multihost_utils.broadcast_one_to_all(np.array([value, error is not None])).tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise UsageError("the first process has stopped; its message says why")
+    return value
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process: the same answer on all of them, which must all ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:

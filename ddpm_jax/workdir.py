@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax import config as configs
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import Checkpoints, write_text
+from ddpm_jax.checkpoint import Checkpoints, digest, saved_steps, write_text
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.schedules import Schedule
@@ -45,27 +45,35 @@ def read_config(workdir: epath.Path) -> Config:
 
 
 def enter(workdir: epath.Path, config: Config) -> None:
-    """Makes the workdir this config's: creates it, or checks that it is, or refuses with the fields that differ."""
+    """Makes the workdir this config's: creates it, or checks that it is, or refuses with the fields that differ.
+
+    Before its first checkpoint a workdir takes any config, so that one that did not work can be put right.
+    """
+    sharding.first_decides(lambda: _enter(workdir, config))
+
+
+def _enter(workdir: epath.Path, config: Config) -> int:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
         old = read_config(workdir)
         fixed = [name for name in configs.differences(old, config) if name not in configs.MAY_CHANGE]
-        if fixed:
+        if fixed and saved_steps(workdir / CHECKPOINTS):
             was, now = configs.flatten(old), configs.flatten(config)
             fields = ", ".join(f"{name} (there {was[name]!r}, here {now[name]!r})" for name in fixed)
             raise UsageError(
                 f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
             )
         if old == config:
-            return
-    elif workdir.exists() and any(workdir.iterdir()):
+            return 0
+    elif workdir.exists() and any(path.name != f"{CONFIG}.tmp" for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
+    return 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Run:
 
     config: Config
     step: int
+    checkpoint: str  # SHA-256 of its manifest, "" if it has none
     params: Any
     schedule: Schedule
     unet: UNet
@@ -118,4 +127,5 @@ def load_run(
             params = checkpoints.restore_state(chosen, like).params
     finally:
         checkpoints.close()
-    return Run(config, chosen, params, build_schedule(config), build_unet(config), mesh)
+    manifest = digest(workdir / CHECKPOINTS / str(chosen))
+    return Run(config, chosen, manifest, params, build_schedule(config), build_unet(config), mesh)

@@ -1,0 +1,136 @@
+"""Several processes, as on several hosts: two of them on this machine, each with one device, through the real scripts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from ddpm_jax.image_set import read_images
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [
+    *(
+        "train.py",
+        "configs/digits.py",
+        "--model.ch",
+        "8",
+        "--model.groups",
+        "4",
+        "--model.ch-mult",
+        "1",
+        "--model.attn-resolutions",
+        "8",
+    ),
+    *("--model.dropout", "0.1", "--diffusion.T", "10", "--train.batch-size", "16", "--train.steps-per-dispatch", "2"),
+    *("--train.steps", "24", "--train.log-every", "4", "--train.save-every", "8", "--train.sample-every", "8"),
+    *("--train.num-samples", "4"),
+]
+SAMPLE = ["--num-images", "10", "--batch-size", "4", "--steps", "5"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("compiled")
+    keep = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return keep | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+def start(command, environment, processes):
+    """One process of the command, or several joined ones."""
+    if processes > 1:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            address = f"localhost:{s.getsockname()[1]}"
+        command = [*command, "--distributed"]
+        environment = environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment | {"JAX_PROCESS_ID": str(i)} if processes > 1 else environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(running, code=0):
+    outputs = [p.communicate(timeout=200)[0] for p in running]
+    assert [p.returncode for p in running] == [code] * len(running), "\n".join(outputs)
+    return outputs
+
+
+def logged(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines], np.array([[line["loss"], line["grad_norm"]] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, environment):
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(start([*TRAIN, "--workdir", str(workdir)], environment, 1))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, environment):
+    """A run on two processes: one of them is asked to stop, both do, and both continue to the end."""
+    workdir = tmp_path_factory.mktemp("together")
+    command = [*TRAIN, "--workdir", str(workdir)]
+    running = start(command, environment, 2)
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and all(p.poll() is None for p in running):
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    stopped = finish(running, 128 + signal.SIGTERM)
+    assert all("SIGTERM: stopped at step" in output for output in stopped), stopped
+    continued = finish(start(command, environment, 2))
+    assert all("Continuing from step" in output for output in continued)
+    return workdir
+
+
+def test_two_processes_train_the_same_run_and_stop_together(alone, together):
+    """Draws and data do not depend on the processes, so the losses agree; every step and grid is there once."""
+    steps, values = logged(alone)
+    steps_together, values_together = logged(together)
+    assert steps_together == steps == [4, 8, 12, 16, 20, 24]
+    np.testing.assert_allclose(values_together, values, rtol=1e-5)
+    grids = [sorted(p.name for p in (w / "samples").iterdir()) for w in (alone, together)]
+    assert grids[0] == grids[1] == [f"step_{step:08d}.png" for step in (8, 16, 24)]
+
+
+def test_two_processes_sample_the_same_images(alone, environment, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(["sample.py", str(alone), *SAMPLE, "--out", str(one)], environment, 1))
+    finish(start(["sample.py", str(alone), *SAMPLE, "--out", str(two)], environment, 2))
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (one, two)]
+    assert names[0] == names[1]
+    images = [read_images(epath.Path(folder / "images.npz")).astype(int) for folder in (one, two)]
+    assert images[0].shape == (10, 8, 8, 1)
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_what_the_first_process_refuses_stops_all(alone, environment, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    running = start(["sample.py", str(alone), *SAMPLE, "--out", str(tmp_path)], environment, 2)
+    outputs = finish(running, 2)
+    assert "has files but no set.json" in outputs[0]
+    assert "the first process has stopped; its message says why" in outputs[1]
+
+
+def test_processes_that_are_not_named_are_told_so(environment, tmp_path):
+    command = [sys.executable, *TRAIN, "--workdir", str(tmp_path / "w"), "--distributed"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in process.stderr
+    assert "Traceback" not in process.stderr
