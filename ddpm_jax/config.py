@@ -139,6 +139,7 @@ class Config:
 MAY_CHANGE = frozenset(
     {
         "data.cache",
+        "data.source",
         "model.remat",
         "train.steps",
         "train.accumulation",

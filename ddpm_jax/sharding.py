@@ -49,7 +49,8 @@ def first_decides(decide: Callable[[], int]) -> int:
             value = decide()
         except UsageError as problem:
             error = problem
-    value, failed = multihost_utils.broadcast_one_to_all(np.array([value, error is not None])).tolist()
+    told = np.array([value, error is not None], np.int32)  # one type on all processes, also where decide gives a bool
+    value, failed = multihost_utils.broadcast_one_to_all(told).tolist()
     if error is not None:
         raise error
     if failed:

@@ -147,8 +147,9 @@ class AttentionBlock(nn.Module):
         B, H, W, C = x.shape
         h = GroupNorm(self.groups, name="norm")(x).reshape(B, H * W, C)
         q, k, v = (dense(C, name=name, dtype=self.dtype)(h) for name in ("q", "k", "v"))
-        scores = jnp.einsum("bqc,bkc->bqk", q, k) * C**-0.5
-        weights = nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1).astype(self.dtype)
+        float32 = jnp.promote_types(x.dtype, jnp.float32)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=float32) * C**-0.5
+        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v)
         h = dense(C, name="proj_out", dtype=self.dtype, scale=_ZERO)(h)
         return x + h.reshape(B, H, W, C)

@@ -341,7 +341,6 @@ def test_what_may_change_exists_and_computes_nothing():
     deciding = {name for name in flatten(Config()) if name.startswith("diffusion.")}
     deciding |= {
         "seed",
-        "data.source",
         "data.image_size",
         "data.channels",
         "model.ch",

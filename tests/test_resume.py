@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,11 +95,11 @@ def test_five_kills_at_random_moments_change_no_bit(tmp_path, uninterrupted, env
     seed = random.SystemRandom().randrange(2**32)
     moments = random.Random(seed)
     print("seed", seed)
-    for first in (0, 20, 40, 60, 80):
+    for first in (0, 20, 40, 60, 75):
         process, reached = start(tmp_path, environment), first + moments.randrange(25)
         while last_logged(tmp_path) <= reached and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 0.5))
+        time.sleep(moments.uniform(0.0, 0.5 if first < 75 else 0.02))  # the last time there is not much left to do
         assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -129,6 +130,12 @@ def test_the_finished_run_says_so_and_longer_training_is_allowed(uninterrupted, 
     code, output = finish(start(uninterrupted, environment))
     assert code == 0
     assert "Continuing from step 120" in output
+    longer = tmp_path / "longer"
+    shutil.copytree(uninterrupted, longer)
+    code, output = finish(start(longer, environment, "--train.steps", "140"))
+    assert code == 0, output
+    assert [step for step, *_ in logged(longer)] == list(range(6, 139, 6))
+    assert last_state(longer)[0] == 140
     code, output = finish(start(uninterrupted, environment, "--train.lr", "0.1"))
     assert code == 2
     assert "differs in train.lr" in output

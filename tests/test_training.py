@@ -27,6 +27,12 @@ def run(config, steps, *, mesh=None, dispatch=None, state=None):
     return jax.device_get(state), {k: np.concatenate([m[k] for m in metrics]) for k in metrics[0]}
 
 
+def assert_metrics_agree(actual, expected):
+    """Losses, and gradient norms, which would tell of a wrong scale that clipping and Adam hide."""
+    np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(actual["grad_norm"], expected["grad_norm"], rtol=1e-4)
+
+
 def equal(a, b):
     """Whether two pytrees are the same bit for bit."""
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
@@ -60,12 +66,12 @@ def test_where_the_data_are_cached_changes_no_bit(reference):
 
 def test_accumulation_changes_memory_only(reference):
     _, metrics = run(tiny(train={"accumulation": 4}), STEPS)
-    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=2e-5)
+    assert_metrics_agree(metrics, reference[1])
 
 
 def test_rematerialisation_changes_memory_only(reference):
     _, metrics = run(tiny(model={"remat": True}), STEPS)
-    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=2e-5)
+    assert_metrics_agree(metrics, reference[1])
 
 
 def test_the_paper_learning_rate_is_zero_at_step_0_and_reached_at_the_last_warmup_step():
@@ -202,4 +208,4 @@ def test_state_is_born_split_over_fsdp_and_the_losses_agree():
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
     _, split = run(config, 4, mesh=mesh)
     _, whole = run(tiny(model=SMALLER | {"ch": 64}), 4)
-    np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
+    assert_metrics_agree(split, whole)

@@ -1,0 +1,172 @@
+"""The training loop in one process: what it refuses, what it stops at, what it goes on from."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny
+
+from ddpm_jax import loop, sharding, training
+from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.generate import make_generator, sample_key
+from ddpm_jax.loop import Losses, train
+from ddpm_jax.reporting import enlarge, grid
+from ddpm_jax.workdir import load_run
+
+# What other tests of resuming leave out: a history of losses, data fed by the host, and grids.
+CONFIG = tiny(
+    data={"cache": "host"},
+    model={"ch_mult": (1,), "attn_resolutions": (8,)},
+    diffusion={"t_sampler": "loss_history"},
+    train={
+        "steps": 8,
+        "lr": 3e-3,
+        "warmup_steps": 0,
+        "log_every": 4,
+        "save_every": 4,
+        "sample_every": 4,
+        "num_samples": 2,
+        "fsdp": 8,
+    },
+)
+
+
+def changed(**train_fields):
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **train_fields))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    return workdir, jax.device_get(train(CONFIG, workdir))
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines_without_rates(workdir):
+    return [line.split(', "steps_per_s"')[0] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_in_two_parts_ends_bit_identical_with_a_loss_history_and_host_fed_data(finished, tmp_path):
+    workdir, state = finished
+    train(changed(steps=4), tmp_path / "w")
+    parts = jax.device_get(train(CONFIG, tmp_path / "w"))
+    assert jax.tree.structure(parts) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert lines_without_rates(tmp_path / "w") == lines_without_rates(workdir)
+    assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
+
+
+def test_a_grid_that_was_lost_between_the_save_and_the_stop_is_made_up_for(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "w" / "samples" / "step_00000008.png").unlink()
+    train(CONFIG, tmp_path / "w")
+    assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
+
+
+def test_samples_come_from_the_moving_average(finished):
+    """load_run gives the EMA unless told otherwise, and the grids are drawn from it; never the raw parameters."""
+    workdir, state = finished
+    ema, raw = (load_run(workdir, weights=weights).params for weights in ("ema", "raw"))
+    for a, b, c in zip(*map(jax.tree.leaves, (ema, state.ema_params, raw)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c)
+    for a, b in zip(*map(jax.tree.leaves, (raw, state.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    generator = make_generator(CONFIG, sharding.make_mesh())
+    images = np.asarray(generator(ema, sample_key(CONFIG.seed), np.arange(8, dtype=np.int32)))[:2]
+    sheet = np.asarray(Image.open(workdir / "samples" / "step_00000008.png"), int)
+    assert np.abs(sheet - enlarge(grid(images))[..., 0]).max() <= 1
+
+
+def test_another_data_set_is_refused(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    before = files(tmp_path / "w")
+    real = loop.open_source
+    monkeypatch.setattr(loop, "open_source", lambda c: dataclasses.replace(real(c), identity={"images": 3}))
+    with pytest.raises(UsageError, match=r"the data set has changed since the checkpoint of step 8"):
+        train(changed(steps=12), tmp_path / "w")
+    assert files(tmp_path / "w") == before | {"config.json": (tmp_path / "w" / "config.json").read_bytes()}
+
+
+def test_steps_per_dispatch_must_divide_the_step_a_run_stands_at(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    with pytest.raises(UsageError, match=r"stands at step 8, which is not a multiple of train\.steps_per_dispatch=3"):
+        train(
+            changed(steps=12, steps_per_dispatch=3, log_every=3, save_every=3, sample_every=3),
+            tmp_path / "w",
+        )
+
+
+def test_init_from_starts_with_the_other_runs_moving_average(finished, tmp_path):
+    workdir, state = finished
+    config, mesh = changed(init_from=str(workdir)), sharding.make_mesh(fsdp=8)
+    source = loop.open_source(config.data)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    start, _ = loop.start_state(config, source, mesh, checkpoints, unverified=False)
+    checkpoints.close()
+    assert start.step == 0
+    for params in (start.params, start.ema_params):
+        for a, b in zip(*map(jax.tree.leaves, (params, state.ema_params)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert all(not np.any(a) for a in jax.tree.leaves(jax.device_get(start.opt_state)))
+
+
+def test_a_wrong_init_from_is_told_and_can_be_put_right(finished, tmp_path):
+    """Before its first checkpoint a workdir takes a corrected config."""
+    workdir, _ = finished
+    with pytest.raises(UsageError, match="does not exist"):
+        train(changed(init_from=str(tmp_path / "typo")), tmp_path / "w")
+    wider = dataclasses.replace(changed(init_from=str(workdir)), model=dataclasses.replace(CONFIG.model, ch=16))
+    with pytest.raises(UsageError, match=r"do not fit this network: .* has shape"):
+        train(wider, tmp_path / "w")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    before = files(tmp_path / "w" / "checkpoints")
+    make = training.make_train_step
+
+    def broken(config, *, mesh):
+        step = make(config, mesh=mesh)
+
+        def go(state, *feed):
+            state, metrics = step(state, *feed)
+            return state, metrics | {"loss": jnp.where(state.step >= 12, jnp.nan, metrics["loss"])}
+
+        return go
+
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    with pytest.raises(RunError, match="loss became nan between steps 11 and 12; the checkpoints before are kept"):
+        train(changed(steps=16, save_every=16, log_every=16, sample_every=16), tmp_path / "w")
+    assert files(tmp_path / "w" / "checkpoints") == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_losses_are_checked_before_anything_is_saved(bad):
+    losses = Losses(10, {})
+    for values in ([1.0, 2.0], [3.0, bad]):
+        losses.add({"loss": jnp.asarray(values), "grad_norm": jnp.ones(2)})
+    with pytest.raises(RunError, match=f"loss became {bad} between steps 13 and 14"):
+        losses.fetch_all()
+
+
+def test_logged_values_are_means_since_the_last_line():
+    losses = Losses(0, {"loss": [5.0]})
+    losses.add({"loss": jnp.asarray([1.0, 3.0])})
+    assert losses.means() == {"loss": 3.0}
+    losses.add({"loss": jnp.asarray([4.0])})
+    assert losses.means() == {"loss": 4.0}
+    assert losses.step == 3
