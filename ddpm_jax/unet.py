@@ -101,7 +101,7 @@ class GroupNorm(nn.Module):
 
 
 def timestep_embedding(t: Int[Array, " B"], dim: int) -> Float[Array, "B dim"]:
-    """Sinusoids of the integer t: [sin, cos] halves, frequencies exp(-ln(10000) i / (dim/2 - 1)), float32; dim even, >= 4."""
+    """Sinusoids of t: [sin, cos] halves, frequencies exp(-ln(10000) i / (dim/2 - 1)), float32; dim even, >= 4."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]

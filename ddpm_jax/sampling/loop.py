@@ -5,6 +5,7 @@ draws the noise: image i's depends on (key, i, k) alone, k = 0 for x_T and k = 1
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from ddpm_jax import rng
 Model = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W D"]]
 
 
-class Sampler(NamedTuple):
+@dataclass(frozen=True)
+class Sampler:
     """A sampler: rows, and step(model, x, row, noise, previous) -> (x, x_0).
 
     rows: a pytree of host arrays whose first axis, length S, is the order of the steps. step takes x float (B, H, W, C), one

@@ -1,0 +1,106 @@
+"""The likelihood under the probability-flow ODE (Song et al. 2021), with Hutchinson's trace estimate and an adaptive solver.
+
+In half log-SNR lambda = log(signal / noise), with signal^2 = sigmoid(2 lambda) and noise^2 = sigmoid(-2 lambda), the flow is
+dx/dlambda = noise^2 x - noise eps(x, lambda). Needs the extra `ode` (diffrax).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax import rng
+from ddpm_jax.diffusion import Prediction
+from ddpm_jax.errors import UsageError
+from ddpm_jax.schedules import Schedule
+
+
+class OdeLikelihood(NamedTuple):
+    """log_density: float (B,), in nats, of x as a point of R^D; x_T: where the flow takes it; evaluations: of the network.
+
+    The solver's tolerance is on x and on the log-density per dimension, in each step.
+    """
+
+    log_density: Float[Array, " B"]
+    x_T: Float[Array, "B H W C"]
+    evaluations: Int[Array, ""]
+
+
+def ode_log_density(
+    schedule: Schedule,
+    model: Callable[[Array, Array], Array],
+    key: Key[Array, ""],
+    indices: Int[Array, " B"],
+    x: Float[Array, "B H W C"],
+    *,
+    prediction: Prediction = "eps",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 1000,
+) -> OdeLikelihood:
+    """log p(x) of the flow's distribution at t = 0, by the change of variables from N(0, I) at t = T-1.
+
+    model: (x_t, t) -> output, evaluated between the integer steps too: t is float (B,), such that the table of lambda is
+    linear in between. It puts out eps, x_0 or v, and nothing else (a learned variance's channels must be cut off). Image i's
+    direction of the trace estimate (Rademacher) depends on (key, i) alone. Pure: put it inside `jax.jit`. The solver raises
+    where max_steps is not enough. Raises ValueError for x_prev or a schedule without signal at its end, UsageError without
+    diffrax.
+    """
+    try:
+        import diffrax
+    except ImportError:
+        raise UsageError(
+            'the ODE likelihood needs diffrax, which is not installed: pip install "ddpm-jax[ode]"'
+        ) from None
+    if prediction == "x_prev" or schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "got prediction x_prev or a schedule that ends without signal, expected eps, x_0 or v and some signal"
+        )
+    # Increasing, as interpolation wants them: minus lambda.
+    table = np.log(schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)
+    dimensions = math.prod(x.shape[1:])
+    keys = rng.image_keys(key, indices)
+    direction = jax.vmap(lambda k: jax.random.rademacher(k, x.shape[1:], x.dtype))(keys)
+
+    def eps(x_t, minus_lambda):
+        signal, noise = jnp.sqrt(jax.nn.sigmoid(-2 * minus_lambda)), jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
+        t = jnp.interp(minus_lambda, jnp.asarray(table, x.dtype), jnp.arange(schedule.T, dtype=x.dtype))
+        output = model(x_t, jnp.full(x_t.shape[:1], t))
+        if prediction == "eps":
+            return output
+        return (x_t - signal * output) / noise if prediction == "x_0" else signal * output + noise * x_t
+
+    def flow(minus_lambda, state, _):
+        x_t, _ = state
+        noise = jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
+        value, pull_back = jax.vjp(lambda x_t: noise * eps(x_t, minus_lambda) - noise**2 * x_t, x_t)
+        trace = jnp.sum(pull_back(direction)[0] * direction, axis=(1, 2, 3))
+        return value, trace / dimensions
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(flow),
+        diffrax.Dopri5(),
+        t0=float(table[0]),
+        t1=float(table[-1]),
+        dt0=None,
+        y0=(x, jnp.zeros(x.shape[:1], x.dtype)),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=max_steps,
+    )
+    x_T, trace = (a[-1] for a in solution.ys)
+    at_the_end = -0.5 * jnp.sum(x_T**2, axis=(1, 2, 3)) - 0.5 * dimensions * jnp.log(2 * jnp.pi)
+    evaluations = 1 + 6 * solution.stats["num_steps"]
+    return OdeLikelihood(at_the_end + trace * dimensions, x_T, evaluations)
+
+
+def ode_bits_per_dim(likelihood: OdeLikelihood) -> Float[Array, " B"]:
+    """Bits/dim of images of 256 levels from the density of their dequantised pixels: log2(127.5) - log2 p(x) / D.
+
+    x, in [-1, 1], must have had uniform noise over a bin's width of 2/255 added, an unbiased draw of an upper bound.
+    """
+    dimensions = math.prod(likelihood.x_T.shape[1:])
+    return math.log2(127.5) - likelihood.log_density / (dimensions * math.log(2))

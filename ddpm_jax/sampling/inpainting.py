@@ -1,0 +1,68 @@
+"""Inpainting with an unconditional model: RePaint (Lugmayr et al. 2022), on top of ancestral sampling."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.sampling.ancestral import ancestral
+from ddpm_jax.sampling.loop import Sampler
+from ddpm_jax.schedules import Schedule, respace
+
+
+def inpaint(
+    schedule: Schedule,
+    steps: np.ndarray,
+    known: Float[Array, "B H W C"],
+    mask: Float[Array, "B H W 1"],
+    *,
+    jump: int = 10,
+    times: int = 10,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip: Clip = True,
+) -> Sampler:
+    """A sampler of images that agree with `known` where the mask is 1: after each step x is put together from q(x_s | known)
+    there and the ancestral x_s elsewhere (Algorithm 1 of the paper).
+
+    steps: increasing t's, at least 2. So that both parts fit together, every `jump` steps the chain is noised `jump` steps
+    back and run again, until it has been run `times` times. What is filled in follows its distribution given the rest
+    approximately, the better the more often. One row is one network evaluation. Raises ValueError for a jump
+    or times below 1.
+    """
+    if jump < 1 or times < 1:
+        raise ValueError(f"got jump = {jump} and times = {times}, expected at least 1 of each")
+    base = ancestral(schedule, steps, prediction=prediction, variance=variance, clip=clip)
+    alphas_cumprod = np.append(respace(schedule, steps).alphas_cumprod, 1.0)  # the last, [-1], is the clean image's
+    i, back = _walk(len(steps), jump, times)
+    kept = alphas_cumprod[i - 1 + back] / alphas_cumprod[i - 1]  # of the signal, in being noised back
+    rows = {
+        "t": np.asarray(steps)[i],
+        "i": i,
+        "signal": np.sqrt(alphas_cumprod[i - 1]),
+        "noise": np.sqrt(1.0 - alphas_cumprod[i - 1]),
+        "back_signal": np.sqrt(kept),
+        "back_noise": np.sqrt(1.0 - kept),
+    }
+
+    def step(model, x, row, draw, previous):
+        x, x_0 = base.step(model, x, row, draw, previous)
+        x = jnp.where(mask > 0, row["signal"] * known + row["noise"] * draw(1), x)
+        return row["back_signal"] * x + row["back_noise"] * draw(2), x_0
+
+    return Sampler(rows, step)
+
+
+def _walk(S: int, jump: int, times: int) -> tuple[np.ndarray, np.ndarray]:
+    """The entry of the chain that each row steps down from, and by how many steps it is noised back after."""
+    left = dict.fromkeys(range(0, S - jump, jump), times - 1)
+    walk, i = [], S - 1
+    while i >= 0:
+        reached = i - 1
+        back = jump if left.get(reached, 0) else 0
+        if back:
+            left[reached] -= 1
+        walk.append((i, back))
+        i = reached + back
+    i_and_back = np.array(walk)
+    return i_and_back[:, 0], i_and_back[:, 1]

@@ -1,0 +1,117 @@
+"""What the paper does with the chain's intermediate x_t: its Figures 6, 7 and 8, and starting from a noised image.
+
+Each takes a `Sampler` and starts at one of its steps: the noisiest that is at most t.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax import rng
+from ddpm_jax.diffusion import q_sample
+from ddpm_jax.sampling.loop import Model, Sampler, draw_x_T, reverse
+from ddpm_jax.schedules import Schedule
+
+
+class Progressive(NamedTuple):
+    """The x_0 that are predicted on the way, (n, B, H, W, C), the t they are predicted at, and the images at the end."""
+
+    t: Int[np.ndarray, " n"]
+    x_0: Float[Array, "n B H W C"]
+    images: Float[Array, "B H W C"]
+
+
+def progressive_generation(
+    sampler: Sampler,
+    model: Model,
+    key: Key[Array, ""],
+    indices: Int[Array, " B"],
+    *,
+    image_shape: tuple[int, int, int],
+    count: int = 10,
+) -> Progressive:
+    """The predictions of x_0, Eq. (15), at `count` equally spaced rows of a chain from noise to images (Figure 6)."""
+    rows = np.linspace(0, len(sampler) - 1, count).round().astype(int).tolist()
+    images, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=rows)
+    return Progressive(np.asarray(sampler.rows["t"])[rows], seen.x_0, images)
+
+
+def shared_latents(
+    sampler: Sampler,
+    model: Model,
+    key: Key[Array, ""],
+    index: Int[Array, ""] | int,
+    *,
+    image_shape: tuple[int, int, int],
+    t: int,
+    count: int,
+) -> Float[Array, "n H W C"]:
+    """`count` images that share one x_t and differ in the noise after it (Figure 7): float (count, H, W, C).
+
+    x_t is that of the image `index`, which is the first of the result; the others take the noise of the indices after it.
+    """
+    first, indices = start_row(sampler, t), index + jnp.arange(count)
+    x_T = draw_x_T(key, indices[:1], image_shape)
+    x_t, _ = reverse(sampler, model, key, indices[:1], x_T, rows=slice(first))
+    x_t = jnp.broadcast_to(x_t, (count, *image_shape))
+    return reverse(sampler, model, key, indices, x_t, rows=slice(first, None))[0]
+
+
+def from_noised(
+    schedule: Schedule,
+    sampler: Sampler,
+    model: Model,
+    key: Key[Array, ""],
+    indices: Int[Array, " B"],
+    x_0: Float[Array, "B H W C"],
+    *,
+    t: int,
+) -> Float[Array, "B H W C"]:
+    """Images x_0 taken to q(x_t | x_0) and back by the sampler: the more like x_0 the smaller t is (Meng et al. 2022, SDEdit).
+
+    The noise of q is draw k = 0 of each image, which makes x_T in a chain from the beginning.
+    """
+    return interpolate(schedule, sampler, model, key, indices, x_0, x_0, t=t, fractions=(0.0,))[0]
+
+
+def interpolate(
+    schedule: Schedule,
+    sampler: Sampler,
+    model: Model,
+    key: Key[Array, ""],
+    indices: Int[Array, " B"],
+    x_0: Float[Array, "B H W C"],
+    x_0_other: Float[Array, "B H W C"],
+    *,
+    t: int,
+    fractions: Sequence[float],
+) -> Float[Array, "n B H W C"]:
+    """Decodes (1 - f) x_t + f x_t' for each fraction f, with x_t and x_t' from q(. | x_0) and q(. | x_0') (Figure 8).
+
+    Both have noise of their own, draw k = 0 of the image b and of the image b + B after it, and the way back takes the same
+    noise for every f, so that only f changes along the first axis.
+    """
+    start = start_row(sampler, t)
+    level = jnp.full(x_0.shape[:1], int(np.asarray(sampler.rows["t"])[start]))
+    noises = (
+        rng.image_normal(rng.image_keys(key, i), 0, x_0.shape[1:], x_0.dtype) for i in (indices, indices + len(x_0))
+    )
+    x_t, x_t_other = (q_sample(schedule, x, level, eps) for x, eps in zip((x_0, x_0_other), noises, strict=True))
+    f = jnp.asarray(fractions, x_0.dtype)[:, None, None, None, None]
+    mixed = ((1 - f) * x_t[None] + f * x_t_other[None]).reshape(-1, *x_0.shape[1:])
+    images, _ = reverse(sampler, model, key, jnp.tile(indices, len(fractions)), mixed, rows=slice(start, None))
+    return images.reshape(len(fractions), *x_0.shape)
+
+
+def start_row(sampler: Sampler, t: int) -> int:
+    """The first row that is evaluated at most at t: where a chain starts from an x_t.
+
+    Raises ValueError if there is none.
+    """
+    rows = np.flatnonzero(np.asarray(sampler.rows["t"]) <= t)
+    if len(rows) == 0:
+        raise ValueError(f"got t = {t}, expected at least {np.min(sampler.rows['t'])}, the sampler's last step")
+    return int(rows[0])
