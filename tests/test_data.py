@@ -365,7 +365,7 @@ def fed(config, source, mesh, first_step, num_steps):
     return np.asarray(batch) if dataset is None else np.asarray(dataset)[np.asarray(batch)], batch, dataset
 
 
-@pytest.mark.parametrize("cache", ["device", "host"])
+@pytest.mark.parametrize("cache", ["device", "host", "none"])
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (2, 1), (4, 1), (8, 1), (8, 4)])
 def test_batches_do_not_depend_on_cache_or_devices(cache, devices, fsdp, digits):
     config = tiny(data={"cache": cache}, seed=3)
@@ -375,10 +375,11 @@ def test_batches_do_not_depend_on_cache_or_devices(cache, devices, fsdp, digits)
     np.testing.assert_array_equal(images, expected)
     assert batch.dtype == (np.int32 if cache == "device" else np.uint8)
     assert {shard.data.shape[:2] for shard in batch.addressable_shards} == {(4, 16 // devices)}
-    assert (dataset is None) == (cache == "host")
+    assert (dataset is None) == (cache != "device")
 
 
-def test_host_reads_what_each_device_needs_and_no_more(digits):
+def test_host_reads_what_each_device_needs_and_no_more(digits, monkeypatch):
+    monkeypatch.setattr(batches, "AHEAD", 0)
     asked = []
 
     class Counting(Source):
@@ -386,7 +387,7 @@ def test_host_reads_what_each_device_needs_and_no_more(digits):
             asked.append(len(indices))
             return super().read(indices)
 
-    source = Counting(digits.images, None, {})
+    source = Counting(digits.images, lambda: None, {})
     fed(tiny(data={"cache": "host"}), source, mesh_of(4), 0, 2)
     assert asked == [8] * 4
 

@@ -1,6 +1,7 @@
 """Batches for the compiled steps: from a data set on the devices, which then only gets places, or from the host."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.sources import Source
 
 DEVICE_CACHE_BYTES = 2**30
+AHEAD = 2  # dispatches that the host reads while the devices compute
+
+Feed = Callable[[int, int], tuple[Array, Array | None]]
 
 
 def on_device(config: Config, source: Source) -> bool:
@@ -22,8 +26,11 @@ def on_device(config: Config, source: Source) -> bool:
     return config.data.cache == "device"
 
 
-def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int], tuple[Array, Array | None]]:
-    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache."""
+def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
+    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache.
+
+    What it returns raises PictureError at the step that takes a picture which cannot be decoded.
+    """
     batch_size, size = config.train.batch_size, len(source)
     layout = sharding.split(mesh, axis=1)
 
@@ -47,4 +54,24 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int]
 
         return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
-    return images
+    return read_ahead(images)
+
+
+def read_ahead(feed: Feed) -> Feed:
+    """The same feed, which begins with the dispatches that follow the one asked for in a thread of its own.
+
+    What they raise is raised when they are asked for.
+    """
+    thread = ThreadPoolExecutor(1)
+    waiting: dict[tuple[int, int], Future] = {}
+
+    def call(first_step, num_steps):
+        wanted = [(first_step + i * num_steps, num_steps) for i in range(AHEAD + 1)]
+        for other in waiting.keys() - set(wanted):
+            waiting.pop(other).cancel()
+        for dispatch in wanted:
+            if dispatch not in waiting:
+                waiting[dispatch] = thread.submit(feed, *dispatch)
+        return waiting.pop(wanted[0]).result()
+
+    return call
