@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from ddpm_jax.data.pictures import PictureError, DecodedPictures, Pictures
+from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 from ddpm_jax.errors import UsageError
 
 BLOCK = 256  # pictures decoded side by side before they are written
