@@ -6,6 +6,7 @@ They lie where tensorflow-datasets keeps them: in the folder that the environmen
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ def data_folder() -> Path:
 
 
 def parse(source: str) -> tuple[str, str]:
-    """(NAME, split) of `tfds:NAME` or `tfds:NAME:split`; the split is train by default."""
+    """(NAME, split) of `tfds:NAME` or `tfds:NAME:split`; the split is train by default. Raises UsageError without a name."""
     name, _, split = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise UsageError(f"data.source={source!r} names no data set; use tfds:NAME or tfds:NAME:split, as tfds:cifar10")
     return name, split or "train"
 
 
@@ -35,24 +38,23 @@ def pictures(source: str) -> Pictures:
     folder = _prepared(name)
     tfds = _import()
     builder = tfds.builder_from_directory(folder)
-    feature = builder.info.features.get("image")
-    if not isinstance(feature, tfds.features.Image):
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UsageError(
-            f"data.source={source!r} has the features {', '.join(builder.info.features)}, expected a picture called image"
+            f"data.source={source!r} has the features {', '.join(features)}, expected a picture called image; choose another set"
         )
     try:
-        info = builder.info.splits[split]
-    except (KeyError, ValueError) as error:
+        encoded = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError):
+        splits = ", ".join(sorted(builder.info.splits))
         raise UsageError(
-            f"data.source={source!r} has the splits {', '.join(builder.info.splits)}, but no {split!r} ({error})"
+            f"data.source={source!r} has the splits {splits}, but no {split!r}; choose one of them"
         ) from None
-    encoded = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def labels():
-        if not isinstance(builder.info.features.get("label"), tfds.features.ClassLabel):
+        if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
             return None
-        only = builder.as_data_source(split, decoders=tfds.decode.PartialDecoding({"label": True}))
-        return np.array([only[i]["label"] for i in range(len(only))])
+        return np.array([encoded[i]["label"] for i in range(len(encoded))])
 
     files = sorted(folder.glob("*.array_record*"))
     return Pictures(
@@ -62,7 +64,7 @@ def pictures(source: str) -> Pictures:
         identity={
             "images": len(encoded),
             "tfds": f"{builder.info.full_name}:{split}",
-            "bytes": info.num_bytes if hasattr(info, "num_bytes") else 0,
+            "bytes": int(builder.info.dataset_size),
         },
         stamp=json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
     )
@@ -93,11 +95,14 @@ def _import() -> Any:
 
 def _prepared(name: str) -> Path:
     """The folder of the newest prepared version. Looked for by hand: asked itself, tfds tries the network for minutes."""
-    found = [info.parent for info in (data_folder() / name).glob("*/dataset_info.json")]
+    infos = (data_folder() / name).glob("*/dataset_info.json")
+    found = [
+        info.parent for info in infos if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
+    ]  # or begun, but not finished
     how = f"prepare it with: python prepare_data.py {PREFIX}{name}"
     if not found:
         raise UsageError(f"the data set {name!r} is not prepared in {data_folder()}; {how}")
-    newest = max(found, key=lambda folder: [int(part) for part in folder.name.split(".") if part.isdigit()])
+    newest = max(found, key=lambda folder: [int(part) for part in folder.name.split(".")])
     if not any(newest.glob("*.array_record*")):
         raise UsageError(f"the data set {name!r} is prepared in {newest}, but not as array_record; {how}")
     return newest
