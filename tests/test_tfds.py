@@ -87,7 +87,7 @@ def everything(source):
 
 def test_a_prepared_set_gives_its_pictures_and_labels():
     source = opened()
-    places = [int(np.flatnonzero((IMAGES == image).all((1, 2, 3)))[0]) for image in everything(source)]
+    places = [int(np.flatnonzero((image == IMAGES).all((1, 2, 3)))[0]) for image in everything(source)]
     assert sorted(places) == list(range(50))  # tensorflow-datasets shuffles once, when it prepares
     assert source.labels.tolist() == [place % 10 for place in places]
     assert source.identity["images"] == 50
