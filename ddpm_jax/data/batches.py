@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from ddpm_jax import sharding
@@ -38,10 +38,10 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
 
     if on_device(config, source):
-        dataset = jax.device_put(source.images, sharding.replicated(mesh))
+        dataset = _put(source.images, sharding.replicated(mesh))
 
         def places(first_step, num_steps):
-            return jax.device_put(indices(first_step, num_steps).astype(np.int32), layout), dataset
+            return _put(indices(first_step, num_steps).astype(np.int32), layout), dataset
 
         return places
 
@@ -55,6 +55,11 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
     return read_ahead(images)
+
+
+def _put(array: np.ndarray, layout: NamedSharding) -> Array:
+    """The array on the devices; each process puts the parts of its own (device_put would refuse those of others)."""
+    return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 
 
 def read_ahead(feed: Feed) -> Feed:
