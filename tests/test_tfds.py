@@ -1,5 +1,6 @@
 """Data sets of tensorflow-datasets: found, read without TensorFlow, prepared; and told in a sentence where they are not."""
 
+import errno
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -167,9 +169,26 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         opened()
 
 
-def test_preparing_an_unknown_set_is_refused_in_a_sentence():
-    with pytest.raises(UsageError, match=r"^cifar11 cannot be prepared \(.*\)$"):
+def test_preparing_what_cannot_be_is_refused_in_a_sentence(monkeypatch):
+    with refuses("tensorflow-datasets has no data set 'cifar11'; perhaps you meant cifar10"):
         tfds.prepare("tfds:cifar11")
+    for error, message in [
+        (
+            OSError("no route to host"),
+            "cannot be fetched or written (no route to host); look at the network and try again",
+        ),
+        (
+            ImportError("No module named x"),
+            "needs more packages (No module named x); pip install 'ddpm-jax[tensorflow]'",
+        ),
+        (AssertionError("Place\n  x.tar there"), "cannot be prepared (Place x.tar there)"),
+    ]:
+        monkeypatch.setattr(library, "builder", Mock(side_effect=error))
+        with pytest.raises(UsageError, match=re.escape(message)):
+            tfds.prepare("tfds:cifar10")
+    monkeypatch.setattr(library, "builder", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):  # told by the script as every full disk is
+        tfds.prepare("tfds:cifar10")
 
 
 def test_preparing_twice_does_nothing(prepared):

@@ -4,6 +4,8 @@ They lie where tensorflow-datasets keeps them: in the folder that the environmen
 ~/tensorflow_datasets.
 """
 
+import difflib
+import errno
 import json
 import os
 import re
@@ -111,17 +113,25 @@ def _prepared(name: str) -> Path:
 def prepare(source: str) -> Path:
     """Downloads `tfds:NAME` and writes it as array_record, if that is not done; returns its folder.
 
-    Raises UsageError if there is no such data set, a package is missing or a file has to be placed by hand.
+    Raises UsageError if there is no such data set, it cannot be fetched, a package is missing or a file has to be placed by
+    hand; what was fetched is kept for the next try.
     """
     name, _ = parse(source)
     tfds = _import()
     try:
-        builder = tfds.builder(name, file_format="array_record", data_dir=data_folder())
-        builder.download_and_prepare()
+        tfds.builder(name, file_format="array_record", data_dir=data_folder()).download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:  # which lists them all; tfds.list_builders would need TensorFlow
+        near = difflib.get_close_matches(name, re.findall(r"- (\w+)", str(error)), n=1)
+        hint = f"perhaps you meant {near[0]}" if near else "look for it in the catalog of tensorflow-datasets"
+        raise UsageError(f"tensorflow-datasets has no data set {name!r}; {hint}") from None
     except ImportError as error:
         raise UsageError(
             f"preparing {name} needs more packages ({error}); pip install 'ddpm-jax[tensorflow]'"
         ) from None
-    except (tfds.core.DatasetNotFoundError, AssertionError) as error:  # the latter where an archive is placed by hand
+    except AssertionError as error:  # how it says that an archive has to be placed by hand, and where
         raise UsageError(f"{name} cannot be prepared ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"{name} cannot be fetched or written ({error}); look at the network and try again") from None
     return _prepared(name)
