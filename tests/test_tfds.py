@@ -170,8 +170,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def test_preparing_what_cannot_be_is_refused_in_a_sentence(monkeypatch):
-    with refuses("tensorflow-datasets has no data set 'cifar11'; perhaps you meant cifar10"):
-        tfds.prepare("tfds:cifar11")
+    with refuses("tensorflow-datasets has no data set 'fashion_mnits'; perhaps you meant fashion_mnist"):
+        tfds.prepare("tfds:fashion_mnits")
     for error, message in [
         (
             OSError("no route to host"),

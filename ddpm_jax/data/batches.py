@@ -38,6 +38,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
 
     if on_device(config, source):
+        assert isinstance(source.images, np.ndarray)  # open_source decodes what goes to the devices
         dataset = _put(source.images, sharding.replicated(mesh))
 
         def places(first_step, num_steps):
