@@ -421,6 +421,13 @@ def test_sources_without_pictures_are_refused(tmp_path):
             opened(tmp_path / name)
 
 
+def test_a_link_to_nowhere_is_named(tmp_path):
+    path = make_folder(tmp_path / "pictures")
+    (path / "c.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match=r"has a picture that cannot be found \(.*c.png'\); remove it or its link$"):
+        opened(path)
+
+
 def test_broken_and_missing_zip_files_are_refused(tmp_path):
     path = tmp_path / "x.zip"
     with refuses(f"data.source={str(path)!r} is not a file; give the path of a .zip file of pictures, or a folder"):

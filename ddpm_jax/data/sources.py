@@ -96,7 +96,12 @@ def folder(name: str) -> Pictures:
         files.update({inside + file: os.path.join(where, file) for file in names})
     chosen = _choose(name, files)
     paths = [files[relative] for relative in chosen]
-    stats = [os.stat(path) for path in paths]
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise UsageError(
+            f"data.source={name!r} has a picture that cannot be found ({error}); remove it or its link"
+        ) from None
     sizes = [stat.st_size for stat in stats]
     return Pictures(
         names=chosen,
