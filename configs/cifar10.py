@@ -2,14 +2,14 @@
 
 source     Ho, Jain & Abbeel 2020, Table 1, last row: IS 9.46 +- 0.11, FID 3.17, NLL <= 3.75 bits/dim (the paper's figures)
 hardware   the paper's: TPU v3-8, 21 steps/s at batch 128, 10.6 hours for 800k steps; not run here
-data       an .npz file with `images`, uint8 (50000, 32, 32, 3)
-command    python train.py configs/cifar10.py --workdir runs/cifar10 --data.source cifar10.npz
+data       python prepare_data.py tfds:cifar10 (or --data.source with a folder or a zip file of the 50,000 pictures)
+command    python train.py configs/cifar10.py --workdir runs/cifar10
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 
 config = Config(
-    data=DataConfig(source="cifar10.npz", image_size=32, channels=3),
+    data=DataConfig(source="tfds:cifar10", image_size=32, channels=3),
     model=ModelConfig(ch=128, ch_mult=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1),
     diffusion=DiffusionConfig(T=1000, schedule="linear", beta_start=1e-4, beta_end=0.02, variance="fixed_large"),
     train=TrainConfig(

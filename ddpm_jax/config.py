@@ -20,13 +20,19 @@ class DataConfig:
     """Which images, and what they become."""
 
     source: str = "digits"
-    """Where the images come from: `digits` (embedded), or a file `x.npy` or `x.npz` of uint8 images."""
+    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a file
+    `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
     image_size: int = 32
-    """Height and width in pixels that the network sees."""
+    """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
     channels: int = 3
     """1 for grey images, 3 for RGB."""
-    cache: Literal["auto", "device", "host"] = "auto"
-    """Keep the data set on the devices or in host memory; auto: on the devices up to 1 GiB. Changes speed only."""
+    cache: Literal["auto", "device", "host", "none"] = "auto"
+    """Decode pictures once and keep them on the devices or in a file that the host maps; none: decode them at every step.
+    auto: device up to 1 GiB, host up to 8 GiB, else none. Changes speed only."""
+    workers: int = 0
+    """Threads that decode pictures; 0: one for each CPU core. Changes speed only."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a picture that cannot be decoded does: stop the run, or be left out, if prepare_data.py --check listed it."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ MAY_CHANGE = frozenset(
     {
         "data.cache",
         "data.source",
+        "data.workers",
         "model.remat",
         "train.steps",
         "train.accumulation",
@@ -215,6 +222,7 @@ def _check_numbers(config: Config) -> None:
     model, train, data = config.model, config.train, config.data
     for name, value, low in [
         ("data.image_size", data.image_size, 1),
+        ("data.workers", data.workers, 0),
         ("model.ch", model.ch, 4),
         ("model.num_res_blocks", model.num_res_blocks, 1),
         ("model.groups", model.groups, 1),

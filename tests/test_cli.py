@@ -139,7 +139,7 @@ def test_typo_is_answered_with_the_nearest_option(typo, meant, boxed, tmp_path):
             "linaer",
             "'linear', 'quad', 'const', 'jsd', 'warmup10', 'warmup50', 'cosine', 'sigmoid'",
         ),
-        ("--data.cache", "gpu", "'auto', 'device', 'host'"),
+        ("--data.cache", "gpu", "'auto', 'device', 'host', 'none'"),
         ("--model.dtype", "float16", "'float32', 'bfloat16'"),
     ],
 )

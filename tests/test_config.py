@@ -1,4 +1,4 @@
-"""What a config refuses, before anything is compiled; its JSON round trip; that the configs shipped can be run."""
+"""What a config refuses, before anything is compiled; its JSON round trip."""
 
 import ast
 import dataclasses
@@ -7,7 +7,6 @@ import json
 import math
 import re
 import typing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,12 @@ import pytest
 from tiny import TINY, tiny
 
 from ddpm_jax import config as configs
-from ddpm_jax.cli import load_config
 from ddpm_jax.config import MAY_CHANGE, Config, ConfigError, check, differences, flatten, from_json, to_json
 from ddpm_jax.diffusion import predict_x_0
 from ddpm_jax.errors import UsageError
-from ddpm_jax.training import build_schedule, build_unet, init_state
+from ddpm_jax.training import build_schedule, init_state
 
-FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 SECTIONS = ("data", "model", "diffusion", "train")
-
-shipped = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -239,7 +234,7 @@ WRONG_TYPES = [
     ("model.ch_mult", (True, 2), CHANNELS),
     ("model.ch_mult", 1, CHANNELS),
     ("model.ch_mult", "12", CHANNELS),
-    ("data.cache", "gpu", "one of auto, device, host"),
+    ("data.cache", "gpu", "one of auto, device, host, none"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("diffusion.prediction", "noise", "one of eps, x_0, x_prev, v"),
     ("diffusion.schedule", ("linear",), "one of linear, quad, const, jsd, warmup10, warmup50, cosine, sigmoid"),
@@ -324,8 +319,8 @@ def test_missing_json_fields_have_their_defaults():
         ({"model": {"ch_mult": [1, "2"]}}, "model.ch_mult=(1, '2') is not a tuple of whole numbers"),
         ({"model": {"ch_mult": [[1], 2]}}, "model.ch_mult=([1], 2) is not a tuple of whole numbers"),
         ({"data": {"source": ["digits"]}}, "data.source=('digits',) is not a text"),
-        ({"data": {"cache": "gpu"}}, "data.cache='gpu' is not one of auto, device, host"),
-        ({"data": {"cache": {}}}, "data.cache={} is not one of auto, device, host"),
+        ({"data": {"cache": "gpu"}}, "data.cache='gpu' is not one of auto, device, host, none"),
+        ({"data": {"cache": {}}}, "data.cache={} is not one of auto, device, host, none"),
         ({"train": 3}, "train is int, expected a JSON object"),
         ([], "the config is list, expected a JSON object"),
         (None, "the config is NoneType, expected a JSON object"),
@@ -343,6 +338,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "seed",
         "data.image_size",
         "data.channels",
+        "data.on_bad_image",
         "model.ch",
         "model.ch_mult",
         "model.dropout",
@@ -375,29 +371,3 @@ def test_every_field_has_help():
         for field in dataclasses.fields(section):
             if field.name not in SECTIONS:  # whose help is the docstring of the section's class
                 assert (section.__name__, field.name) in helped, (section.__name__, field.name)
-
-
-# ---- The configs shipped
-
-
-@shipped
-def test_shipped_config_passes_and_survives_json(path):
-    config = load_config(str(path))
-    for num_devices in (1, 2, 4, 8):
-        assert check(config, num_devices=num_devices) == []
-    assert from_json(json.loads(json.dumps(to_json(config)))) == config
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"python train.py configs/{path.name}" in docstring
-
-
-@shipped
-def test_shipped_config_builds(path):
-    config = load_config(str(path))
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-    size, channels = config.data.image_size, config.data.channels
-    x_t, t = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    output = jax.eval_shape(lambda p, x_t, t: build_unet(config).apply({"params": p}, x_t, t), state.params, x_t, t)
-    learned = config.diffusion.variance in ("learned", "learned_range")
-    assert output.shape == (2, size, size, channels * (2 if learned else 1))
-    assert output.dtype == jnp.float32
-    assert (state.loss_history is not None) == (config.diffusion.t_sampler == "loss_history")

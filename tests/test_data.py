@@ -3,8 +3,10 @@
 import itertools
 import pickle
 import re
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -14,6 +16,8 @@ from ddpm_jax import sharding
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source
 from ddpm_jax.errors import UsageError
+from ddpm_jax.loop import start_state
+from ddpm_jax.training import draw
 
 SIZES = [(10, 4), (10, 5), (7, 7), (5, 12), (1, 3), (1797, 128)]  # images, images in a batch
 sizes = pytest.mark.parametrize(("size", "batch_size"), SIZES)
@@ -365,7 +369,7 @@ def fed(config, source, mesh, first_step, num_steps):
     return np.asarray(batch) if dataset is None else np.asarray(dataset)[np.asarray(batch)], batch, dataset
 
 
-@pytest.mark.parametrize("cache", ["device", "host"])
+@pytest.mark.parametrize("cache", ["device", "host", "none"])
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (2, 1), (4, 1), (8, 1), (8, 4)])
 def test_batches_do_not_depend_on_cache_or_devices(cache, devices, fsdp, digits):
     config = tiny(data={"cache": cache}, seed=3)
@@ -375,10 +379,11 @@ def test_batches_do_not_depend_on_cache_or_devices(cache, devices, fsdp, digits)
     np.testing.assert_array_equal(images, expected)
     assert batch.dtype == (np.int32 if cache == "device" else np.uint8)
     assert {shard.data.shape[:2] for shard in batch.addressable_shards} == {(4, 16 // devices)}
-    assert (dataset is None) == (cache == "host")
+    assert (dataset is None) == (cache != "device")
 
 
-def test_host_reads_what_each_device_needs_and_no_more(digits):
+def test_host_reads_what_each_device_needs_and_no_more(digits, monkeypatch):
+    monkeypatch.setattr(batches, "AHEAD", 0)
     asked = []
 
     class Counting(Source):
@@ -386,7 +391,7 @@ def test_host_reads_what_each_device_needs_and_no_more(digits):
             asked.append(len(indices))
             return super().read(indices)
 
-    source = Counting(digits.images, None, {})
+    source = Counting(digits.images, lambda: None, {})
     fed(tiny(data={"cache": "host"}), source, mesh_of(4), 0, 2)
     assert asked == [8] * 4
 
@@ -408,6 +413,29 @@ def test_auto_caches_on_the_devices_up_to_a_size(monkeypatch, digits):
         assert not batches.on_device(tiny(data={"cache": "host"}), digits)
 
 
+def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_differs(digits):
+    before = {"images": 1796, "sha256": "0f"}
+    checkpoints = SimpleNamespace(choose=lambda **_: 5, restore_meta=lambda _: {"data": before, "since_log": {}})
+    with refuses(
+        f"the data set has changed since the checkpoint of step 5: it was {before} and is {digits.identity}; "
+        "give the same data, or start in another workdir"
+    ):
+        start_state(tiny(), digits, mesh_of(1), checkpoints, unverified=False)
+
+
 def test_device_cache_is_sent_once(digits):
     feed = make_feed(tiny(data={"cache": "device"}), digits, mesh_of(2))
     assert feed(0, 2)[1] is feed(2, 2)[1]
+
+
+def test_every_image_is_flipped_in_some_epochs_and_not_in_others():
+    """Flips are drawn on the devices at every step; with 30 epochs no image keeps its side by chance (32 x 2 ** -30)."""
+    config, size, flips = tiny(train={"batch_size": 16}), 16, []
+    for step in range(30 * size // 16):
+        images = batch_indices(config.seed, step, 1, 16, size)[0]
+        drawn = np.asarray(draw(config, jnp.int32(step), (16, 1, 1, 1), None).flip)
+        flips.append(np.stack([images, drawn]))
+    images, drawn = np.concatenate(flips, axis=1)
+    shares = np.bincount(images, drawn) / 30
+    assert 0 < shares.min() < shares.max() < 1
+    assert abs(shares.mean() - 0.5) < 4 * 0.5 / np.sqrt(30 * size)

@@ -1,10 +1,11 @@
 """Batches for the compiled steps: from a data set on the devices, which then only gets places, or from the host."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from ddpm_jax import sharding
@@ -13,6 +14,9 @@ from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.sources import Source
 
 DEVICE_CACHE_BYTES = 2**30
+AHEAD = 2  # dispatches that the host reads while the devices compute
+
+Feed = Callable[[int, int], tuple[Array, Array | None]]
 
 
 def on_device(config: Config, source: Source) -> bool:
@@ -22,8 +26,11 @@ def on_device(config: Config, source: Source) -> bool:
     return config.data.cache == "device"
 
 
-def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int], tuple[Array, Array | None]]:
-    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache."""
+def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
+    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache.
+
+    What it returns raises PictureError at the step that takes a picture which cannot be decoded.
+    """
     batch_size, size = config.train.batch_size, len(source)
     layout = sharding.split(mesh, axis=1)
 
@@ -31,10 +38,11 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int]
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
 
     if on_device(config, source):
-        dataset = jax.device_put(source.images, sharding.replicated(mesh))
+        assert isinstance(source.images, np.ndarray)  # open_source decodes what goes to the devices
+        dataset = _put(source.images, sharding.replicated(mesh))
 
         def places(first_step, num_steps):
-            return jax.device_put(indices(first_step, num_steps).astype(np.int32), layout), dataset
+            return _put(indices(first_step, num_steps).astype(np.int32), layout), dataset
 
         return places
 
@@ -47,4 +55,29 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Callable[[int, int]
 
         return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
-    return images
+    return read_ahead(images)
+
+
+def _put(array: np.ndarray, layout: NamedSharding) -> Array:
+    """The array on the devices; each process puts the parts of its own (device_put would refuse those of others)."""
+    return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
+
+
+def read_ahead(feed: Feed) -> Feed:
+    """The same feed, which begins with the dispatches that follow the one asked for in a thread of its own.
+
+    What they raise is raised when they are asked for.
+    """
+    thread = ThreadPoolExecutor(1)
+    waiting: dict[tuple[int, int], Future] = {}
+
+    def call(first_step, num_steps):
+        wanted = [(first_step + i * num_steps, num_steps) for i in range(AHEAD + 1)]
+        for other in waiting.keys() - set(wanted):
+            waiting.pop(other).cancel()
+        for dispatch in wanted:
+            if dispatch not in waiting:
+                waiting[dispatch] = thread.submit(feed, *dispatch)
+        return waiting.pop(wanted[0]).result()
+
+    return call

@@ -1,31 +1,42 @@
-"""Where images come from. A source has a length and reads any of its images as uint8; `open_source` finds it by name.
+"""Where images come from: the kinds of sources, and `open_source`, which finds one by name.
 
-A new kind of source is one function here and one line in `open_source`.
+A new kind is one function here, name -> Arrays or Pictures, and one line in `SOURCES`.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable
+import json
+import os
+import posixpath
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.data import tfds
+from ddpm_jax.data.cache import decode_once, without_bad
+from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
 from ddpm_jax.errors import UsageError
+
+DECODE_ONCE_BYTES = 2**33  # what data.cache=auto takes on the disk: CelebA-HQ at 256 is 6 GB, LSUN church 25 GB
 
 
 @dataclass(frozen=True)
 class Source:
     """Images, all of one size.
 
-    images: uint8 (N, H, W, C), in memory or memory-mapped. labels: int (N,) or None. identity: what a checkpoint remembers of
-    the data set, to refuse another one.
+    images: uint8 (N, H, W, C), in memory, memory-mapped or decoded where they are read. read_labels: () -> int (N,) or None.
+    identity: what a checkpoint remembers of the data set, to refuse another one.
     """
 
-    images: UInt8[np.ndarray, "N H W C"]
-    labels: np.ndarray | None
+    images: np.ndarray | DecodedPictures
+    read_labels: Callable[[], np.ndarray | None]
     identity: dict[str, str | int]
 
     def __len__(self) -> int:
@@ -33,17 +44,31 @@ class Source:
         return len(self.images)
 
     def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "n H W C"]:
-        """The images at these places, uint8 (n, H, W, C)."""
+        """The images at these places, uint8 (n, H, W, C). Raises PictureError where one cannot be decoded."""
         return self.images[indices]
 
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """The class of each image, int (N,), or None where there are none; read when first asked for."""
+        return self.read_labels()
 
-def digits(name: str) -> tuple[np.ndarray, np.ndarray | None]:
+
+class Arrays(NamedTuple):
+    """Images that are already arrays: uint8 (N, H, W) or (N, H, W, C); labels int (N,) or None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+def digits(name: str) -> Arrays:
     """The 1,797 handwritten 8x8 digits that scikit-learn ships, grey, 0..16 stretched to 0..255; labels 0 to 9."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
-    return np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target
+    return Arrays(np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target)
 
 
-def array_file(name: str) -> tuple[np.ndarray, np.ndarray | None]:
+def array_file(name: str) -> Arrays:
     """Images of an .npy file, or of an .npz file's `images` (and its `labels`, if there); uint8 (N, H, W) or (N, H, W, C)."""
     path = Path(name)
     if not path.is_file():
@@ -51,7 +76,7 @@ def array_file(name: str) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return content, None
+            return Arrays(content, None)
         with content:
             arrays = {key: content[key] for key in ("images", "labels") if key in content}
     except Exception as error:  # a broken file raises almost anything
@@ -60,25 +85,107 @@ def array_file(name: str) -> tuple[np.ndarray, np.ndarray | None]:
         ) from None
     if "images" not in arrays:
         raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one called images")
-    return arrays["images"], arrays.get("labels")
+    return Arrays(arrays["images"], arrays.get("labels"))
 
 
-SOURCES: dict[str, Callable[[str], tuple[np.ndarray, np.ndarray | None]]] = {
+def folder(name: str) -> Pictures:
+    """The pictures of a folder and its sub-folders, sorted by their relative names; a picture's class is its sub-folder."""
+    files = {}
+    for where, _, names in os.walk(name, followlinks=True):
+        inside = "" if where == name else os.path.relpath(where, name).replace(os.sep, "/") + "/"
+        files.update({inside + file: os.path.join(where, file) for file in names})
+    chosen = _choose(name, files)
+    paths = [files[relative] for relative in chosen]
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise UsageError(
+            f"data.source={name!r} has a picture that cannot be found ({error}); remove it or its link"
+        ) from None
+    sizes = [stat.st_size for stat in stats]
+    return Pictures(
+        names=chosen,
+        read=lambda i: Path(paths[i]).read_bytes(),
+        labels=lambda: _folder_labels(chosen),
+        identity=_identity_of(chosen, sizes),
+        stamp=_sha256([stat.st_mtime_ns for stat in stats]),
+    )
+
+
+def zip_file(name: str) -> Pictures:
+    """The pictures in a zip file, read in place; sorted and labelled like a folder's."""
+    if not Path(name).is_file():
+        raise UsageError(f"data.source={name!r} is not a file; give the path of a .zip file of pictures, or a folder")
+    try:
+        archive = zipfile.ZipFile(name)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{name} cannot be read as a zip file ({error}); copy or pack it again") from None
+    entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+    chosen = [entries[inside] for inside in _choose(name, entries)]
+    names = [entry.filename for entry in chosen]
+    return Pictures(
+        names=names,
+        read=lambda i: archive.read(chosen[i]),  # compares the checksum
+        labels=lambda: _folder_labels(names),
+        identity=_identity_of(names, [(entry.file_size, entry.CRC) for entry in chosen]),
+        stamp="",
+    )
+
+
+SOURCES: dict[str, Callable[[str], Arrays | Pictures]] = {
     "digits": digits,
+    "tfds:NAME": tfds.pictures,
     ".npy": array_file,
     ".npz": array_file,
+    ".zip": zip_file,
+    "a folder": folder,
 }
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `data.source` names: a name or a file ending of `SOURCES`. Raises UsageError for what cannot be used."""
-    name = config.source
-    reader = SOURCES.get(name) or SOURCES.get(Path(name).suffix)
-    if reader is None:
+    """The source that `data.source` names, kept or decoded as `data.cache` says.
+
+    Raises UsageError for what cannot be used; also for pictures that cannot be decoded, where they are decoded once.
+    """
+    content = _read(config.source)
+    if isinstance(content, Arrays):
+        return _of_arrays(config, content)
+    if config.on_bad_image == "skip":
+        before, content = len(content.names), without_bad(content, config.source)
+        tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out, as they cannot be decoded.")
+    images = decoded(content, config)
+    once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
+    return Source(decode_once(images) if once else images, content.labels, content.identity)
+
+
+def open_pictures(source: str) -> Pictures:
+    """The encoded pictures of a source. Raises UsageError for one that holds arrays, which have nothing to decode."""
+    content = _read(source)
+    if isinstance(content, Arrays):
+        raise UsageError(f"{source} holds arrays, not encoded pictures; there is nothing to prepare or check")
+    return content
+
+
+def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
+    """The pictures as an array of the config's size and channels, decoded where it is read."""
+    return DecodedPictures(pictures, image_size=config.image_size, channels=config.channels, workers=config.workers)
+
+
+def _read(name: str) -> Arrays | Pictures:
+    if name.startswith(tfds.PREFIX):
+        return SOURCES["tfds:NAME"](name)
+    kind = name if name in SOURCES else Path(name).suffix.lower()
+    if kind not in SOURCES and Path(name).is_dir():
+        kind = "a folder"
+    if kind not in SOURCES:
         raise UsageError(
             f"data.source={name!r} is unknown; use one of {', '.join(SOURCES)} (endings stand for a file's path)"
         )
-    images, labels = reader(name)
+    return SOURCES[kind](name)
+
+
+def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
+    name, (images, labels) = config.source, arrays
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
         raise UsageError(
             f"data.source={name!r} has {images.dtype} values of shape {images.shape}, "
@@ -97,13 +204,37 @@ def open_source(config: DataConfig) -> Source:
             f"data.source={name!r} has labels of type {labels.dtype} and shape {labels.shape}, "
             f"expected whole numbers of shape ({len(images)},)"
         )
-    return Source(images, labels, _identity(images, labels))
-
-
-def _identity(images: np.ndarray, labels: np.ndarray | None) -> dict[str, str | int]:
     digest = hashlib.sha256(str(images.shape).encode())
     for first in range(0, len(images), 4096):
         digest.update(images[first : first + 4096].tobytes())
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())
-    return {"images": len(images), "sha256": digest.hexdigest()}
+    return Source(images, lambda: labels, {"images": len(images), "sha256": digest.hexdigest()})
+
+
+def _choose(source: str, names) -> list[str]:
+    """The names that end like a picture's, sorted; hidden files and folders are left out, other files with a note."""
+    seen = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    chosen = sorted(name for name in seen if name.lower().endswith(ENDINGS))
+    if not chosen:
+        raise UsageError(f"data.source={source!r} has no pictures; expected files that end in {', '.join(ENDINGS)}")
+    if others := sorted(set(seen) - set(chosen)):
+        tqdm.write(
+            f"Note: {len(others)} of the files in {source} do not end like a picture and are left out: {others[0]}."
+        )
+    return chosen
+
+
+def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
+    """The place of each picture's folder among the sorted folders; None where all lie in one."""
+    folders = [posixpath.dirname(name) for name in names]
+    classes, labels = np.unique(folders, return_inverse=True)
+    return labels if len(classes) > 1 else None
+
+
+def _identity_of(names: Sequence[str], contents: Sequence) -> dict[str, str | int]:
+    return {"images": len(names), "sha256": _sha256(list(zip(names, contents, strict=True)))}
+
+
+def _sha256(values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,0 +1,15 @@
+"""CIFAR-10, an ablation of Table 2: mean prediction, L, learned diagonal variance; all else as in cifar10.py.
+
+source     Ho, Jain & Abbeel 2020, Table 2: IS 7.28, FID 23.69 (the paper's); its last row is cifar10.py
+hardware   not run here
+data       python prepare_data.py tfds:cifar10
+command    python train.py configs/cifar10_mean_l_learned.py --workdir runs/cifar10_mean_l_learned
+"""
+
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, TrainConfig
+
+config = Config(  # the defaults are cifar10.py's recipe
+    data=DataConfig(source="tfds:cifar10"),
+    diffusion=DiffusionConfig(prediction="x_prev", variance="learned", loss="vb"),
+    train=TrainConfig(steps_per_dispatch=10),
+)

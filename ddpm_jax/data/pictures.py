@@ -1,0 +1,117 @@
+"""Encoded pictures (PNG, JPEG, WebP, BMP), and the array of uint8 images that they are decoded to.
+
+What becomes of a picture, in this order:
+1. An EXIF orientation is applied; of an animation the first frame is taken.
+2. Values of 16 bits keep their high byte. Transparent pixels are laid on white. Palettes and CMYK become RGB.
+3. For data.channels=1 a colour becomes its luma (299 R + 587 G + 114 B) / 1000; for 3 a grey is repeated.
+4. The largest square in the centre is cut out (rounding towards the top left).
+5. It is resized to data.image_size with Pillow's bicubic filter, which widens as it shrinks (so it is antialiased).
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from ddpm_jax.errors import UsageError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = 2**26  # 8192 x 8192, below where Pillow begins to warn of a decompression bomb
+
+
+class PictureError(UsageError):
+    """A picture that cannot be decoded; `name` says which, `reason` why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(
+            f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
+            "prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+        )
+        self.name = name
+        self.reason = reason
+
+
+def decode(content: bytes, image_size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
+    """The image of an encoded picture as the module describes, uint8 (image_size, image_size, channels).
+
+    Raises almost anything for what is no picture or a damaged one, ValueError for more than MAX_PIXELS pixels.
+    """
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
+        ImageOps.exif_transpose(picture, in_place=True)
+        plain = _without_depth_and_alpha(picture).convert("L" if channels == 1 else "RGB")
+    side = min(plain.size)
+    left, top = ((length - side) // 2 for length in plain.size)
+    box = (left, top, left + side, top + side)
+    resized = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized).reshape(image_size, image_size, channels)
+
+
+def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # grey of 16 bits; of colours Pillow itself keeps the high byte
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Encoded pictures: what a folder, a zip file and a tfds data set have in common.
+
+    names: how each is called in messages. read: place -> its encoded content; called by several threads. labels: () -> int
+    (N,), or None where there are none. identity: what a checkpoint remembers of them. stamp: a text that differs at least
+    where the content does, and may differ more often (it may use times); for the cache alone.
+    """
+
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+    labels: Callable[[], np.ndarray | None]
+    identity: dict[str, str | int]
+    stamp: str
+
+
+class DecodedPictures:
+    """Pictures as a uint8 array (N, S, S, C) whose rows are decoded each time they are read.
+
+    Several threads decode: Pillow decodes and resizes outside of Python's lock, so processes would gain nothing but the
+    cost of moving images between them.
+    """
+
+    def __init__(self, pictures: Pictures, *, image_size: int, channels: int, workers: int):
+        self.pictures = pictures
+        self.shape = (len(pictures.names), image_size, image_size, channels)
+        self.nbytes = len(pictures.names) * image_size * image_size * channels
+        self._pool = ThreadPoolExecutor(workers or os.cpu_count())
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray) -> UInt8[np.ndarray, "n S S C"]:
+        """The images at these places, decoded side by side. Raises PictureError for the first that cannot be."""
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        for i, image in enumerate(self.attempts(indices)):
+            if isinstance(image, PictureError):
+                raise image
+            images[i] = image
+        return images
+
+    def attempts(self, indices: Iterable[int]) -> Iterable[np.ndarray | PictureError]:
+        """What decoding each of these gives: the image, or why there is none."""
+        return self._pool.map(self._attempt, indices)
+
+    def _attempt(self, i: int) -> np.ndarray | PictureError:
+        try:
+            return decode(self.pictures.read(i), self.shape[1], self.shape[3])
+        except Exception as error:  # a broken picture raises almost anything
+            return PictureError(self.pictures.names[i], str(error) or type(error).__name__)

@@ -1,0 +1,137 @@
+"""Data sets of tensorflow-datasets: looking whether one is prepared, reading it without TensorFlow, and preparing it.
+
+They lie where tensorflow-datasets keeps them: in the folder that the environment variable TFDS_DATA_DIR names, else in
+~/tensorflow_datasets.
+"""
+
+import difflib
+import errno
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data.pictures import Pictures
+from ddpm_jax.errors import UsageError
+
+PREFIX = "tfds:"
+
+
+def data_folder() -> Path:
+    """Where prepared data sets are kept on this machine."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+
+
+def parse(source: str) -> tuple[str, str]:
+    """(NAME, split) of `tfds:NAME` or `tfds:NAME:split`; the split is train by default. Raises UsageError without a name."""
+    name, _, split = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise UsageError(f"data.source={source!r} names no data set; use tfds:NAME or tfds:NAME:split, as tfds:cifar10")
+    return name, split or "train"
+
+
+def pictures(source: str) -> Pictures:
+    """The encoded pictures of `tfds:NAME[:split]`, in the data set's own order. Raises UsageError if it is not prepared."""
+    name, split = parse(source)
+    folder = _prepared(name)
+    tfds = _import()
+    builder = tfds.builder_from_directory(folder)
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise UsageError(
+            f"data.source={source!r} has the features {', '.join(features)}, expected a picture called image; choose another set"
+        )
+    try:
+        encoded = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError):
+        splits = ", ".join(sorted(builder.info.splits))
+        raise UsageError(
+            f"data.source={source!r} has the splits {splits}, but no {split!r}; choose one of them"
+        ) from None
+
+    def labels():
+        if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
+            return None
+        return np.array([encoded[i]["label"] for i in range(len(encoded))])
+
+    files = sorted(folder.glob("*.array_record*"))
+    return Pictures(
+        names=_Names(f"{name}:{split}", len(encoded)),
+        read=lambda i: encoded[int(i)]["image"],
+        labels=labels,
+        identity={
+            "images": len(encoded),
+            "tfds": f"{builder.info.full_name}:{split}",
+            "bytes": int(builder.info.dataset_size),
+        },
+        stamp=json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
+    )
+
+
+class _Names(Sequence[str]):
+    """What the pictures of a split are called: their places, since they have no names."""
+
+    def __init__(self, prefix: str, length: int):
+        self.prefix, self.length = prefix, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i):
+        return f"{self.prefix}[{i}]"
+
+
+def _import() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UsageError(
+            f"a tfds source needs tensorflow-datasets ({error}); pip install 'ddpm-jax[tfds]', or use pictures in a folder"
+        ) from None
+    return tensorflow_datasets
+
+
+def _prepared(name: str) -> Path:
+    """The folder of the newest prepared version. Looked for by hand: asked itself, tfds tries the network for minutes."""
+    infos = (data_folder() / name).glob("*/dataset_info.json")
+    found = [
+        info.parent for info in infos if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
+    ]  # or begun, but not finished
+    how = f"prepare it with: python prepare_data.py {PREFIX}{name}"
+    if not found:
+        raise UsageError(f"the data set {name!r} is not prepared in {data_folder()}; {how}")
+    newest = max(found, key=lambda folder: [int(part) for part in folder.name.split(".")])
+    if not any(newest.glob("*.array_record*")):
+        raise UsageError(f"the data set {name!r} is prepared in {newest}, but not as array_record; {how}")
+    return newest
+
+
+def prepare(source: str) -> Path:
+    """Downloads `tfds:NAME` and writes it as array_record, if that is not done; returns its folder.
+
+    Raises UsageError if there is no such data set, it cannot be fetched, a package is missing or a file has to be placed by
+    hand; what was fetched is kept for the next try.
+    """
+    name, _ = parse(source)
+    tfds = _import()
+    try:
+        tfds.builder(name, file_format="array_record", data_dir=data_folder()).download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:  # which lists them all; tfds.list_builders would need TensorFlow
+        near = difflib.get_close_matches(name, re.findall(r"- (\w+)", str(error)), n=1)
+        hint = f"perhaps you meant {near[0]}" if near else "look for it in the catalog of tensorflow-datasets"
+        raise UsageError(f"tensorflow-datasets has no data set {name!r}; {hint}") from None
+    except ImportError as error:
+        raise UsageError(
+            f"preparing {name} needs more packages ({error}); pip install 'ddpm-jax[tensorflow]'"
+        ) from None
+    except AssertionError as error:  # how it says that an archive has to be placed by hand, and where
+        raise UsageError(f"{name} cannot be prepared ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"{name} cannot be fetched or written ({error}); look at the network and try again") from None
+    return _prepared(name)

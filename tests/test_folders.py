@@ -1,0 +1,444 @@
+"""Folders and zip files of pictures: their order, labels and identity, the cache of decoded images, and bad pictures."""
+
+import json
+import os
+import re
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import fed, mesh_of
+from test_pictures import COLOURS, RNG, encoded
+from tiny import tiny
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, plain_order, sources
+from ddpm_jax.errors import UsageError
+
+NAMES = ["b/2.png", "b/10.png", "a/x.PNG", "B/y.webp", "a/sub/z.bmp", "é.jpeg", "a.jpg"]
+SORTED = ["B/y.webp", "a.jpg", "a/sub/z.bmp", "a/x.PNG", "b/10.png", "b/2.png", "é.jpeg"]
+PIXELS = {name: RNG.integers(0, 256, (8, 8, 3), np.uint8) for name in NAMES}
+FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP"}
+CONTENT = {name: encoded(PIXELS[name], FORMS[Path(name).suffix.lower()]) for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def make_folder(path, names=NAMES, content=CONTENT):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content[name])
+    return path
+
+
+def make_zip(path, names=NAMES, content=CONTENT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, content[name])
+    return path
+
+
+def opened(path, **changes):
+    return open_source(DataConfig(**({"source": str(path), "image_size": 8, "channels": 3} | changes)))
+
+
+def everything(source):
+    return source.read(np.arange(len(source)))
+
+
+@pytest.fixture(params=["folder", "zip"])
+def make(request, tmp_path):
+    """Makes a folder or a zip file of pictures."""
+    if request.param == "folder":
+        return lambda name="pictures", **options: make_folder(tmp_path / name, **options)
+    return lambda name="pictures", **options: make_zip(tmp_path / f"{name}.zip", **options)
+
+
+def refuses(message):
+    return pytest.raises(UsageError, match=f"^{re.escape(message)}$")
+
+
+# ---- Order, labels, identity
+
+
+@pytest.mark.parametrize("data_cache", ["auto", "device", "host", "none"])
+def test_pictures_are_sorted_by_their_relative_names(data_cache, make):
+    images = everything(opened(make(), cache=data_cache))
+    expected = np.stack([pictures.decode(CONTENT[name], 8, 3) for name in SORTED])
+    np.testing.assert_array_equal(images, expected)
+    np.testing.assert_array_equal(images[5], PIXELS["b/2.png"])
+
+
+def test_order_does_not_depend_on_the_file_system(make):
+    one, other = opened(make("one")), opened(make("other", names=NAMES[::-1]))
+    np.testing.assert_array_equal(everything(one), everything(other))
+    assert one.identity == other.identity
+
+
+def test_labels_are_the_sorted_sub_folders(make):
+    # "", B, a, a/sub, b; the names in order: B/y a.jpg a/sub/z a/x b/10 b/2 é
+    assert opened(make()).labels.tolist() == [1, 0, 3, 2, 4, 4, 0]
+    flat = {name.replace("/", "_"): content for name, content in CONTENT.items()}
+    assert opened(make("flat", names=list(flat), content=flat)).labels is None
+
+
+def test_identity_is_of_names_and_contents_not_of_times(make):
+    path = make("one")
+    identity = opened(path).identity
+    assert identity["images"] == 7
+    os.utime(path, (1, 1))
+    for file in path.rglob("*.*") if path.is_dir() else []:
+        os.utime(file, (1, 1))
+    assert opened(path).identity == identity
+    fewer = opened(make("fewer", names=NAMES[1:])).identity
+    renamed = {("c/2.png" if name == "b/2.png" else name): content for name, content in CONTENT.items()}
+    renamed = opened(make("renamed", names=list(renamed), content=renamed)).identity
+    longer = CONTENT | {"b/2.png": CONTENT["b/2.png"] + b"\0"}
+    longer = opened(make("longer", content=longer)).identity
+    assert len({json.dumps(i) for i in (identity, fewer, renamed, longer)}) == 4
+
+
+def test_identity_of_a_zip_has_its_checksums(tmp_path):
+    other = CONTENT | {"b/2.png": CONTENT["b/2.png"][:-1] + b"\0"}  # as long as before
+    one, two = make_zip(tmp_path / "1.zip"), make_zip(tmp_path / "2.zip", content=other)
+    assert opened(one).identity != opened(two, cache="none").identity
+
+
+def test_hidden_files_are_left_out_and_others_with_a_note(make, capsys):
+    more = {".hidden.png": b"", ".git/a.png": b"", "__MACOSX/a/._x.png": b"", "notes.txt": b"hello", "b/list.csv": b""}
+    path = make(names=[*NAMES, *more], content=CONTENT | more)
+    assert len(opened(path)) == 7
+    written = capsys.readouterr()
+    note = f"Note: 2 of the files in {path} do not end like a picture and are left out: b/list.csv.\n"
+    assert note in written.out + written.err
+
+
+def test_mixed_sizes_and_kinds_are_fine(make):
+    content = {
+        "large.png": encoded(np.full((90, 50, 3), 10, np.uint8)),
+        "small.png": encoded(np.full((3, 4), 20, np.uint8)),
+        "clear.png": encoded(np.full((8, 8, 4), 0, np.uint8)),
+    }
+    images = everything(opened(make(names=list(content), content=content)))
+    assert [image.reshape(-1, 3).max(0).tolist() for image in images] == [[255] * 3, [10] * 3, [20] * 3]
+    assert everything(opened(make(names=list(content), content=content), channels=1)).shape == (3, 8, 8, 1)
+
+
+# ---- Batches
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("data_cache", ["device", "host", "none"])
+def test_batches_are_bit_identical_for_any_cache_and_number_of_workers(data_cache, workers, make):
+    config = tiny(
+        data={"source": str(make()), "channels": 3, "cache": data_cache, "workers": workers}, train={"batch_size": 4}
+    )
+    source = open_source(config.data)
+    expected = np.stack([pictures.decode(CONTENT[name], 8, 3) for name in SORTED])
+    expected = expected[batch_indices(config.seed, 0, 9, 4, 7)]
+    images = np.concatenate([fed(config, source, mesh_of(2), first, 3)[0] for first in (0, 3, 6)])
+    np.testing.assert_array_equal(images, expected)
+
+
+@pytest.mark.parametrize("data_cache", ["device", "host", "none"])
+def test_a_feed_begun_in_the_middle_of_an_epoch_goes_on_the_same(data_cache, make):
+    config = tiny(data={"source": str(make()), "channels": 3, "cache": data_cache}, train={"batch_size": 2})
+    source = open_source(config.data)
+    feed = batches.make_feed(config, source, mesh_of(2))
+
+    def images(feed, step):
+        batch, dataset = feed(step, 1)
+        return np.asarray(batch) if dataset is None else np.asarray(dataset)[np.asarray(batch)]
+
+    whole = [images(feed, step) for step in range(8)]
+    again = batches.make_feed(config, open_source(config.data), mesh_of(2))
+    for step in range(5, 8):  # the second epoch begins within step 3
+        np.testing.assert_array_equal(images(again, step), whole[step])
+
+
+def test_pictures_are_read_ahead_in_another_thread():
+    threads, read = [], threading.Semaphore(0)
+
+    def feed(first_step, num_steps):
+        threads.append(threading.current_thread())
+        read.release()
+        return first_step, num_steps
+
+    ahead = batches.read_ahead(feed)
+    assert ahead(4, 2) == (4, 2)
+    for _ in range(1 + batches.AHEAD):
+        assert read.acquire(timeout=10)
+    assert threading.main_thread() not in threads
+    assert [ahead(step, 2) for step in (6, 8, 0, 2)] == [(6, 2), (8, 2), (0, 2), (2, 2)]
+
+
+def test_evaluation_order_has_every_image_once_and_pads_the_last_batch():
+    indices, mask = plain_order(10, 4)
+    assert indices.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    assert mask.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
+    for size, batch_size in ((1, 1), (1, 7), (7, 7), (8, 4), (1797, 128)):
+        indices, mask = plain_order(size, batch_size)
+        assert indices[mask].tolist() == list(range(size))
+        assert mask[:-1].all()
+        assert indices.max() == size - 1
+
+
+# ---- The cache
+
+
+def cached(folder):
+    return sorted((folder / "decoded").glob("*.npy"))
+
+
+def test_pictures_are_decoded_once(make, cache_folder, monkeypatch):
+    path = make()
+    images = everything(opened(path))
+    (file,) = cached(cache_folder)
+    assert isinstance(opened(path).images, np.memmap)
+    monkeypatch.setattr(pictures, "decode", None)  # from here on nothing can be decoded
+    np.testing.assert_array_equal(everything(opened(path)), images)
+    with pytest.raises(UsageError, match="cannot be decoded"):
+        opened(path, image_size=4)
+    assert cached(cache_folder) == [file]
+
+
+def test_other_sizes_channels_and_contents_have_other_caches(make, cache_folder):
+    path = make()
+    for number, changes in enumerate([{}, {"image_size": 4}, {"channels": 1}], 1):
+        assert everything(opened(path, **changes)).shape[0] == 7
+        assert len(cached(cache_folder)) == number
+
+
+def test_a_picture_changed_in_place_is_decoded_again(tmp_path):
+    path = make_folder(tmp_path / "pictures")
+    opened(path)
+    changed = encoded(PIXELS["b/10.png"])[: len(CONTENT["b/2.png"])].ljust(len(CONTENT["b/2.png"]), b"\0")
+    (path / "b/2.png").write_bytes(changed)
+    os.utime(path / "b/2.png", ns=(1, 1))
+    np.testing.assert_array_equal(everything(opened(path))[5], PIXELS["b/10.png"])
+
+
+def test_a_cache_file_cut_short_is_made_again(make, cache_folder):
+    path = make()
+    images = everything(opened(path))
+    (file,) = cached(cache_folder)
+    content = file.read_bytes()
+    for left in (0, 5, 100, len(content) - 1):
+        file.write_bytes(content[:left])
+        np.testing.assert_array_equal(everything(opened(path)), images)
+        assert file.read_bytes() == content
+
+
+def test_a_cache_cut_off_while_it_was_written_is_not_used(make, cache_folder, monkeypatch):
+    path = make()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path)
+    assert cached(cache_folder) == []
+    monkeypatch.undo()
+
+
+def test_several_processes_decode_once(make, cache_folder, monkeypatch):
+    path, written, write = make(), [], cache._write
+    monkeypatch.setattr(cache, "_write", lambda *a: (written.append(a), write(*a)))
+    threads = [
+        threading.Thread(target=lambda: opened(path)) for _ in range(4)
+    ]  # a lock file locks threads as processes
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert len(cached(cache_folder)) == 1
+
+
+def test_no_room_for_the_cache_is_told_before_anything_is_decoded(make, cache_folder, monkeypatch):
+    path = make()
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(pictures, "decode", None)
+    with refuses(
+        f"the 0 MB of decoded images cannot be written to {cache_folder / 'decoded'} ([Errno 28] only 0 MB are free); make "
+        "room, name another folder in the environment variable DDPM_JAX_CACHE, or decode at every step with --data.cache none"
+    ):
+        opened(path)
+    assert len(opened(path, cache="none")) == 7
+    assert list((cache_folder / "decoded").glob("*.[nt][pm]*")) == []
+
+
+def test_a_cache_folder_that_is_none_is_told(make, cache_folder):
+    cache_folder.write_text("a file")
+    with pytest.raises(
+        UsageError, match=r"cannot be written to .*cache.decoded \(.*\); make room, name another folder"
+    ):
+        opened(make())
+
+
+def test_auto_keeps_small_sets_on_the_device_larger_ones_in_a_file_and_decodes_the_rest(make, monkeypatch):
+    assert (batches.DEVICE_CACHE_BYTES, sources.DECODE_ONCE_BYTES) == (2**30, 2**33)
+    path = make()
+    config = tiny(data={"source": str(path), "channels": 3})
+    size = 7 * 8 * 8 * 3
+    for device, file, kept, on_device in [
+        (size, size, np.memmap, True),
+        (size - 1, size, np.memmap, False),
+        (size - 1, size - 1, pictures.DecodedPictures, False),
+    ]:
+        monkeypatch.setattr(batches, "DEVICE_CACHE_BYTES", device)
+        monkeypatch.setattr(sources, "DECODE_ONCE_BYTES", file)
+        source = open_source(config.data)
+        assert isinstance(source.images, kept)
+        assert batches.on_device(config, source) is on_device
+
+
+# ---- Bad pictures
+
+ADVICE = "with prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+CUT = encoded(RNG.integers(0, 256, (64, 64, 3), np.uint8), "JPEG")
+CUT = CUT[: len(CUT) // 2]
+
+
+@pytest.mark.parametrize("data_cache", ["auto", "device", "host"])
+def test_a_truncated_jpeg_is_named_before_training(data_cache, make, cache_folder):
+    path = make(content=CONTENT | {"a.jpg": CUT})
+    with pytest.raises(UsageError, match=rf"^the picture a.jpg cannot be decoded \(.*truncated.*\); .*{ADVICE}$"):
+        opened(path, cache=data_cache)
+    assert [file.suffix for file in (cache_folder / "decoded").iterdir()] == [".lock"]
+
+
+def test_a_truncated_jpeg_decoded_on_the_fly_stops_the_run_at_its_step_and_is_named(make):
+    path = make(content=CONTENT | {"a.jpg": CUT})
+    config = tiny(data={"source": str(path), "channels": 3, "cache": "none"}, train={"batch_size": 1})
+    feed = batches.make_feed(config, open_source(config.data), mesh_of(1))
+    order = batch_indices(config.seed, 0, 7, 1, 7)[:, 0].tolist()
+    for step in range(order.index(SORTED.index("a.jpg"))):
+        feed(step, 1)
+    with pytest.raises(UsageError, match=r"^the picture a.jpg cannot be decoded \(.*truncated"):
+        feed(step + 1, 1)
+
+
+def test_several_bad_pictures_are_told_together(make):
+    bad = {f"bad/{i}.png": b"no picture" for i in range(7)}
+    path = make(names=[*NAMES, *bad], content=CONTENT | bad)
+    with pytest.raises(
+        UsageError, match=r"^7 of 14 pictures cannot be decoded: bad/0.png \(.*bad/4.png \(.*, \.\.\.; mend"
+    ):
+        opened(path)
+
+
+def test_a_decompression_bomb_is_named(make):
+    header = bytearray(encoded(COLOURS, "BMP"))
+    header[18:26] = (30000).to_bytes(4, "little") * 2  # its width and height, while its pixels stay 6 x 6
+    path = make(names=["bomb.bmp"], content={"bomb.bmp": bytes(header)})
+    with pytest.raises(UsageError, match=r"^the picture bomb.bmp cannot be decoded \(.*900000000 pixels"):
+        opened(path)
+
+
+def test_a_picture_that_is_none_in_a_zip_is_named(tmp_path):
+    path = make_zip(
+        tmp_path / "x.zip", names=["a.png", "b.png"], content={"a.png": CONTENT["b/2.png"], "b.png": b"hello"}
+    )
+    with pytest.raises(UsageError, match=r"^the picture b.png cannot be decoded \(cannot identify image file"):
+        opened(path)
+
+
+def test_a_flipped_bit_in_a_zip_is_noticed_by_its_checksum(tmp_path):
+    path = make_zip(tmp_path / "x.zip", names=["a/sub/z.bmp"])
+    content = bytearray(path.read_bytes())
+    content[content.index(CONTENT["a/sub/z.bmp"]) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"^the picture a/sub/z.bmp cannot be decoded \(Bad CRC-32"):
+        opened(path)
+
+
+def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
+    path = make(content=CONTENT | {"a.jpg": CUT, "b/10.png": b""})
+    identity = sources.open_pictures(str(path)).identity
+    with refuses(
+        "data.on_bad_image=skip needs the list of bad pictures, and there is none of these pictures as they are now; "
+        f"write it with prepare_data.py {path} --check"
+    ):
+        opened(path, on_bad_image="skip")
+    config = DataConfig(source=str(path), image_size=8)
+    bad = cache.list_bad(sources.decoded(sources.open_pictures(str(path)), config))
+    assert sorted(bad) == ["a.jpg", "b/10.png"]
+    assert "truncated" in bad["a.jpg"]
+    for data_cache in ("none", "auto"):
+        source = opened(path, on_bad_image="skip", cache=data_cache)
+        kept = [name for name in SORTED if name not in bad]
+        np.testing.assert_array_equal(everything(source), np.stack([pictures.decode(CONTENT[n], 8, 3) for n in kept]))
+        assert source.labels.tolist() == [1, 3, 2, 4, 0]
+        assert (source.identity["images"], source.identity["skipped"]) == (5, 2)
+        assert source.identity["sha256"] == identity["sha256"]
+
+
+def test_skip_with_an_empty_list_changes_nothing(make):
+    path = make()
+    source = opened(path)
+    cache.list_bad(sources.decoded(sources.open_pictures(str(path)), DataConfig()))
+    assert opened(path, on_bad_image="skip").identity == source.identity
+
+
+def test_a_list_of_other_pictures_is_not_used(make):
+    path = make(content=CONTENT | {"a.jpg": CUT})
+    cache.list_bad(sources.decoded(sources.open_pictures(str(path)), DataConfig()))
+    path = make(content=CONTENT | {"a.jpg": CUT[:-1]})
+    with pytest.raises(
+        UsageError, match="needs the list of bad pictures, and there is none of these pictures as they are"
+    ):
+        opened(path, on_bad_image="skip")
+
+
+def test_all_bad_is_refused(make):
+    path = make(names=["a.png"], content={"a.png": b""})
+    cache.list_bad(sources.decoded(sources.open_pictures(str(path)), DataConfig()))
+    with pytest.raises(UsageError, match=r"^none of the 1 pictures of .* can be decoded"):
+        opened(path, on_bad_image="skip")
+
+
+def test_sources_without_pictures_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    make_zip(tmp_path / "empty.zip", names=[])
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("hello")
+    for name in ("empty", "empty.zip", "text"):
+        with refuses(
+            f"data.source={str(tmp_path / name)!r} has no pictures; expected files that end in .png, .jpg, .jpeg, .webp, .bmp"
+        ):
+            opened(tmp_path / name)
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    path = make_folder(tmp_path / "pictures")
+    (path / "c.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match=r"has a picture that cannot be found \(.*c.png'\); remove it or its link$"):
+        opened(path)
+
+
+def test_broken_and_missing_zip_files_are_refused(tmp_path):
+    path = tmp_path / "x.zip"
+    with refuses(f"data.source={str(path)!r} is not a file; give the path of a .zip file of pictures, or a folder"):
+        opened(path)
+    content = make_zip(path).read_bytes()
+    for left in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:left])
+        with pytest.raises(UsageError, match=rf"^{path} cannot be read as a zip file \(.*\); copy or pack it again$"):
+            opened(path)
+
+
+def test_formats_by_their_first_bytes_not_their_ending(make):
+    path = make(names=["a.png"], content={"a.png": encoded(Image.fromarray(COLOURS), "JPEG")})
+    assert len(opened(path)) == 1

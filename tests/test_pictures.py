@@ -1,0 +1,194 @@
+"""What becomes of a picture: every kind that Pillow knows ends as the uint8 image that the module's docstring describes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.data import pictures
+from ddpm_jax.data.pictures import decode
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (6, 6, 3), np.uint8)
+GREYS = RNG.integers(0, 256, (6, 6), np.uint8)
+WHITE = 255
+
+
+def encoded(image, form="PNG", **options):
+    """A picture file's content, of a Pillow image or an array."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def luma(rgb):
+    """ITU-R 601 in whole numbers, rounded."""
+    return ((rgb.astype(int) * [19595, 38470, 7471]).sum(-1) + 2**15) >> 16
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "WEBP"])
+def test_lossless_pictures_keep_every_pixel(form):
+    options = {"lossless": True} if form == "WEBP" else {}
+    np.testing.assert_array_equal(decode(encoded(COLOURS, form, **options), 6, 3), COLOURS)
+
+
+def test_jpeg_is_near_its_pixels():
+    smooth = np.add.outer(np.arange(16) * 8, np.arange(16) * 8).astype(np.uint8)
+    image = decode(encoded(smooth, "JPEG", quality=95), 16, 1)
+    assert np.abs(image[..., 0].astype(int) - smooth).max() <= 4
+
+
+def test_grey_is_repeated_and_colour_becomes_luma():
+    np.testing.assert_array_equal(decode(encoded(GREYS), 6, 3), GREYS[..., None].repeat(3, -1))
+    np.testing.assert_array_equal(decode(encoded(GREYS), 6, 1), GREYS[..., None])
+    np.testing.assert_array_equal(decode(encoded(COLOURS), 6, 1)[..., 0], luma(COLOURS))
+
+
+def test_palette_becomes_its_colours():
+    picture = Image.new("P", (6, 6))
+    picture.putdata((GREYS % 4).reshape(-1).tolist())
+    table = RNG.integers(0, 256, (4, 3), np.uint8)
+    picture.putpalette(table.tobytes())
+    np.testing.assert_array_equal(decode(encoded(picture), 6, 3), table[GREYS % 4])
+
+
+def test_black_and_white_becomes_0_and_255():
+    bits = GREYS > 127
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(bits)), 6, 1)[..., 0], bits * 255)
+
+
+def test_cmyk_becomes_rgb():
+    picture = Image.new("CMYK", (6, 6), (255, 0, 0, 0))  # full cyan
+    image = decode(encoded(picture, "JPEG", quality=100), 6, 3).astype(int)
+    assert np.abs(image - [0, 255, 255]).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_pixels_are_laid_on_white(mode):
+    alpha = np.full((6, 6), 255, np.uint8)
+    alpha[:3] = 0
+    if mode == "LA":
+        content, colours = encoded(np.stack([GREYS, alpha], -1)), GREYS[..., None].repeat(3, -1)
+    elif mode == "RGBA":
+        content, colours = encoded(np.concatenate([COLOURS, alpha[..., None]], -1)), COLOURS
+    else:  # a palette one of whose colours is transparent
+        picture = Image.new("P", (6, 6), 1)
+        picture.putpalette([9, 8, 7, 10, 20, 30])
+        picture.paste(0, (0, 0, 6, 3))
+        content, colours = encoded(picture, transparency=0), np.full((6, 6, 3), [10, 20, 30], np.uint8)
+    expected = np.where(alpha[..., None] == 0, WHITE, colours)
+    np.testing.assert_array_equal(decode(content, 6, 3), expected)
+
+
+def test_half_transparent_is_half_white():
+    image = decode(encoded(np.full((6, 6, 4), [0, 100, 200, 128], np.uint8)), 6, 3).astype(int)
+    assert np.abs(image - [127, 177, 227]).max() <= 1
+
+
+def png_16(channels):
+    """A PNG of 16-bit values, which Pillow cannot write in colour, and its values (6, 6, channels)."""
+    values = RNG.integers(0, 2**16, (6, 6, channels)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 6, 6, 16, kind, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return content, values.astype(int)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_keep_their_high_byte(channels):
+    content, values = png_16(channels)
+    np.testing.assert_array_equal(decode(content, 6, channels), values >> 8)
+
+
+def test_16_bits_with_alpha_are_laid_on_white():
+    content, values = png_16(2)
+    grey, alpha = values[..., 0] >> 8, (values[..., 1] >> 8) / 255
+    assert np.abs(decode(content, 6, 1)[..., 0] - (grey * alpha + 255 * (1 - alpha))).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_orientation_of_exif_is_honoured(orientation, form):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8] = 250  # the top left corner is bright, and the top right half so
+    upright[:8, 8:] = 120
+    stored = {  # which of its turns and flips the file holds, so that a viewer undoes it (EXIF 2.3, table of tag 0x0112)
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(np.ascontiguousarray(stored), form, exif=exif, **({} if form == "PNG" else {"quality": 95}))
+    assert np.abs(decode(content, 16, 3).astype(int) - upright).max() <= 12
+
+
+def test_first_frame_of_an_animation_is_taken():
+    frames = [Image.fromarray(np.full((6, 6, 3), value, np.uint8)) for value in (10, 200)]
+    for form in ("PNG", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        content = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_array_equal(decode(content, 6, 3), np.full((6, 6, 3), 10))
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 10), (10, 6), (6, 9), (9, 6)])
+def test_the_centre_square_is_cut_out(height, width):
+    image = RNG.integers(0, 256, (height, width, 3), np.uint8)
+    top, left = (height - 6) // 2, (width - 6) // 2
+    np.testing.assert_array_equal(decode(encoded(image), 6, 3), image[top : top + 6, left : left + 6])
+
+
+def test_shrinking_is_antialiased():
+    """Stripes finer than the smaller image's pixels become their mean, and not some of the stripes."""
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    inside = decode(encoded(stripes), 16, 1)[2:-2, 2:-2]
+    assert np.abs(inside.astype(int) - 127.5).max() <= 3
+
+
+def test_resizing_keeps_a_ramp_straight():
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8) * 4, (64, 64))
+    row = decode(encoded(np.ascontiguousarray(ramp)), 16, 1)[8, :, 0].astype(float)
+    centres = (np.arange(16) + 0.5) * 4 - 0.5  # of the small pixels, in places of the large ones
+    np.testing.assert_allclose(row[2:-2], centres[2:-2] * 4, atol=1)
+
+
+def test_small_pictures_are_enlarged():
+    image = decode(encoded(np.full((3, 5, 3), 77, np.uint8)), 16, 3)
+    np.testing.assert_array_equal(image, np.full((16, 16, 3), 77))
+
+
+def test_absurdly_large_pictures_are_refused_before_they_are_decoded(monkeypatch):
+    assert pictures.MAX_PIXELS < Image.MAX_IMAGE_PIXELS  # so that Pillow's own warning comes later
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 35)
+    with pytest.raises(ValueError, match=r"^its 6 x 6 pixels are more than 35$"):
+        decode(encoded(COLOURS), 6, 3)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 36)
+    assert decode(encoded(COLOURS), 6, 3).shape == (6, 6, 3)
+
+
+def test_other_formats_are_not_even_tried():
+    for form in ("GIF", "TIFF", "PPM"):
+        with pytest.raises(Image.UnidentifiedImageError):
+            decode(encoded(COLOURS, form), 6, 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_pictures_cut_short_raise(form):
+    content = encoded(RNG.integers(0, 256, (32, 32, 3), np.uint8), form)
+    for left in (0, 3, 20, len(content) // 2, len(content) * 9 // 10):
+        with pytest.raises(Exception, match=r".+"):
+            decode(content[:left], 32, 3)

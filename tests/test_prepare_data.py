@@ -1,0 +1,108 @@
+"""prepare_data.py: it prepares what needs it, and finds every picture that cannot be decoded."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import cache, open_source, sources
+from ddpm_jax.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+BAD = CONTENT | {"a.jpg": CUT, "b/10.png": b"hello"}
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def prepare_data(monkeypatch, capsys):
+    """Runs the script's main function with these arguments: (exit code, standard output)."""
+    spec = importlib.util.spec_from_file_location("script_prepare_data", ROOT / "prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the help in its source
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("make", [make_folder, make_zip])
+def test_check_names_every_bad_picture_and_writes_their_list(make, prepare_data, tmp_path):
+    path = make(tmp_path / "pictures.zip", content=BAD) if make is make_zip else make(tmp_path / "p", content=BAD)
+    code, out = prepare_data(path, "--check")
+    assert code == 1
+    truncated, unknown, summary = out.splitlines()
+    assert truncated.startswith("a.jpg: ")
+    assert "truncated" in truncated
+    assert unknown.startswith("b/10.png: cannot identify image file")
+    file = cache.bad_list(sources.open_pictures(str(path)))
+    assert summary == f"2 of 7 pictures cannot be decoded; their list: {file}"
+    assert sorted(json.loads(file.read_text())) == ["a.jpg", "b/10.png"]
+    source = open_source(DataConfig(source=str(path), image_size=8, on_bad_image="skip"))
+    assert len(source) == 5
+    assert source.identity["skipped"] == 2
+
+
+def test_check_of_good_pictures_ends_with_0(prepare_data, tmp_path):
+    path = make_folder(tmp_path / "pictures")
+    code, out = prepare_data(path, "--check", "--workers", 2)
+    assert code == 0
+    assert out.startswith("0 of 7 pictures cannot be decoded")
+
+
+def test_what_needs_no_preparation_and_what_cannot_be_checked_is_said(prepare_data, tmp_path):
+    path = make_folder(tmp_path / "pictures")
+    with pytest.raises(
+        UsageError, match="needs no preparation; add --check to look for pictures that cannot be decoded"
+    ):
+        prepare_data(path)
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    for source in ("digits", tmp_path / "x.npy"):
+        with pytest.raises(
+            UsageError, match="holds arrays, not encoded pictures; there is nothing to prepare or check"
+        ):
+            prepare_data(source, "--check")
+
+
+def test_arguments_are_checked(prepare_data, tmp_path):
+    with pytest.raises(UsageError, match="no source was given"):
+        prepare_data("--check")
+    with pytest.raises(UsageError, match="--workers -1 is too small; use 0 or more"):
+        prepare_data(tmp_path, "--check", "--workers", -1)
+    code, out = prepare_data("--help")
+    assert code == 0
+    assert "--check" in out
+
+
+def test_a_mistake_ends_with_code_2_and_one_sentence(tmp_path):
+    command = [sys.executable, "prepare_data.py", str(tmp_path / "nowhere"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"prepare_data.py: data.source='{tmp_path}/nowhere' is unknown; use one of digits, tfds:NAME"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_only_the_names_of_pictures_are_in_the_list(prepare_data, tmp_path):
+    prepare_data(make_folder(tmp_path / "p", content=BAD), "--check")
+    (file,) = (tmp_path / "cache" / "bad").iterdir()
+    assert set(json.loads(file.read_text())) < set(NAMES)
