@@ -1,0 +1,98 @@
+"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export} --help"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from etils import epath
+
+from ddpm_jax import cli, sharding
+from ddpm_jax.config import check
+from ddpm_jax.interop import card, diffusers, export, tensorflow
+from ddpm_jax.training import state_from_params
+from ddpm_jax.workdir import Run, check_empty, load_run, write_run
+
+
+def from_diffusers(source: tyro.conf.Positional[str], workdir: tyro.conf.Positional[str], config: str = "") -> None:
+    """Import a model of diffusers (UNet2DModel or DDPMPipeline) as a run at step 0.
+
+    Args:
+        source: Folder, or id on the hub such as google/ddpm-cifar10-32.
+        workdir: New folder that the run is written to.
+        config: configs/NAME.py of the same model, whose data and training options the run shall have.
+    """
+    check_empty(epath.Path(workdir))
+    base = cli.load_config(config) if config else None
+    run_config, params = diffusers.read_model(source, base)
+    write_run(workdir, run_config, state_from_params(run_config, params))
+    print(f"{source} is now the run {workdir}; sample from it: python sample.py {workdir}")
+
+
+def from_tensorflow(checkpoint: tyro.conf.Positional[str], workdir: tyro.conf.Positional[str], config: str) -> None:
+    """Import a checkpoint of the authors' code: parameters, their moving averages, Adam's moments and the step.
+
+    Args:
+        checkpoint: Path of the checkpoint's files without .index or .data, such as model.ckpt-790000.
+        workdir: New folder that the run is written to.
+        config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
+    """
+    check_empty(epath.Path(workdir))
+    run_config = cli.load_config(config)
+    check(run_config)
+    state, unused = tensorflow.read_checkpoint(checkpoint, run_config)
+    write_run(workdir, run_config, state)
+    print(f"Not used: {', '.join(unused) or 'nothing'}.")
+    print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: python sample.py {workdir}")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which parameters of a run."""
+
+    workdir: tyro.conf.Positional[str]
+    """Folder of the run."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters themselves."""
+    step: int | None = None
+    """The checkpoint's step; default the newest."""
+    unverified: bool = False
+    """Use the checkpoint even if its manifest is missing or does not match."""
+
+    def load(self) -> Run:
+        """The run with these parameters, on one device: they only pass through."""
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        return load_run(self.workdir, step=self.step, weights=self.weights, unverified=self.unverified, mesh=mesh)
+
+
+Of = Annotated[Parameters, tyro.conf.arg(name="")]
+
+
+def to_diffusers(of: Of, folder: tyro.conf.Positional[Path]) -> None:
+    """Write a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
+    check_empty(epath.Path(folder))
+    run = of.load()
+    results = card.evaluation_results(of.workdir, run.step) if of.weights == "ema" else {}
+    diffusers.write_pipeline(run, folder, card.model_card(run, weights=of.weights, title=folder.name, results=results))
+    print(f"Step {run.step} of {of.workdir} is now the diffusers model {folder}")
+
+
+def export_file(of: Of, file: tyro.conf.Positional[str]) -> None:
+    """Write the parameters (FILE.safetensors) or the whole sampler (FILE.jax_export) for programs without this package."""
+    export.check_file(file)
+    run = of.load()
+    export.export_run(run, file, weights=of.weights)
+    print(f"Step {run.step} of {of.workdir} is now in {file}")
+
+
+def main() -> None:
+    """Parses the command line and converts."""
+    commands = {f.__name__.replace("_", "-"): f for f in (from_diffusers, from_tensorflow, to_diffusers)}
+    tyro.extras.subcommand_cli_from_dict(
+        commands | {"export": export_file}, prog="convert.py", description=__doc__, sort_subcommands=False
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
