@@ -48,11 +48,9 @@ def from_tensorflow(checkpoint: tyro.conf.Positional[str], workdir: tyro.conf.Po
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Which:
     """Which parameters of a run."""
 
-    workdir: tyro.conf.Positional[str]
-    """Folder of the run."""
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the parameters, or the parameters themselves."""
     step: int | None = None
@@ -60,30 +58,31 @@ class Parameters:
     unverified: bool = False
     """Use the checkpoint even if its manifest is missing or does not match."""
 
-    def load(self) -> Run:
+    def load(self, workdir: str) -> Run:
         """The run with these parameters, on one device: they only pass through."""
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        return load_run(self.workdir, step=self.step, weights=self.weights, unverified=self.unverified, mesh=mesh)
+        return load_run(workdir, step=self.step, weights=self.weights, unverified=self.unverified, mesh=mesh)
 
 
-Of = Annotated[Parameters, tyro.conf.arg(name="")]
+Chosen = Annotated[Which, tyro.conf.arg(name="")]
 
 
-def to_diffusers(of: Of, folder: tyro.conf.Positional[Path]) -> None:
+def to_diffusers(workdir: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path], which: Chosen) -> None:
     """Write a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
     check_empty(epath.Path(folder))
-    run = of.load()
-    results = card.evaluation_results(of.workdir, run.step) if of.weights == "ema" else {}
-    diffusers.write_pipeline(run, folder, card.model_card(run, weights=of.weights, title=folder.name, results=results))
-    print(f"Step {run.step} of {of.workdir} is now the diffusers model {folder}")
+    run = which.load(workdir)
+    results = card.evaluation_results(workdir, run.step) if which.weights == "ema" else {}
+    text = card.model_card(run, weights=which.weights, title=folder.name, results=results)
+    diffusers.write_pipeline(run, folder, text)
+    print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")
 
 
-def export_file(of: Of, file: tyro.conf.Positional[str]) -> None:
+def export_file(workdir: tyro.conf.Positional[str], file: tyro.conf.Positional[str], which: Chosen) -> None:
     """Write the parameters (FILE.safetensors) or the whole sampler (FILE.jax_export) for programs without this package."""
     export.check_file(file)
-    run = of.load()
-    export.export_run(run, file, weights=of.weights)
-    print(f"Step {run.step} of {of.workdir} is now in {file}")
+    run = which.load(workdir)
+    export.export_run(run, file, weights=which.weights)
+    print(f"Step {run.step} of {workdir} is now in {file}")
 
 
 def main() -> None:

@@ -72,12 +72,12 @@ def _write_config(workdir: epath.Path, config: Config) -> None:
         raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
 
 
-def check_empty(workdir: epath.Path) -> None:
-    """Refuses a workdir that holds anything, so that nothing is overwritten. Raises UsageError."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UsageError(f"the workdir {workdir} is a file; choose another path")
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UsageError(f"the workdir {workdir} is not empty; choose an empty or a new folder")
+def check_empty(folder: epath.Path) -> None:
+    """Refuses a folder that holds anything, so that nothing is overwritten. Raises UsageError."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty; choose a new folder")
 
 
 def write_run(workdir: epath.PathLike, config: Config, state: TrainState) -> None:

@@ -1,8 +1,8 @@
 """What the tests of weights in and out share: the script, runs with drawn parameters, and networks of diffusers."""
 
-import contextlib
+import functools
 import importlib.util
-import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_unet import by_path, drawn_params
-from tiny import tiny
 
-from ddpm_jax.training import build_unet, state_from_params
+from ddpm_jax.interop.names import parameters, unflatten
+from ddpm_jax.training import state_from_params
 from ddpm_jax.workdir import write_run
 
 ROOT = Path(__file__).parent.parent
@@ -29,16 +28,20 @@ def convert(*arguments):
         module.main()
 
 
+@functools.cache
 def drawn(config, seed=0):
     """Parameters of order one for the config's network."""
-    size, channels = config.data.image_size, config.data.channels
-    x_t = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    return drawn_params(build_unet(config), x_t, jax.ShapeDtypeStruct((1,), jnp.int32), seed=seed)
+    rng = np.random.default_rng(seed)
+
+    def draw(p):
+        values = rng.normal(size=p.shape).astype(np.float32)
+        fan_in = math.prod(p.shape[:-1])
+        return {"kernel": values / math.sqrt(fan_in), "bias": 0.1 * values, "scale": 1 + 0.1 * values}[p.path.split("/")[-1]]
+
+    return unflatten({p.path: draw(p) for p in parameters(config)})
 
 
-def write_drawn_run(workdir, config=None, **sections):
-    """A workdir whose raw parameters are `drawn` with seed 0 and whose EMA with seed 1; returns its config."""
-    config = config or tiny(**sections)
+def write_drawn_run(workdir, config):
+    """A workdir whose raw parameters are `drawn` with seed 0 and whose EMA with seed 1."""
     state = state_from_params(config, jax.tree.map(jnp.asarray, drawn(config)))
     write_run(workdir, config, state.replace(ema_params=jax.tree.map(jnp.asarray, drawn(config, seed=1))))
-    return config

@@ -96,7 +96,7 @@ def _with_options_of(base: Config, config: Config, source: str) -> Config:
     return base
 
 
-def _read_parameters(folder: Path, table: list[Parameter]) -> Any:
+def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
     path, pickled = (folder / f"{WEIGHTS}.{ending}" for ending in ("safetensors", "bin"))
     if path.exists():
         tensors = _read_safetensors(path)

@@ -196,12 +196,12 @@ def _ours(table: dict[str, str], given: dict[str, Any], field: str) -> Any:
 
 
 def _refuse_differences(given: dict[str, Any], ours: dict[str, Any], what: str) -> None:
-    # A field that we do not know may be left out or off.
-    names = [name for name in given if not name.startswith("_") or name in ours]
     differ = [
-        f"{name} is {json.dumps(given[name])}, expected {json.dumps(ours.get(name))}"
-        for name in names
-        if given[name] != ours.get(name) and (name in ours or given[name])
+        f"{name} is {json.dumps(value)}, expected {json.dumps(ours.get(name))}"
+        for name, value in given.items()
+        if (name == "_class_name" or not name.startswith("_"))  # others are notes, such as the version
+        and value != ours.get(name)
+        and (name in ours or value)  # a field that we do not know may be there if it is off
     ]
     if differ:
         raise UsageError(f"its {what} is not one of ddpm_jax: {', '.join(differ)}; give a model that agrees in these")

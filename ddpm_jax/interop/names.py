@@ -6,6 +6,7 @@
     TensorFlow      model/down_1/attn_0/q/W                         as here
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,11 +68,12 @@ class Parameter:
         return self.path.endswith("nin_shortcut/kernel")
 
 
-def parameters(config: Config) -> list[Parameter]:
+@functools.cache
+def parameters(config: Config) -> tuple[Parameter, ...]:
     """All parameters of the config's network. Computes shapes only."""
     shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0))).params
     levels = len(config.model.ch_mult)
-    return [
+    return tuple(
         Parameter(
             path=path,
             shape=leaf.shape,
@@ -80,7 +82,7 @@ def parameters(config: Config) -> list[Parameter]:
             diffusers_old=_diffusers(path, levels, _DIFFUSERS_OLD),
         )
         for path, leaf in flatten(shapes).items()
-    ]
+    )
 
 
 def _tensorflow(path: str) -> str:
