@@ -7,9 +7,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,15 +19,11 @@ from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
-from ddpm_jax.interop.names import parameters, unflatten
+from ddpm_jax.interop.names import flatten, parameters
 from ddpm_jax.training import state_from_params
 from ddpm_jax.workdir import write_run
 
 SAFETENSORS, BIN = (f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin"))
-
-
-def flat(tree):
-    return {p.path: a for p, a in zip(parameters(TINY), jax.tree.leaves(tree), strict=True)}
 
 
 @pytest.fixture
@@ -39,8 +33,7 @@ def model(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(unet_config(TINY)))
     (folder / "scheduler_config.json").write_text(json.dumps(scheduler_config(TINY)))
-    params = drawn(TINY)
-    arrays = {p.path: array for p, array in zip(parameters(TINY), leaves(params), strict=True)}
+    arrays = flatten(drawn(TINY))
     tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(TINY)}
     safetensors.numpy.save_file(tensors, folder / SAFETENSORS)
     return folder

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
@@ -110,6 +111,11 @@ def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
         {name: p.diffusers_shape for name, p in names.items()},
         path,
     )
+    for name, array in tensors.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UsageError(
+                f"{path} holds {name} as {array.dtype}, expected floating point; get the weights unquantised"
+            )
     return unflatten({p.path: np.ascontiguousarray(p.from_diffusers(tensors[n]), np.float32) for n, p in names.items()})
 
 
@@ -129,7 +135,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float().numpy() for name, tensor in state.items()}
+        return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
     except Exception:  # what a pickle can raise has no end, and its words are no advice to follow
         raise UsageError(
             f"{path} is damaged or holds something else than weights, so nothing of it was used; "
