@@ -18,14 +18,19 @@ from ddpm_jax.workdir import write_run
 ROOT = Path(__file__).parent.parent
 
 
-def convert(*arguments):
-    """Runs convert.py in this process; its errors come out as they are."""
-    spec = importlib.util.spec_from_file_location("script_convert", ROOT / "convert.py")
+def run_script(name, *arguments):
+    """Runs a script of the root in this process; its errors come out as they are."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro reads the help in its source
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         module.main()
+
+
+def convert(*arguments):
+    """Runs convert.py."""
+    run_script("convert", *arguments)
 
 
 @functools.cache
@@ -36,7 +41,9 @@ def drawn(config, seed=0):
     def draw(p):
         values = rng.normal(size=p.shape).astype(np.float32)
         fan_in = math.prod(p.shape[:-1])
-        return {"kernel": values / math.sqrt(fan_in), "bias": 0.1 * values, "scale": 1 + 0.1 * values}[p.path.split("/")[-1]]
+        return {"kernel": values / math.sqrt(fan_in), "bias": 0.1 * values, "scale": 1 + 0.1 * values}[
+            p.path.split("/")[-1]
+        ]
 
     return unflatten({p.path: draw(p) for p in parameters(config)})
 

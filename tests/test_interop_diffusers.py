@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pickle
 import re
 import shutil
 import subprocess
@@ -112,13 +111,16 @@ sys.path.insert(0, {str(ROOT)!r})
 start = time.perf_counter()
 import convert
 convert.main()
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(time.perf_counter() - start, time.process_time(), gigabytes)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    seconds, gigabytes = map(float, done.stdout.split()[-2:])
+    seconds, processor_seconds, gigabytes = map(float, done.stdout.split()[-3:])
     with capsys.disabled():
-        print(f"\nImport of 35,746,307 parameters: {seconds:.1f} s, {gigabytes:.2f} GB")
-    assert seconds < 20
+        print(
+            f"\nImport of 35,746,307 parameters: {seconds:.1f} s ({processor_seconds:.1f} s of CPU), {gigabytes:.2f} GB"
+        )
+    assert processor_seconds < 20  # other tests run beside this one
     assert gigabytes < 3
     run = load_run(tmp_path / "run")
     assert sum(a.size for a in jax.tree.leaves(run.params)) == 35_746_307
@@ -165,7 +167,9 @@ def test_a_hub_id_goes_through_the_hubs_cache(model, monkeypatch):
     (model / "unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UsageError, match="has neither"):
         read_model("someone/some-model")
-    assert [patterns[-1] for _, patterns in asked[1:]] == [f"*diffusion_pytorch_model.{e}" for e in ("safetensors", "bin")]
+    assert [patterns[-1] for _, patterns in asked[1:]] == [
+        f"*diffusion_pytorch_model.{e}" for e in ("safetensors", "bin")
+    ]
 
     def offline(name, allow_patterns):
         raise OSError("no network\nand a long story")

@@ -51,13 +51,15 @@ def workdir(tmp_path_factory):
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_parameters_are_exported_by_our_names_with_the_config(weights, workdir, tmp_path):
-    convert("export", workdir, tmp_path / "new" / "model.safetensors", *([] if weights == "ema" else ["--weights", "raw"]))
+    convert(
+        "export", workdir, tmp_path / "new" / "model.safetensors", *([] if weights == "ema" else ["--weights", "raw"])
+    )
+    expected = flatten(drawn(CONFIG, seed=["raw", "ema"].index(weights)))
     with safetensors.safe_open(tmp_path / "new" / "model.safetensors", framework="numpy") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        assert set(file.keys()) == set(expected)
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in expected}
     assert configs.from_json(json.loads(metadata["config"])) == CONFIG
     assert (metadata["step"], metadata["weights"]) == ("0", weights)
-    expected = flatten(drawn(CONFIG, seed=["raw", "ema"].index(weights)))
-    assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected[name])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]

@@ -14,7 +14,6 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.interop.names import check_fit, parameters
 
-
 # Some of the CIFAR-10 network's, each in three lines: in the authors' checkpoint, in diffusers, in its older versions.
 ROWS = """
 model/temb/dense0/W (128, 512)

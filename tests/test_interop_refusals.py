@@ -64,9 +64,8 @@ def test_malicious_pickle_is_refused_and_not_executed(model, refused, tmp_path):
             return os.system, (f"touch {witness}",)
 
     (model / SAFETENSORS).unlink()
-    sentence = (
-        f"MODEL/{BIN} is damaged or holds something else than weights, so nothing of it was used; get {SAFETENSORS} instead"
-    )
+    holds = "is damaged or holds something else than weights, so nothing of it was used"
+    sentence = f"MODEL/{BIN} {holds}; get {SAFETENSORS} instead"
     (model / BIN).write_bytes(pickle.dumps(Malicious()))
     refused(sentence)
     torch.save({"conv_in.weight": Malicious()}, model / BIN)  # the same in a zip
@@ -88,7 +87,9 @@ def test_pickle_without_pytorch_is_refused(model, refused, monkeypatch):
 def test_truncated_safetensors_is_refused(kept, model, tmp_path):
     content = (model / SAFETENSORS).read_bytes()
     (model / SAFETENSORS).write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
-    with pytest.raises(UsageError, match=rf"^{model}/{SAFETENSORS} cannot be read \(.*\); get a whole copy of the file$"):
+    with pytest.raises(
+        UsageError, match=rf"^{model}/{SAFETENSORS} cannot be read \(.*\); get a whole copy of the file$"
+    ):
         convert("from-diffusers", model, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -153,7 +154,9 @@ def test_occupied_workdir_or_folder_is_refused_and_left_alone(model, tmp_path):
             convert("export", tmp_path / "run", file)
         assert file.read_text() == "mine"
     assert [path.name for path in occupied.iterdir()] == ["mine.txt"]
-    with pytest.raises(UsageError, match=r"expected one that ends in .safetensors \(parameters\) or .jax_export \(sampler\)$"):
+    with pytest.raises(
+        UsageError, match=r"expected one that ends in .safetensors \(parameters\) or .jax_export \(sampler\)$"
+    ):
         convert("export", tmp_path / "run", tmp_path / "model.bin")
 
 
@@ -179,7 +182,10 @@ def test_import_that_fails_leaves_no_workdir(tmp_path, monkeypatch):
     ("changed", "fields"),
     [
         ({"norm_eps": 1e-5}, "norm_eps is 1e-05, expected 1e-06"),
-        ({"freq_shift": 0, "flip_sin_to_cos": True}, "flip_sin_to_cos is true, expected false, freq_shift is 0, expected 1"),
+        (
+            {"freq_shift": 0, "flip_sin_to_cos": True},
+            "flip_sin_to_cos is true, expected false, freq_shift is 0, expected 1",
+        ),
         ({"downsample_padding": 1}, "downsample_padding is 1, expected 0"),
         ({"attention_head_dim": 8}, "attention_head_dim is 8, expected null"),
         ({"class_embed_type": "timestep"}, 'class_embed_type is "timestep", expected null'),
@@ -206,7 +212,13 @@ def test_network_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
 
 
 def test_fields_that_are_left_out_mean_what_diffusers_takes_them_for():
-    left_out = {"attention_head_dim": 8, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
+    left_out = {
+        "attention_head_dim": 8,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "norm_eps": 1e-5,
+    }
     unet = unet_config(TINY)
     for name, value in left_out.items():
         with pytest.raises(UsageError, match=f"{name} is {json.dumps(value)}, expected"):
@@ -222,7 +234,10 @@ def test_other_words_for_our_network_are_understood():
     words |= {"time_embedding_dim": 32, "num_train_timesteps": 20, "a_field_of_tomorrow": False, "_note": "x"}
     read = from_diffusers_configs(unet_config(TINY) | words, scheduler_config(TINY))
     assert (read.model, read.diffusion) == (TINY.model, TINY.diffusion)
-    assert from_diffusers_configs(unet_config(TINY), {"variance_type": "fixed_small_log"}).diffusion.variance == "fixed_small"
+    assert (
+        from_diffusers_configs(unet_config(TINY), {"variance_type": "fixed_small_log"}).diffusion.variance
+        == "fixed_small"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +246,10 @@ def test_other_words_for_our_network_are_understood():
         ({"clip_sample": False}, "clip_sample is false, expected true"),
         ({"thresholding": True}, "thresholding is true, expected false"),
         ({"_class_name": "PNDMScheduler"}, '_class_name is "PNDMScheduler", expected "DDPMScheduler"'),
-        ({"variance_type": "learned"}, 'variance_type is "learned", expected one of fixed_small, fixed_large, learned_range'),
+        (
+            {"variance_type": "learned"},
+            'variance_type is "learned", expected one of fixed_small, fixed_large, learned_range',
+        ),
         ({"beta_schedule": "laplace"}, 'beta_schedule is "laplace", expected one of linear, scaled_linear'),
         ({"trained_betas": [0.1] * 19 + [0.3]}, "trained_betas are of no schedule here"),
     ],
@@ -245,7 +263,9 @@ def test_sampler_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
 
 
 @pytest.mark.parametrize(
-    "broken", [{"block_out_channels": 8}, {"block_out_channels": []}, {"sample_size": "8"}, {"layers_per_block": "1"}], ids=str
+    "broken",
+    [{"block_out_channels": 8}, {"block_out_channels": []}, {"sample_size": "8"}, {"layers_per_block": "1"}],
+    ids=str,
 )
 def test_config_of_wrong_types_is_refused(broken, model, tmp_path):
     (model / "config.json").write_text(json.dumps(unet_config(TINY) | broken))

@@ -115,7 +115,9 @@ def test_without_tensorflow_the_extra_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tf():
-    return pytest.importorskip("tensorflow", reason="what the authors' checkpoints are read with: the extra `tensorflow`")
+    return pytest.importorskip(
+        "tensorflow", reason="what the authors' checkpoints are read with: the extra `tensorflow`"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +166,14 @@ def test_checkpoint_of_tensorflow_becomes_a_run_with_raw_and_ema_parameters(writ
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoint_that_cannot_be_read_is_refused(tf, written, tmp_path):
     prefix, _ = written
-    with pytest.raises(UsageError, match="cannot be read as a TensorFlow checkpoint .*; give the path of its files without"):
+    with pytest.raises(
+        UsageError, match=r"cannot be read as a TensorFlow checkpoint .*; give the path of its files without"
+    ):
         read_checkpoint(str(tmp_path / "model.ckpt-1"), TINY)
     with open(f"{prefix}.index", "rb") as file:
         content = file.read()
     (tmp_path / "model.ckpt-1.index").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match="cannot be read as a TensorFlow checkpoint .*; give the path of its files without"):
+    with pytest.raises(
+        UsageError, match=r"cannot be read as a TensorFlow checkpoint .*; give the path of its files without"
+    ):
         read_checkpoint(str(tmp_path / "model.ckpt-1"), TINY)

@@ -55,7 +55,7 @@ def model_card(run: Run, *, weights: str, title: str, results: dict[str, Any]) -
 
 def evaluation_results(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     """The numbers and words of those files `WORKDIR/evaluation/*.json` that are of this step: {"fid.fid": 3.2, ...}."""
-    results = {}
+    results: dict[str, Any] = {}
     for path in sorted((epath.Path(workdir) / "evaluation").glob("*.json")):
         try:
             values = json.loads(path.read_text())

@@ -3,7 +3,6 @@
 diffusers itself is not needed, its files being JSON and safetensors. Nothing that is read is executed.
 """
 
-import dataclasses
 import json
 import re
 import shutil
@@ -24,10 +23,12 @@ from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, un
 from ddpm_jax.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
-OF_THE_MODEL = frozenset(
-    """data.image_size data.channels model.ch model.ch_mult model.num_res_blocks model.attn_resolutions model.groups
-    diffusion.T diffusion.schedule diffusion.beta_start diffusion.beta_end diffusion.prediction diffusion.variance""".split()
-)
+OF_THE_MODEL = {  # the other fields are the user's choice
+    *("data.image_size", "data.channels"),
+    *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
+    *("diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"),
+    *("diffusion.prediction", "diffusion.variance"),
+}
 
 
 def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
@@ -40,7 +41,9 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
     folder = _find_folder(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = _read_json(unet_folder / "config.json")
-    schedulers = [p for p in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json") if p.exists()]
+    schedulers = [
+        p for p in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json") if p.exists()
+    ]
     scheduler = _read_json(schedulers[0]) if schedulers else {"variance_type": "fixed_large"}
     try:
         config = from_diffusers_configs(unet, scheduler)
@@ -57,7 +60,9 @@ def _find_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise UsageError(f"{source} is not a folder; give one with a config.json, or a hub id such as google/ddpm-cifar10-32")
+        raise UsageError(
+            f"{source} is not a folder; give one with a config.json, or a hub id such as google/ddpm-cifar10-32"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -104,7 +109,9 @@ def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
     elif pickled.exists():
         path, tensors = pickled, _read_pickle(pickled)
     else:
-        raise UsageError(f"{folder} has neither {path.name} nor {pickled.name}; give the folder of a whole diffusers model")
+        raise UsageError(
+            f"{folder} has neither {path.name} nor {pickled.name}; give the folder of a whole diffusers model"
+        )
     names = {p.diffusers_old if p.diffusers_old in tensors else p.diffusers: p for p in table}
     check_fit(
         {name: array.shape for name, array in tensors.items()},
@@ -159,7 +166,9 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
         "unet/config.json": unet_config(run.config),
     }
     arrays = flatten(run.params)
-    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)}
+    tensors = {
+        p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
+    }
     check_empty(epath.Path(folder))
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed

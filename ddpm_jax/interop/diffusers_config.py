@@ -13,7 +13,7 @@ from ddpm_jax.training import build_schedule, build_unet
 VERSION = "0.35.0"  # of diffusers, whose fields these are
 
 # What our network is, in fields that diffusers lets one choose ...
-_NETWORK = {
+_NETWORK: dict[str, Any] = {
     "_class_name": "UNet2DModel",
     "act_fn": "silu",
     "add_attention": True,
@@ -35,7 +35,7 @@ _NETWORK = {
     "upsample_type": "conv",
 }
 # ... and what its config means, where that is something else, by a field that is left out.
-_NETWORK_DEFAULTS = {
+_NETWORK_DEFAULTS: dict[str, Any] = {
     "attention_head_dim": 8,
     "downsample_padding": 1,
     "dropout": 0.0,
@@ -48,7 +48,7 @@ _NETWORK_DEFAULTS = {
     "out_channels": 3,
     "sample_size": None,
 }
-_SAMPLER = {
+_SAMPLER: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
     "clip_sample": True,
     "clip_sample_range": 1.0,
@@ -56,7 +56,7 @@ _SAMPLER = {
     "steps_offset": 0,
     "thresholding": False,
 }
-_SAMPLER_DEFAULTS = _SAMPLER | {
+_SAMPLER_DEFAULTS: dict[str, Any] = _SAMPLER | {
     "beta_end": 0.02,
     "beta_schedule": "linear",
     "beta_start": 1e-4,

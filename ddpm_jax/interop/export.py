@@ -1,9 +1,10 @@
 """A run as one file for programs that know nothing of this package: its parameters, or its whole sampler.
 
-    NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
-    NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
+NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
+NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
 """
 
+import dataclasses
 import json
 
 import jax
@@ -44,11 +45,11 @@ def sampler_file(run: Run) -> bytes:
     params = jax.tree.map(np.asarray, run.params)
 
     def program(seed: UInt32[Array, ""], indices: Int[Array, " B"]) -> UInt8[Array, "B H W C"]:
-        # Held back from the compiler, which would spend minutes on folding them into their uses.
+        # The parameters are constants of the program; the barrier keeps the compiler from folding them into their uses.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
             run.schedule,
-            lambda x_t, t: run.unet.apply({"params": held}, x_t, t),
+            dataclasses.replace(run, params=held).model,
             rng.stream(jax.random.key(seed, impl="threefry2x32"), Purpose.SAMPLE),
             indices,
             image_shape=(data.image_size, data.image_size, data.channels),
@@ -66,7 +67,9 @@ def check_file(file: epath.PathLike) -> None:
     """Refuses a file of another ending, and one that is there. Raises UsageError."""
     file = epath.Path(file)
     if file.suffix not in (".safetensors", ".jax_export"):
-        raise UsageError(f"got the file {file}, expected one that ends in .safetensors (parameters) or .jax_export (sampler)")
+        raise UsageError(
+            f"got the file {file}, expected one that ends in .safetensors (parameters) or .jax_export (sampler)"
+        )
     if file.exists():
         raise UsageError(f"{file} exists; choose another name, or move it away")
 

@@ -1,9 +1,9 @@
 """The network's parameters by their names here, in diffusers and in the authors' TensorFlow checkpoints: one table.
 
-    here            down_1_attn_0/q/kernel                          (C, D)   and (3, 3, C, D) of a convolution
-    diffusers       down_blocks.1.attentions.0.to_q.weight          (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
-    older diffusers down_blocks.1.attentions.0.query.weight         the same
-    TensorFlow      model/down_1/attn_0/q/W                         as here
+here            down_1_attn_0/q/kernel                          (C, D)   and (3, 3, C, D) of a convolution
+diffusers       down_blocks.1.attentions.0.to_q.weight          (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
+older diffusers down_blocks.1.attentions.0.query.weight         the same
+TensorFlow      model/down_1/attn_0/q/W                         as here
 """
 
 import functools
@@ -20,7 +20,9 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training import init_state
 
-_BLOCK = re.compile(r"(?P<part>down|mid|up)_(?:(?P<level>\d+)_)?(?P<kind>block|attn|downsample|upsample)_?(?P<index>\d*)")
+_BLOCK = re.compile(
+    r"(?P<part>down|mid|up)_(?:(?P<level>\d+)_)?(?P<kind>block|attn|downsample|upsample)_?(?P<index>\d*)"
+)
 _DIFFUSERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
@@ -124,9 +126,7 @@ def unflatten(params: Mapping[str, Any]) -> Any:
     return traverse_util.unflatten_dict(dict(params), sep="/")
 
 
-def check_fit(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
-) -> None:
+def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
     """Refuses tensors (shapes by name) that are not the expected ones one for one, with the names of the first that differ.
 
     where: the file they are in. Raises UsageError.

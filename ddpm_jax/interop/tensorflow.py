@@ -1,9 +1,9 @@
 """The authors' TensorFlow checkpoints: parameters, their moving averages, and Adam's moments, by the names of their code.
 
-    model/down_1/attn_0/q/W                              a parameter
-    model/down_1/attn_0/q/W/ExponentialMovingAverage     its moving average
-    model/down_1/attn_0/q/W/Adam, .../Adam_1             Adam's first and second moment, if they were kept
-    global_step                                          the step, 0 if it was not kept
+model/down_1/attn_0/q/W                              a parameter
+model/down_1/attn_0/q/W/ExponentialMovingAverage     its moving average
+model/down_1/attn_0/q/W/Adam, .../Adam_1             Adam's first and second moment, if they were kept
+global_step                                          the step, 0 if it was not kept
 """
 
 import dataclasses
@@ -54,9 +54,7 @@ def _reader(prefix: str) -> Any:
     try:
         import tensorflow
     except ImportError:
-        raise UsageError(
-            'TensorFlow is needed to read its checkpoints: pip install "ddpm-jax[tensorflow]"'
-        ) from None
+        raise UsageError('TensorFlow is needed to read its checkpoints: pip install "ddpm-jax[tensorflow]"') from None
     try:
         return tensorflow.train.load_checkpoint(prefix)
     except Exception as error:  # it raises kinds of its own for what is missing and for what is damaged
