@@ -9,13 +9,18 @@ import tyro
 from etils import epath
 
 from ddpm_jax import cli, sharding
-from ddpm_jax.config import check
-from ddpm_jax.interop import card, diffusers, export, tensorflow
+from ddpm_jax.interop import diffusers, export, tensorflow
+from ddpm_jax.interop.card import model_card
 from ddpm_jax.training import state_from_params
 from ddpm_jax.workdir import Run, check_empty, load_run, write_run
 
+Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER-OR-ID")]
+File = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
 
-def from_diffusers(source: tyro.conf.Positional[str], workdir: tyro.conf.Positional[str], config: str = "") -> None:
+
+def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     """Import a model of diffusers (UNet2DModel or DDPMPipeline) as a run at step 0.
 
     Args:
@@ -24,13 +29,12 @@ def from_diffusers(source: tyro.conf.Positional[str], workdir: tyro.conf.Positio
         config: configs/NAME.py of the same model, whose data and training options the run shall have.
     """
     check_empty(epath.Path(workdir))
-    base = cli.load_config(config) if config else None
-    run_config, params = diffusers.read_model(source, base)
+    run_config, params = diffusers.read_model(source, cli.load_config(config) if config else None)
     write_run(workdir, run_config, state_from_params(run_config, params))
     print(f"{source} is now the run {workdir}; sample from it: python sample.py {workdir}")
 
 
-def from_tensorflow(checkpoint: tyro.conf.Positional[str], workdir: tyro.conf.Positional[str], config: str) -> None:
+def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
     """Import a checkpoint of the authors' code: parameters, their moving averages, Adam's moments and the step.
 
     Args:
@@ -40,7 +44,6 @@ def from_tensorflow(checkpoint: tyro.conf.Positional[str], workdir: tyro.conf.Po
     """
     check_empty(epath.Path(workdir))
     run_config = cli.load_config(config)
-    check(run_config)
     state, unused = tensorflow.read_checkpoint(checkpoint, run_config)
     write_run(workdir, run_config, state)
     print(f"Not used: {', '.join(unused) or 'nothing'}.")
@@ -67,18 +70,16 @@ class Which:
 Chosen = Annotated[Which, tyro.conf.arg(name="")]
 
 
-def to_diffusers(workdir: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path], which: Chosen) -> None:
-    """Write a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
+def to_diffusers(workdir: Workdir, folder: Folder, which: Chosen) -> None:
+    """Write the run in WORKDIR as a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
     check_empty(epath.Path(folder))
     run = which.load(workdir)
-    results = card.evaluation_results(workdir, run.step) if which.weights == "ema" else {}
-    text = card.model_card(run, weights=which.weights, title=folder.name, results=results)
-    diffusers.write_pipeline(run, folder, text)
+    diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=which.weights, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")
 
 
-def export_file(workdir: tyro.conf.Positional[str], file: tyro.conf.Positional[str], which: Chosen) -> None:
-    """Write the parameters (FILE.safetensors) or the whole sampler (FILE.jax_export) for programs without this package."""
+def export_file(workdir: Workdir, file: File, which: Chosen) -> None:
+    """Write a run's parameters (FILE.safetensors) or whole sampler (FILE.jax_export) for programs without this package."""
     export.check_file(file)
     run = which.load(workdir)
     export.export_run(run, file, weights=which.weights)

@@ -20,6 +20,7 @@ from test_unet_parity import peer_of
 from tiny import TINY, tiny
 
 from ddpm_jax import rng
+from ddpm_jax.cli import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.errors import UsageError
 from ddpm_jax.interop.diffusers import read_model, write_pipeline
@@ -84,8 +85,11 @@ def with_old_names(path):
 # ---- In
 
 
-@pytest.mark.parametrize("config", [GREY, LEARNED], ids=["grey", "learned"])
-@pytest.mark.parametrize("kind", ["safetensors", "old_names", "bin"])
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(GREY, "safetensors"), (GREY, "bin"), (LEARNED, "old_names")],
+    ids=["grey", "bin", "learned_old_names"],
+)
 def test_imported_network_computes_what_diffusers_does(config, kind, torch, diffusers, tmp_path):
     peer = drawn_peer(config, torch, diffusers)
     peer.save_pretrained(tmp_path, safe_serialization=kind != "bin")
@@ -177,7 +181,8 @@ def test_a_hub_id_goes_through_the_hubs_cache(model, monkeypatch):
     hub.snapshot_download = offline
     with pytest.raises(UsageError) as refusal:
         read_model("someone/some-model")
-    assert str(refusal.value) == "someone/some-model is not a folder and could not be had from the hub (no network)"
+    sentence = "someone/some-model is not a folder and could not be had from the hub (no network); check the name and the network"
+    assert str(refusal.value) == sentence
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=re.escape('pip install "ddpm-jax[hub]"')):
         read_model("someone/some-model")
@@ -272,6 +277,35 @@ def test_what_diffusers_cannot_sample_is_refused(diffusion, named, tiny_run, tmp
 
 
 # ---- Configs
+
+
+def test_config_of_the_hubs_cifar10_model_is_the_papers():
+    levels = ["", "Attn", "", ""]
+    unet = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.0.4",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False,
+        "down_block_types": [f"{attend}DownBlock2D" for attend in levels],
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": [f"{attend}UpBlock2D" for attend in levels[::-1]],
+    }
+    read = from_diffusers_configs(unet, {"variance_type": "fixed_large"})
+    paper = load_config(str(ROOT / "configs/cifar10.py"))
+    assert dataclasses.replace(read.model, dropout=paper.model.dropout) == paper.model
+    assert read.diffusion == paper.diffusion
 
 
 def test_every_schedule_has_the_same_betas_in_diffusers(diffusers):

@@ -1,6 +1,7 @@
 """The authors' checkpoints: raw and EMA parameters and Adam's moments, every variable used once or named."""
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -164,16 +165,17 @@ def test_checkpoint_of_tensorflow_becomes_a_run_with_raw_and_ema_parameters(writ
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_checkpoint_that_cannot_be_read_is_refused(tf, written, tmp_path):
+def test_checkpoint_that_is_missing_or_cut_short_is_refused(tf, written, tmp_path):
     prefix, _ = written
-    with pytest.raises(
-        UsageError, match=r"cannot be read as a TensorFlow checkpoint .*; give the path of its files without"
-    ):
-        read_checkpoint(str(tmp_path / "model.ckpt-1"), TINY)
-    with open(f"{prefix}.index", "rb") as file:
-        content = file.read()
-    (tmp_path / "model.ckpt-1.index").write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        UsageError, match=r"cannot be read as a TensorFlow checkpoint .*; give the path of its files without"
-    ):
-        read_checkpoint(str(tmp_path / "model.ckpt-1"), TINY)
+    copy = str(tmp_path / "model.ckpt-1")
+    index, data = (Path(prefix + ending).read_bytes() for ending in (".index", ".data-00000-of-00001"))
+    message = (
+        rf"^{copy} cannot be read as a TensorFlow checkpoint \(.*\); give the path of its files without .index or .data"
+    )
+    for files in [(), (index[: len(index) // 2], data), (index, data[: len(data) // 2]), (index,)]:
+        for ending, content in zip((".index", ".data-00000-of-00001"), files, strict=False):
+            Path(copy + ending).write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            read_checkpoint(copy, TINY)
+        for path in tmp_path.iterdir():
+            path.unlink()

@@ -37,8 +37,9 @@ images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference
 """
 
 
-def model_card(run: Run, *, weights: str, title: str, results: dict[str, Any]) -> str:
-    """The card in Markdown. weights: "ema" or "raw". results: of `evaluation_results`."""
+def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
+    """The card in Markdown, with the results of evaluating the workdir if weights are the "ema" that was evaluated."""
+    results = _evaluation_results(epath.Path(workdir), run.step) if weights == "ema" else {}
     rows = [f"| {name} | {value} |" for name, value in results.items()]
     return _CARD.format(
         title=title,
@@ -53,10 +54,10 @@ def model_card(run: Run, *, weights: str, title: str, results: dict[str, Any]) -
     )
 
 
-def evaluation_results(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+def _evaluation_results(workdir: epath.Path, step: int) -> dict[str, Any]:
     """The numbers and words of those files `WORKDIR/evaluation/*.json` that are of this step: {"fid.fid": 3.2, ...}."""
     results: dict[str, Any] = {}
-    for path in sorted((epath.Path(workdir) / "evaluation").glob("*.json")):
+    for path in sorted((workdir / "evaluation").glob("*.json")):
         try:
             values = json.loads(path.read_text())
         except ValueError as error:

@@ -78,7 +78,9 @@ def _find_folder(source: str) -> Path:
         return folder
     except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{source} is not a folder and could not be had from the hub ({reason})") from None
+        raise UsageError(
+            f"{source} is not a folder and could not be had from the hub ({reason}); check the name and the network"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A run as one file for programs that know nothing of this package: its parameters, or its whole sampler.
 
-NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
-NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
+    NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
+    NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
+
+The file's ending says which.
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """The network's parameters by their names here, in diffusers and in the authors' TensorFlow checkpoints: one table.
 
-here            down_1_attn_0/q/kernel                          (C, D)   and (3, 3, C, D) of a convolution
-diffusers       down_blocks.1.attentions.0.to_q.weight          (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
-older diffusers down_blocks.1.attentions.0.query.weight         the same
-TensorFlow      model/down_1/attn_0/q/W                         as here
+    here               down_1_attn_0/q/kernel                       (C, D)   and (3, 3, C, D) of a convolution
+    diffusers          down_blocks.1.attentions.0.to_q.weight       (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
+    older diffusers    down_blocks.1.attentions.0.query.weight      as in diffusers
+    TensorFlow         model/down_1/attn_0/q/W                      as here
+
+It is made from the network that a config describes, so that it holds every parameter once.
 """
 
 import functools
