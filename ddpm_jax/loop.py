@@ -112,7 +112,7 @@ def start_state(
     step = checkpoints.choose(unverified=unverified)
     if step is not None:
         meta = checkpoints.restore_meta(step)
-        if meta["data"] != source.identity:
+        if meta["data"] not in (None, source.identity):  # None: imported weights, which remember no data set
             raise UsageError(
                 f"the data set has changed since the checkpoint of step {step}: it was {meta['data']} and is "
                 f"{source.identity}; give the same data, or start in another workdir"

@@ -73,14 +73,8 @@ def build_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: Config, key: Key[Array, ""]) -> TrainState:
-    """The state at step 0: parameters drawn from the key, their EMA equal to them, nothing seen by the optimizer.
-
-    Pure: give it to `jax.jit` or `jax.eval_shape`. A run uses the key of its INIT stream.
-    """
-    size = config.data.image_size
-    x_t = jnp.zeros((1, size, size, config.data.channels))
-    params = build_unet(config).init(key, x_t, jnp.zeros((1,), jnp.int32))["params"]
+def state_from_params(config: Config, params: Params) -> TrainState:
+    """The state at step 0 with these parameters: their EMA equal to them, nothing seen by the optimizer."""
     by_history = config.diffusion.t_sampler == "loss_history"
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -89,6 +83,16 @@ def init_state(config: Config, key: Key[Array, ""]) -> TrainState:
         opt_state=build_optimizer(config).init(params),
         loss_history=losses.init_loss_history(config.diffusion.T) if by_history else None,
     )
+
+
+def init_state(config: Config, key: Key[Array, ""]) -> TrainState:
+    """The state at step 0, its parameters drawn from the key.
+
+    Pure: give it to `jax.jit` or `jax.eval_shape`. A run uses the key of its INIT stream.
+    """
+    size = config.data.image_size
+    x_t = jnp.zeros((1, size, size, config.data.channels))
+    return state_from_params(config, build_unet(config).init(key, x_t, jnp.zeros((1,), jnp.int32))["params"])
 
 
 def init_sharded_state(config: Config, mesh: Mesh) -> TrainState:

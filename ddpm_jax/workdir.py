@@ -22,7 +22,7 @@ from ddpm_jax.checkpoint import Checkpoints, digest, saved_steps, write_text
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.schedules import Schedule
-from ddpm_jax.training import build_schedule, build_unet, init_state
+from ddpm_jax.training import TrainState, build_schedule, build_unet, init_state
 from ddpm_jax.unet import UNet
 
 CONFIG = "config.json"
@@ -68,12 +68,43 @@ def _enter(workdir: epath.Path, config: Config) -> int:
             return 0
     elif workdir.exists() and any(path.name != f"{CONFIG}.tmp" for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
+    _write_config(workdir, config)
+    return 0
+
+
+def _write_config(workdir: epath.Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
-    return 0
+
+
+def check_empty(folder: epath.Path) -> None:
+    """Refuses a folder that holds anything, so that nothing is overwritten. Raises UsageError."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty; choose a new folder")
+
+
+def write_run(workdir: epath.PathLike, config: Config, state: TrainState) -> None:
+    """Makes a workdir of the config with the state as its one checkpoint; it remembers no data set, so any may follow.
+
+    Raises UsageError if the workdir is not empty, RunError if saving fails; then nothing is left of it.
+    """
+    workdir = epath.Path(workdir)
+    check_empty(workdir)
+    try:
+        checkpoints = Checkpoints(workdir / CHECKPOINTS)
+        try:
+            checkpoints.save(state, {"data": None, "since_log": {}})
+        finally:
+            checkpoints.close()
+        _write_config(workdir, config)  # last: without it the folder is no workdir, wherever this was killed
+    except BaseException:
+        workdir.rmtree(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)

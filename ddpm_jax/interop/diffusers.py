@@ -1,0 +1,186 @@
+"""Models of diffusers: a folder or hub id read into parameters, and a run written as a folder that its `DDPMPipeline` loads.
+
+diffusers itself is not needed, its files being JSON and safetensors. Nothing that is read is executed.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from ddpm_jax.config import Config, differences
+from ddpm_jax.config import flatten as flatten_config
+from ddpm_jax.errors import UsageError
+from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
+from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
+from ddpm_jax.workdir import Run, check_empty
+
+WEIGHTS = "diffusion_pytorch_model"
+OF_THE_MODEL = {  # the other fields are the user's choice
+    *("data.image_size", "data.channels"),
+    *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
+    *("diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"),
+    *("diffusion.prediction", "diffusion.variance"),
+}
+
+
+def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
+    """The config and the parameters (float32 NumPy) of a `UNet2DModel` or `DDPMPipeline`.
+
+    source: a folder, or an id on the hub such as google/ddpm-cifar10-32. base: a config of the same network and diffusion,
+    whose data and training options are taken; without it the data are `none`. A folder without a scheduler's config is
+    taken to be the paper's. Raises UsageError for what is missing, damaged or not one of our networks.
+    """
+    folder = _find_folder(source)
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = _read_json(unet_folder / "config.json")
+    schedulers = [
+        p for p in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json") if p.exists()
+    ]
+    scheduler = _read_json(schedulers[0]) if schedulers else {"variance_type": "fixed_large"}
+    try:
+        config = from_diffusers_configs(unet, scheduler)
+    except UsageError as error:
+        raise UsageError(f"{source} cannot be imported: {error}") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UsageError(f"{source} cannot be imported: its config is not one of diffusers ({error})") from None
+    if base is not None:
+        config = _with_options_of(base, config, source)
+    return config, _read_parameters(unet_folder, parameters(config))
+
+
+def _find_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise UsageError(
+            f"{source} is not a folder; give one with a config.json, or a hub id such as google/ddpm-cifar10-32"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UsageError(
+            f"{source} is not a folder, and to look for it on the hub huggingface_hub is needed: "
+            'pip install "ddpm-jax[hub]"'
+        ) from None
+    try:
+        configs = ["config.json", "*/config.json", "*scheduler_config.json"]
+        folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.safetensors"]))
+        if not [*folder.rglob(f"{WEIGHTS}.safetensors")]:
+            folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
+        return folder
+    except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{source} is not a folder and could not be had from the hub ({reason}); check the name and the network"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UsageError(f"{path.parent} has no {path.name}; give the folder of a diffusers model")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no JSON object; get a whole copy of the file")
+    return values
+
+
+def _with_options_of(base: Config, config: Config, source: str) -> Config:
+    differ = [name for name in differences(base, config) if name in OF_THE_MODEL]
+    if differ:
+        was, now = flatten_config(base), flatten_config(config)
+        fields = ", ".join(f"{name} ({now[name]!r} there, {was[name]!r} in the config)" for name in differ)
+        raise UsageError(f"{source} is another model than the config's, it differs in {fields}; change the config")
+    return base
+
+
+def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
+    path, pickled = (folder / f"{WEIGHTS}.{ending}" for ending in ("safetensors", "bin"))
+    if path.exists():
+        tensors = _read_safetensors(path)
+    elif pickled.exists():
+        path, tensors = pickled, _read_pickle(pickled)
+    else:
+        raise UsageError(
+            f"{folder} has neither {path.name} nor {pickled.name}; give the folder of a whole diffusers model"
+        )
+    names = {p.diffusers_old if p.diffusers_old in tensors else p.diffusers: p for p in table}
+    check_fit(
+        {name: array.shape for name, array in tensors.items()},
+        {name: p.diffusers_shape for name, p in names.items()},
+        path,
+    )
+    for name, array in tensors.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UsageError(
+                f"{path} holds {name} as {array.dtype}, expected floating point; get the weights unquantised"
+            )
+    return unflatten({p.path: np.ascontiguousarray(p.from_diffusers(tensors[n]), np.float32) for n, p in names.items()})
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(
+            f'{path} needs PyTorch: pip install "ddpm-jax[torch]", or get {WEIGHTS}.safetensors instead'
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
+    except Exception:  # what a pickle can raise has no end, and its words are no advice to follow
+        raise UsageError(
+            f"{path} is damaged or holds something else than weights, so nothing of it was used; "
+            f"get {WEIGHTS}.safetensors instead"
+        ) from None
+
+
+def write_pipeline(run: Run, folder: Path, card: str) -> None:
+    """Writes a folder that `DDPMPipeline.from_pretrained` loads, with the run's parameters and the card as its README.md.
+
+    Whole or not at all. Raises UsageError if the folder is not empty, or if diffusers' scheduler cannot sample the run.
+    """
+    files = {
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+        "scheduler/scheduler_config.json": scheduler_config(run.config),
+        "unet/config.json": unet_config(run.config),
+    }
+    arrays = flatten(run.params)
+    tensors = {
+        p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
+    }
+    check_empty(epath.Path(folder))
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+    try:
+        for name, values in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(json.dumps(values, indent=2) + "\n")
+        save_file(tensors, temporary / f"unet/{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (temporary / "README.md").write_text(card)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,207 @@
+"""What diffusers calls a network and a sampler: the configs of its `UNet2DModel` and `DDPMScheduler`, from ours and to ours."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, check
+from ddpm_jax.errors import UsageError
+from ddpm_jax.schedules import BETAS
+from ddpm_jax.training import build_schedule, build_unet
+
+VERSION = "0.35.0"  # of diffusers, whose fields these are
+
+# What our network is, in fields that diffusers lets one choose ...
+_NETWORK: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "add_attention": True,
+    "attention_head_dim": None,
+    "attn_norm_num_groups": None,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 0,
+    "downsample_type": "conv",
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "norm_eps": 1e-6,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+}
+# ... and what its config means, where that is something else, by a field that is left out.
+_NETWORK_DEFAULTS: dict[str, Any] = {
+    "attention_head_dim": 8,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": None,
+}
+_SAMPLER: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "rescale_betas_zero_snr": False,
+    "steps_offset": 0,
+    "thresholding": False,
+}
+_SAMPLER_DEFAULTS: dict[str, Any] = _SAMPLER | {
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+}
+_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+_PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+# Their "learned" is the variance, ours its logarithm, so neither stands for the other.
+_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
+
+
+def unet_config(config: Config) -> dict[str, Any]:
+    """The config of the `UNet2DModel` that is the config's network."""
+    data, model = config.data, config.model
+    attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
+    return _NETWORK | {
+        "_diffusers_version": VERSION,
+        "block_out_channels": [model.ch * mult for mult in model.ch_mult],
+        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "dropout": model.dropout,
+        "in_channels": data.channels,
+        "layers_per_block": model.num_res_blocks,
+        "norm_num_groups": model.groups,
+        "out_channels": build_unet(config).out_channels,
+        "sample_size": data.image_size,
+        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+    }
+
+
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The config of the `DDPMScheduler` that samples as our `ancestral` does. Raises UsageError where there is none."""
+    d = config.diffusion
+    for name, ours, table in [("prediction", d.prediction, _PREDICTIONS), ("variance", d.variance, _VARIANCES)]:
+        if ours not in table:
+            raise UsageError(
+                f"diffusers' DDPMScheduler has no counterpart of diffusion.{name}={ours}, only of "
+                f"{', '.join(table)}; export the weights to a .safetensors file instead"
+            )
+    named = d.schedule in _SCHEDULES
+    return _SAMPLER | {
+        "_diffusers_version": VERSION,
+        "beta_end": d.beta_end,
+        "beta_schedule": _SCHEDULES[d.schedule] if named else "linear",
+        "beta_start": d.beta_start,
+        "num_train_timesteps": d.T,
+        "prediction_type": _PREDICTIONS[d.prediction],
+        "trained_betas": None if named else build_schedule(config).betas.tolist(),
+        "variance_type": _VARIANCES[d.variance],
+    }
+
+
+def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any]) -> Config:
+    """Our config of a network and a scheduler of diffusers; its data are `none`, its training options the defaults.
+
+    Raises UsageError, naming the fields, if our network or sampler cannot be that.
+    """
+    given = _NETWORK | _NETWORK_DEFAULTS | unet
+    missing = [name for name in ("block_out_channels", "down_block_types", "up_block_types") if name not in given]
+    if missing:
+        raise UsageError(f"its network's config has no {missing[0]}; give the folder of a UNet2DModel")
+    diffusion = _diffusion(scheduler)
+    attends = [kind == "AttnDownBlock2D" for kind in given["down_block_types"]]
+    widths, size = given["block_out_channels"], given["sample_size"]
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise UsageError(f"its network's sample_size is {json.dumps(size)}, expected the images' height and width")
+    ch = widths[0]
+    config = Config(
+        data=DataConfig(source="none", image_size=size, channels=given["in_channels"]),
+        model=ModelConfig(
+            ch=ch,
+            ch_mult=tuple(width // ch for width in widths),
+            num_res_blocks=given["layers_per_block"],
+            attn_resolutions=tuple(size // 2**i for i, attend in enumerate(attends) if attend),
+            dropout=given["dropout"],
+            groups=given["norm_num_groups"],
+        ),
+        diffusion=diffusion,
+    )
+    one_head = {width for width, attend in zip(widths, attends, strict=False) if attend} | {widths[-1]}
+    other_words = {  # for what our network is
+        "act_fn": given["act_fn"] == "swish",
+        "attention_head_dim": {given["attention_head_dim"]} == one_head,
+        "attn_norm_num_groups": given["attn_norm_num_groups"] == given["norm_num_groups"],
+        "num_train_timesteps": True,  # only a learned embedding of t has a use for it
+        "sample_size": True,  # seen to above
+        "time_embedding_dim": given["time_embedding_dim"] == 4 * ch,
+    }
+    ours = unet_config(config)
+    _refuse_differences(given | {name: ours.get(name) for name, same in other_words.items() if same}, ours, "network")
+    check(config)
+    return config
+
+
+def _diffusion(scheduler: dict[str, Any]) -> DiffusionConfig:
+    given = _SAMPLER_DEFAULTS | scheduler
+    _refuse_differences({name: given[name] for name in _SAMPLER}, _SAMPLER, "sampler")
+    if given["variance_type"] == "fixed_small_log":  # the same, computed another way
+        given["variance_type"] = "fixed_small"
+    schedule, beta_start, beta_end = _schedule(given)
+    variance = _ours(_VARIANCES, given, "variance_type")
+    return DiffusionConfig(
+        T=given["num_train_timesteps"],
+        schedule=schedule,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        prediction=_ours(_PREDICTIONS, given, "prediction_type"),
+        variance=variance,
+        loss="rescaled_hybrid" if variance == "learned_range" else "simple",
+    )
+
+
+def _schedule(given: dict[str, Any]) -> tuple[Any, float, float]:
+    """Name, beta_start and beta_end of the schedule; explicit betas are one of ours if they are its values."""
+    if given["trained_betas"] is None:
+        return _ours(_SCHEDULES, given, "beta_schedule"), given["beta_start"], given["beta_end"]
+    betas = np.array(given["trained_betas"], np.float64)
+    beta_start, beta_end = float(betas[0]), float(betas[-1])
+    for name, make_betas in BETAS.items():
+        ours = make_betas(given["num_train_timesteps"], beta_start, beta_end)
+        if ours.shape == betas.shape and np.allclose(ours, betas, rtol=1e-5, atol=0):
+            return name, beta_start, beta_end
+    raise UsageError(f"its sampler's trained_betas are of no schedule here; there are {', '.join(BETAS)}")
+
+
+def _ours(table: dict[str, str], given: dict[str, Any], field: str) -> Any:
+    for ours, theirs in table.items():
+        if theirs == given[field]:
+            return ours
+    raise UsageError(
+        f"its sampler's {field} is {json.dumps(given[field])}, expected one of {', '.join(table.values())}"
+    )
+
+
+def _refuse_differences(given: dict[str, Any], ours: dict[str, Any], what: str) -> None:
+    differ = [
+        f"{name} is {json.dumps(value)}, expected {json.dumps(ours.get(name))}"
+        for name, value in given.items()
+        if (name == "_class_name" or not name.startswith("_"))  # others are notes, such as the version
+        and value != ours.get(name)
+        and (name in ours or value)  # a field that we do not know may be there if it is off
+    ]
+    if differ:
+        raise UsageError(f"its {what} is not one of ddpm_jax: {', '.join(differ)}; give a model that agrees in these")

@@ -1,0 +1,87 @@
+"""A run as one file for programs that know nothing of this package: its parameters, or its whole sampler.
+
+    NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
+    NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
+
+The file's ending says which.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import export
+from jaxtyping import Array, Int, UInt8, UInt32
+from safetensors.numpy import save
+
+from ddpm_jax import config as configs
+from ddpm_jax import rng
+from ddpm_jax.errors import UsageError
+from ddpm_jax.generate import to_uint8
+from ddpm_jax.interop.names import flatten
+from ddpm_jax.rng import Purpose
+from ddpm_jax.sampling import sample
+from ddpm_jax.workdir import Run
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def parameters_file(run: Run, weights: str) -> bytes:
+    """The parameters, float32, as safetensors; the metadata hold `config` (JSON), `step` and `weights` (ema or raw)."""
+    metadata = {"config": json.dumps(configs.to_json(run.config)), "step": str(run.step), "weights": weights}
+    return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)
+
+
+def sampler_file(run: Run) -> bytes:
+    """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> uint8 (B, H, W, C), for any B.
+
+    The images are those of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
+
+        program = jax.export.deserialize(bytearray(open("NAME.jax_export", "rb").read()))
+        images = program.call(jax.numpy.uint32(0), jax.numpy.arange(16, dtype="int32"))
+    """
+    d, data = run.config.diffusion, run.config.data
+    params = jax.tree.map(np.asarray, run.params)
+
+    def program(seed: UInt32[Array, ""], indices: Int[Array, " B"]) -> UInt8[Array, "B H W C"]:
+        # The parameters are constants of the program; the barrier keeps the compiler from folding them into their uses.
+        held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
+        images = sample(
+            run.schedule,
+            dataclasses.replace(run, params=held).model,
+            rng.stream(jax.random.key(seed, impl="threefry2x32"), Purpose.SAMPLE),
+            indices,
+            image_shape=(data.image_size, data.image_size, data.channels),
+            prediction=d.prediction,
+            variance=d.variance,
+        )
+        return to_uint8(images)
+
+    (B,) = export.symbolic_shape("B")
+    shapes = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize())
+
+
+def check_file(file: epath.PathLike) -> None:
+    """Refuses a file of another ending, and one that is there. Raises UsageError."""
+    file = epath.Path(file)
+    if file.suffix not in (".safetensors", ".jax_export"):
+        raise UsageError(
+            f"got the file {file}, expected one that ends in .safetensors (parameters) or .jax_export (sampler)"
+        )
+    if file.exists():
+        raise UsageError(f"{file} exists; choose another name, or move it away")
+
+
+def export_run(run: Run, file: epath.PathLike, *, weights: str) -> None:
+    """Writes the run to a file of one of the two kinds, by its ending; whole or not at all. Raises as `check_file` does."""
+    check_file(file)
+    file = epath.Path(file)
+    content = parameters_file(run, weights) if file.suffix == ".safetensors" else sampler_file(run)
+    temporary = file.parent / (file.name + ".tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(file)

@@ -1,0 +1,148 @@
+"""The network's parameters by their names here, in diffusers and in the authors' TensorFlow checkpoints: one table.
+
+    here               down_1_attn_0/q/kernel                       (C, D)   and (3, 3, C, D) of a convolution
+    diffusers          down_blocks.1.attentions.0.to_q.weight       (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
+    older diffusers    down_blocks.1.attentions.0.query.weight      as in diffusers
+    TensorFlow         model/down_1/attn_0/q/W                      as here
+
+It is made from the network that a config describes, so that it holds every parameter once.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UsageError
+from ddpm_jax.training import init_state
+
+_BLOCK = re.compile(
+    r"(?P<part>down|mid|up)_(?:(?P<level>\d+)_)?(?P<kind>block|attn|downsample|upsample)_?(?P<index>\d*)"
+)
+_DIFFUSERS = {
+    "temb_dense0": "time_embedding.linear_1",
+    "temb_dense1": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+    "temb_proj": "time_emb_proj",
+    "nin_shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
+_DIFFUSERS_OLD = _DIFFUSERS | {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the network: its path and shape here, and what others call it."""
+
+    path: str
+    shape: tuple[int, ...]
+    tensorflow: str
+    diffusers: str
+    diffusers_old: str
+
+    @property
+    def diffusers_shape(self) -> tuple[int, ...]:
+        """The shape that PyTorch keeps it in."""
+        return self.to_diffusers(np.broadcast_to(np.float32(0), self.shape)).shape
+
+    def to_diffusers(self, array: np.ndarray) -> np.ndarray:
+        """The array as PyTorch keeps it (a view): outputs first, window last."""
+        if array.ndim == 4:
+            return array.transpose(3, 2, 0, 1)
+        return array.T[:, :, None, None] if self._is_shortcut else array.T
+
+    def from_diffusers(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_diffusers`."""
+        if self._is_shortcut:
+            return array[:, :, 0, 0].T
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+    @property
+    def _is_shortcut(self) -> bool:
+        return self.path.endswith("nin_shortcut/kernel")
+
+
+@functools.cache
+def parameters(config: Config) -> tuple[Parameter, ...]:
+    """All parameters of the config's network. Computes shapes only."""
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0))).params
+    levels = len(config.model.ch_mult)
+    return tuple(
+        Parameter(
+            path=path,
+            shape=leaf.shape,
+            tensorflow=_tensorflow(path),
+            diffusers=_diffusers(path, levels, _DIFFUSERS),
+            diffusers_old=_diffusers(path, levels, _DIFFUSERS_OLD),
+        )
+        for path, leaf in flatten(shapes).items()
+    )
+
+
+def _tensorflow(path: str) -> str:
+    module, *layer, kind = path.split("/")
+    if block := _BLOCK.fullmatch(module):
+        part, level, what, index = block.groups()
+        module = f"{part}/" if level is None else f"{part}_{level}/"
+        module += f"{what}_{index}" if index else f"{what}/conv"
+    module = module.replace("temb_", "temb/")
+    of_norm = [module, *layer][-1].startswith("norm")
+    name = {"kernel": "W", "scale": "gamma", "bias": "beta" if of_norm else "b"}[kind]
+    return "/".join(["model", module, *layer, name])
+
+
+def _diffusers(path: str, levels: int, names: dict[str, str]) -> str:
+    module, *layer, kind = path.split("/")
+    if block := _BLOCK.fullmatch(module):
+        part, level, what, index = block.groups()
+        if part == "mid":
+            module, index = "mid_block", str(int(index) - 1)  # ours count from 1, as the authors' do
+        else:  # they count the levels of both ways in the order of use
+            module = f"{part}_blocks.{level if part == 'down' else levels - 1 - int(level)}"
+        module += {
+            "block": f".resnets.{index}",
+            "attn": f".attentions.{index}",
+            "downsample": ".downsamplers.0.conv",
+            "upsample": ".upsamplers.0.conv",
+        }[what]
+    return ".".join([*(names.get(name, name) for name in (module, *layer)), "bias" if kind == "bias" else "weight"])
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """A tree of parameters as {"down_1_attn_0/q/kernel": array}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(params: Mapping[str, Any]) -> Any:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(params), sep="/")
+
+
+def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Refuses tensors (shapes by name) that are not the expected ones one for one, with the names of the first that differ.
+
+    where: the file they are in. Raises UsageError.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is not of this network" for name in found if name not in expected]
+    wrong += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more differ" if len(wrong) > 3 else ""
+        raise UsageError(
+            f"{where} does not fit the network of its config: {', '.join(wrong[:3])}{more}; use the config that it was "
+            "trained with, or a whole copy of the file"
+        )

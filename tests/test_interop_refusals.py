@@ -1,0 +1,292 @@
+"""What convert.py is given and cannot use: one sentence, exit code 2, nothing executed, nothing overwritten."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from interop import ROOT, convert, drawn
+from tiny import TINY, tiny
+
+from ddpm_jax import workdir as workdirs
+from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.interop.diffusers import read_model
+from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
+from ddpm_jax.interop.names import flatten, parameters
+from ddpm_jax.training import state_from_params
+from ddpm_jax.workdir import write_run
+
+SAFETENSORS, BIN = (f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin"))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder of diffusers, as older versions write it: config, scheduler and weights side by side."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(unet_config(TINY)))
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler_config(TINY)))
+    arrays = flatten(drawn(TINY))
+    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(TINY)}
+    safetensors.numpy.save_file(tensors, folder / SAFETENSORS)
+    return folder
+
+
+@pytest.fixture
+def refused(model, tmp_path):
+    """Checks that importing the model is refused with this sentence and leaves no workdir."""
+
+    def refused(sentence):
+        with pytest.raises(UsageError) as refusal:
+            convert("from-diffusers", model, tmp_path / "run")
+        assert str(refusal.value).replace(str(model), "MODEL") == sentence
+        assert not (tmp_path / "run").exists()
+
+    return refused
+
+
+# ---- Files
+
+
+def test_malicious_pickle_is_refused_and_not_executed(model, refused, tmp_path):
+    torch = pytest.importorskip("torch", reason="what reads .bin files: the extra `torch`")
+    witness = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {witness}",)
+
+    (model / SAFETENSORS).unlink()
+    holds = "is damaged or holds something else than weights, so nothing of it was used"
+    sentence = f"MODEL/{BIN} {holds}; get {SAFETENSORS} instead"
+    (model / BIN).write_bytes(pickle.dumps(Malicious()))
+    refused(sentence)
+    torch.save({"conv_in.weight": Malicious()}, model / BIN)  # the same in a zip
+    refused(sentence)
+    assert not witness.exists()
+    with zipfile.ZipFile(model / BIN) as archive:  # it would have been executed
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        pickle.load(io.BytesIO(archive.read(name)))
+    assert witness.exists()
+
+
+def test_pickle_without_pytorch_is_refused(model, refused, monkeypatch):
+    (model / SAFETENSORS).rename(model / BIN)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(f'MODEL/{BIN} needs PyTorch: pip install "ddpm-jax[torch]", or get {SAFETENSORS} instead')
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
+def test_truncated_safetensors_is_refused(kept, model, tmp_path):
+    content = (model / SAFETENSORS).read_bytes()
+    (model / SAFETENSORS).write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
+    with pytest.raises(
+        UsageError, match=rf"^{model}/{SAFETENSORS} cannot be read \(.*\); get a whole copy of the file$"
+    ):
+        convert("from-diffusers", model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_config_or_weights_is_refused(model, refused):
+    (model / SAFETENSORS).unlink()
+    refused(f"MODEL has neither {SAFETENSORS} nor {BIN}; give the folder of a whole diffusers model")
+    (model / "config.json").write_text("[1, 2]")
+    refused("MODEL/config.json holds no JSON object; get a whole copy of the file")
+    (model / "config.json").write_text('{"act_fn": ')
+    refused(
+        "MODEL/config.json cannot be read (Expecting value: line 1 column 12 (char 11)); get a whole copy of the file"
+    )
+    (model / "config.json").unlink()
+    refused("MODEL has no config.json; give the folder of a diffusers model")
+
+
+def test_tensors_that_do_not_fit_are_named(model, refused):
+    tensors = safetensors.numpy.load_file(model / SAFETENSORS)
+    end = "; use the config that it was trained with, or a whole copy of the file"
+    for changed, message in [
+        ({"conv_in.bias": None}, "conv_in.bias is missing"),
+        ({"conv_in.gain": np.zeros(2, np.float32)}, "conv_in.gain is not of this network"),
+        ({"conv_in.bias": np.zeros((8, 1), np.float32)}, "conv_in.bias has shape (8, 1), expected (8,)"),
+    ]:
+        kept = {name: array for name, array in (tensors | changed).items() if array is not None}
+        safetensors.numpy.save_file(kept, model / SAFETENSORS)
+        refused(f"MODEL/{SAFETENSORS} does not fit the network of its config: {message}{end}")
+    whole = tensors | {"conv_in.bias": np.zeros(8, np.int8)}
+    safetensors.numpy.save_file(whole, model / SAFETENSORS)
+    refused(f"MODEL/{SAFETENSORS} holds conv_in.bias as int8, expected floating point; get the weights unquantised")
+
+
+def test_no_source_is_told_from_a_hub_id(tmp_path):
+    for source in (f"{tmp_path}/nowhere", "nowhere", "./a/b"):
+        with pytest.raises(UsageError) as refusal:
+            read_model(source)
+        give = "give one with a config.json, or a hub id such as google/ddpm-cifar10-32"
+        assert str(refusal.value) == f"{source} is not a folder; {give}"
+
+
+# ---- Folders that are not empty, and disks that are full
+
+
+def test_occupied_workdir_or_folder_is_refused_and_left_alone(model, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine.txt").write_text("mine")
+    convert("from-diffusers", model, tmp_path / "run")
+    for arguments in [
+        ("from-diffusers", model, occupied),
+        ("from-tensorflow", tmp_path / "model.ckpt-1", occupied, "--config", "configs/cifar10.py"),
+        ("to-diffusers", tmp_path / "run", occupied),
+    ]:
+        with pytest.raises(UsageError) as refusal:
+            convert(*arguments)
+        assert str(refusal.value) == f"{occupied} is not empty; choose a new folder"
+    for ending in (".safetensors", ".jax_export"):
+        file = tmp_path / f"mine{ending}"
+        file.write_text("mine")
+        with pytest.raises(UsageError, match=f"^{file} exists; choose another name, or move it away$"):
+            convert("export", tmp_path / "run", file)
+        assert file.read_text() == "mine"
+    assert [path.name for path in occupied.iterdir()] == ["mine.txt"]
+    with pytest.raises(
+        UsageError, match=r"expected one that ends in .safetensors \(parameters\) or .jax_export \(sampler\)$"
+    ):
+        convert("export", tmp_path / "run", tmp_path / "model.bin")
+
+
+def test_import_that_fails_leaves_no_workdir(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    state = state_from_params(TINY, drawn(TINY))
+    monkeypatch.setattr(workdirs, "write_text", full)  # the config, when the checkpoint lies there
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_run(tmp_path / "run", TINY, state)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+    with pytest.raises(RunError, match="the disk is full"):
+        write_run(tmp_path / "run", TINY, state)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Configs
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        ({"norm_eps": 1e-5}, "norm_eps is 1e-05, expected 1e-06"),
+        (
+            {"freq_shift": 0, "flip_sin_to_cos": True},
+            "flip_sin_to_cos is true, expected false, freq_shift is 0, expected 1",
+        ),
+        ({"downsample_padding": 1}, "downsample_padding is 1, expected 0"),
+        ({"attention_head_dim": 8}, "attention_head_dim is 8, expected null"),
+        ({"class_embed_type": "timestep"}, 'class_embed_type is "timestep", expected null'),
+        ({"num_class_embeds": 10}, "num_class_embeds is 10, expected null"),
+        ({"attn_norm_num_groups": 2}, "attn_norm_num_groups is 2, expected null"),
+        ({"time_embedding_type": "fourier"}, 'time_embedding_type is "fourier", expected "positional"'),
+        ({"time_embedding_dim": 33}, "time_embedding_dim is 33, expected null"),
+        ({"resnet_time_scale_shift": "scale_shift"}, 'resnet_time_scale_shift is "scale_shift", expected "default"'),
+        ({"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, "down_block_types is"),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
+        ({"block_out_channels": [8, 12]}, "block_out_channels is [8, 12], expected [8, 8]"),
+        ({"out_channels": 2}, "out_channels is 2, expected 1"),
+        ({"_class_name": "UNet2DConditionModel"}, '_class_name is "UNet2DConditionModel", expected "UNet2DModel"'),
+        ({"mid_block_type": None}, 'mid_block_type is null, expected "UNetMidBlock2D"'),
+        ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow is 3, expected null"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_network_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
+    with pytest.raises(UsageError) as refusal:
+        from_diffusers_configs(unet_config(TINY) | changed, scheduler_config(TINY))
+    assert str(refusal.value).startswith("its network is not one of ddpm_jax: ")
+    assert fields in str(refusal.value)
+
+
+def test_fields_that_are_left_out_mean_what_diffusers_takes_them_for():
+    left_out = {
+        "attention_head_dim": 8,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "norm_eps": 1e-5,
+    }
+    unet = unet_config(TINY)
+    for name, value in left_out.items():
+        with pytest.raises(UsageError, match=f"{name} is {json.dumps(value)}, expected"):
+            from_diffusers_configs({n: v for n, v in unet.items() if n != name}, {})
+    for name in unet.keys() - left_out.keys() - {"_class_name", "_diffusers_version", "sample_size"}:
+        if name not in {"block_out_channels", "down_block_types", "up_block_types", "in_channels", "out_channels"}:
+            rest = {n: v for n, v in unet.items() if n != name}
+            from_diffusers_configs(rest | {"layers_per_block": 1, "norm_num_groups": 4}, {})
+
+
+def test_other_words_for_our_network_are_understood():
+    words = {"act_fn": "swish", "attention_head_dim": 16, "attn_norm_num_groups": 4, "sample_size": [8, 8]}
+    words |= {"time_embedding_dim": 32, "num_train_timesteps": 20, "a_field_of_tomorrow": False, "_note": "x"}
+    read = from_diffusers_configs(unet_config(TINY) | words, scheduler_config(TINY))
+    assert (read.model, read.diffusion) == (TINY.model, TINY.diffusion)
+    assert (
+        from_diffusers_configs(unet_config(TINY), {"variance_type": "fixed_small_log"}).diffusion.variance
+        == "fixed_small"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        ({"clip_sample": False}, "clip_sample is false, expected true"),
+        ({"thresholding": True}, "thresholding is true, expected false"),
+        ({"_class_name": "PNDMScheduler"}, '_class_name is "PNDMScheduler", expected "DDPMScheduler"'),
+        (
+            {"variance_type": "learned"},
+            'variance_type is "learned", expected one of fixed_small, fixed_large, learned_range',
+        ),
+        ({"beta_schedule": "laplace"}, 'beta_schedule is "laplace", expected one of linear, scaled_linear'),
+        ({"trained_betas": [0.1] * 19 + [0.3]}, "trained_betas are of no schedule here"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_sampler_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
+    with pytest.raises(UsageError) as refusal:
+        from_diffusers_configs(unet_config(TINY), scheduler_config(TINY) | changed)
+    assert str(refusal.value).startswith("its sampler")
+    assert fields in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"block_out_channels": 8}, {"block_out_channels": []}, {"sample_size": "8"}, {"layers_per_block": "1"}],
+    ids=str,
+)
+def test_config_of_wrong_types_is_refused(broken, model, tmp_path):
+    (model / "config.json").write_text(json.dumps(unet_config(TINY) | broken))
+    with pytest.raises(UsageError, match=f"^{model} cannot be imported: "):
+        convert("from-diffusers", model, tmp_path / "run")
+
+
+def test_config_of_another_model_is_refused(model):
+    assert read_model(str(model), TINY)[0] == TINY  # its data and training options, too
+    with pytest.raises(UsageError) as refusal:
+        read_model(str(model), tiny(diffusion={"T": 30}, train={"lr": 0.5}))
+    assert str(refusal.value) == (
+        f"{model} is another model than the config's, it differs in diffusion.T (20 there, 30 in the config); change the config"
+    )
+
+
+# ---- The command line
+
+
+def test_refusal_is_one_sentence_and_exit_code_2(tmp_path):
+    command = [sys.executable, "convert.py", "from-diffusers", str(tmp_path), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    sentence = f"convert.py: {tmp_path} has no config.json; give the folder of a diffusers model\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)

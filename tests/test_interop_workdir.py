@@ -1,0 +1,69 @@
+"""What an import makes is an ordinary workdir: it is sampled from and trained like any other."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interop import convert, drawn, run_script, write_drawn_run
+from tiny import TINY, tiny
+
+from ddpm_jax.checkpoint import MANIFEST, Checkpoints
+from ddpm_jax.data import open_source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.interop.names import flatten
+from ddpm_jax.loop import start_state, train
+from ddpm_jax.sharding import make_mesh
+from ddpm_jax.training import state_from_params
+from ddpm_jax.workdir import load_run, write_run
+
+SMALLER = {"ch_mult": (1,), "attn_resolutions": (8,)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of diffusers, drawn(TINY, seed=1)."""
+    folder = tmp_path_factory.mktemp("models")
+    write_drawn_run(folder / "run", TINY)
+    convert("to-diffusers", folder / "run", folder / "model")
+    return folder / "model"
+
+
+def test_imported_model_is_sampled_without_data(model, tmp_path):
+    workdir = tmp_path / "run"
+    convert("from-diffusers", model, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"]["source"] == "none"
+    assert (workdir / "checkpoints/0" / MANIFEST).exists()
+    run_script("sample", workdir, "--num-images", "8", "--out", tmp_path / "samples")
+    with np.load(tmp_path / "samples/images.npz") as file:
+        assert file["images"].shape == (8, 8, 8, 1)
+    with pytest.raises(UsageError, match=r"data\.source='none'"):
+        train(load_run(workdir).config, workdir)
+
+
+def test_imported_model_is_trained_from_step_0(tmp_path):
+    config = tiny(train={"steps": 2}, model=SMALLER)
+    write_drawn_run(tmp_path / "original", config)
+    convert("to-diffusers", tmp_path / "original", tmp_path / "model")
+    (tmp_path / "config.py").write_text(f"from ddpm_jax.config import *\nconfig = {config!r}\n")
+    convert("from-diffusers", tmp_path / "model", tmp_path / "run", "--config", tmp_path / "config.py")
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 2
+    for name, array in flatten(drawn(config, seed=1)).items():
+        # Adam's steps are about the learning rate long, and that of step 0 has length 0.
+        difference = np.abs(np.asarray(flatten(state.params)[name]) - array)
+        assert 0 < difference.max() < TINY.train.lr, name
+
+
+def test_imported_checkpoint_is_trained_on_from_its_step_on_any_data(tmp_path):
+    params = jax.tree.map(jnp.asarray, drawn(TINY))
+    imported = dataclasses.replace(state_from_params(TINY, params), step=jnp.asarray(30, jnp.int32))
+    write_run(tmp_path / "run", TINY, imported)
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    state, _ = start_state(TINY, open_source(TINY.data), make_mesh(), checkpoints, unverified=False)
+    checkpoints.close()
+    assert int(state.step) == 30
+    jax.tree.map(np.testing.assert_array_equal, state.params, drawn(TINY))
