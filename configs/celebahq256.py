@@ -1,6 +1,6 @@
 """CelebA-HQ 256x256, the paper's recipe: 113,673,219 parameters, T = 1000, L_simple, fixed_small.
 
-source     Ho, Jain & Abbeel 2020, Figure 3; no FID given
+source     Ho, Jain & Abbeel 2020, Figure 1 shows samples; no FID given
 hardware   the paper's: TPU v3-8, 2.2 steps/s at batch 64; not run here
 data       python prepare_data.py tfds:celeb_a_hq/256, which says where to put its archive first
 command    python train.py configs/celebahq256.py --workdir runs/celebahq256

@@ -2,7 +2,7 @@
 
 source     Ho, Jain & Abbeel 2020, Table 3: FID 4.90 (the paper's)
 model      192 base channels follow from the paper's 256M parameters; the authors' code does not have this network
-hardware   the paper's: TPU v3-8, 2.2 steps/s at batch 64; not run here
+hardware   the paper's: TPU v3-8, its speed not given; not run here
 data       python prepare_data.py tfds:lsun/bedroom
 command    python train.py configs/lsun_bedroom256_large.py --workdir runs/lsun_bedroom256_large
 """
