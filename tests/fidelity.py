@@ -14,8 +14,12 @@ NEEDED = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torc
 def fidelity(module: str):
     """A module of torch-fidelity; skips the test where it is not installed."""
     pytest.importorskip("torch", reason="the parity extra is not installed")
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in NEEDED}):
-        try:
-            return importlib.import_module(f"torch_fidelity.{module}")
-        except ModuleNotFoundError:
-            pytest.skip("the parity extra (torch-fidelity) is not installed")
+    stubs = {name: mock.MagicMock() for name in NEEDED if name not in sys.modules}
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module(f"torch_fidelity.{module}")
+    except ModuleNotFoundError:
+        pytest.skip("torch-fidelity is not installed: pip install --no-deps torch-fidelity==0.4.0")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
