@@ -12,9 +12,11 @@ import tyro
 from ddpm_jax import cli
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import PIXELS
-from ddpm_jax.evaluation.inception import Preprocessing, inception_features, inception_path
+from ddpm_jax.evaluation.inception import Preprocessing
+from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
+from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import describe, write_report
-from ddpm_jax.evaluation.run import METRICS, WITHOUT_FEATURES, Evaluation, Options, evaluate
+from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.figures import draw_figures
 from ddpm_jax.workdir import load_run
 
@@ -49,7 +51,8 @@ def main() -> None:
     if "--metrics" in sys.argv and not arguments.metrics:
         raise UsageError(f"--metrics is empty; give some of {', '.join(METRICS)}")
     run = load_run(workdir, step=arguments.step, unverified=arguments.unverified)
-    metrics, features = arguments.metrics, PIXELS
+    metrics: tuple[str, ...] = arguments.metrics
+    features = PIXELS
     if arguments.features == "inception":
         if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or inception_path().exists():
             features = inception_features(
@@ -57,7 +60,7 @@ def main() -> None:
             )
         elif not metrics:
             metrics = WITHOUT_FEATURES
-            print(f"Without Inception weights ({inception_path()}) only {', '.join(metrics)} are computed.")
+            print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
     if not metrics:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
     evaluation = Evaluation(run, workdir, features, arguments.options)

@@ -8,7 +8,7 @@ nearest          samples and the real images nearest to them                    
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -97,7 +97,8 @@ class Chains:
 
         First and last in each row are the images themselves; the noise is the same for every mixture.
         """
-        T, x_0, rows = self.schedule.T, real.astype(np.float32) / 127.5 - 1.0, []
+        T, x_0 = self.schedule.T, real.astype(np.float32) / 127.5 - 1.0
+        rows: list[Any] = []
         for noised in (T // 8, T // 4, T // 2, 3 * T // 4, T):
             t = jnp.full(2, max(noised, 1) - 1, jnp.int32)
             a, b = q_sample(self.schedule, jnp.asarray(x_0), t, self.start([0, 1]))
@@ -111,8 +112,10 @@ def nearest_grid(
     samples: UInt8[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
 ) -> UInt8[np.ndarray, "N H W C"]:
     """A row for each sample: itself, then the real images nearest to it."""
-    rows = [[sample[None], real(np.asarray(near))] for sample, near in zip(samples, places, strict=False)]
-    return np.concatenate([part for row in rows for part in row])
+    images: list[np.ndarray] = []
+    for sample, near in zip(samples, places, strict=False):
+        images += [sample[None], real(np.asarray(near))]
+    return np.concatenate(images)
 
 
 def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -> None:
@@ -144,7 +147,12 @@ def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -
 
 
 def curves(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, marks: bool = False, log: bool = False
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    marks: bool = False,
+    log: bool = False,
 ) -> bytes:
     """Lines by name, (x, y) each, as an SVG picture's content."""
     from matplotlib.figure import Figure

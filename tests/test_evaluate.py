@@ -1,6 +1,7 @@
 """evaluate.py: numbers from a workdir, with all that defines them, that survive any kill."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -18,11 +19,12 @@ from tiny import tiny
 from ddpm_jax.config import to_json
 from ddpm_jax.data import open_source
 from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import metrics, scores
 from ddpm_jax.evaluation import run as evaluation_run
-from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
+from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
-from ddpm_jax.evaluation.run import METRICS, Evaluation, Options, evaluate
+from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.generate import generate_batches, make_generator, sample_key
 from ddpm_jax.workdir import load_run
 
@@ -139,12 +141,13 @@ def test_fid_on_fewer_than_10000_images_is_labelled_as_not_comparable(evaluated)
 
 def test_fid_of_enough_images_by_inception_is_not_labelled(evaluated, monkeypatch):
     monkeypatch.setattr(scores, "MIN_COMPARABLE", 20)
-    assert "not_comparable" not in evaluation_run.fid(evaluated[0])
+    monkeypatch.setattr(evaluated[0], "features", FEATURES._replace(name="inception-2015-12-05, drawn for this test"))
+    assert "not_comparable" not in metrics.fid(evaluated[0])
 
 
 def test_fid_of_features_that_are_not_inceptions_is_labelled(run, loaded, monkeypatch):
     monkeypatch.setattr(scores, "MIN_COMPARABLE", 20)
-    result = evaluation_run.fid(Evaluation(loaded, run, PIXELS, OPTIONS))
+    result = metrics.fid(Evaluation(loaded, run, PIXELS, OPTIONS))
     assert "its features are pixels, not Inception's" in result["not_comparable"]
     assert "20 images leave the covariance of 64 features singular" in result["not_comparable"]
 
@@ -316,3 +319,79 @@ def test_a_workdir_without_checkpoints_is_refused(tmp_path):
 
 def test_an_unknown_metric_is_refused(evaluated):
     assert "got the metric 'fdi', expected some of fid, is, kid" in refused(lambda: evaluate(evaluated[0], ("fdi",)))
+
+
+# ---- The command line
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs evaluate.py as its command line would: (exit code, standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location("script_evaluate", ROOT / "evaluate.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro reads the help in its source
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except UsageError as error:
+            return 2, "", str(error)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield command
+    del sys.modules[spec.name]
+
+
+def test_inception_metrics_without_weights_are_told_in_one_sentence(command, run):
+    code, out, err = command(run, "--metrics", "fid")
+    assert (code, out) == (2, "")
+    assert err.startswith("the Inception weights are not there")
+    assert "download pt_inception-2015-12-05-6726825d.pth" in err
+    assert "without them nll, rate-distortion and nearest work, and fid, kid and prdc on --features pixels" in err
+    assert "\n" not in err
+
+
+def test_without_weights_the_default_is_what_can_be_computed_without(command, evaluated, run):
+    options = ["--num-images", 20, "--num-real", 30, "--batch-size", 8, "--no-figures"]
+    code, out, _ = command(run, *options)
+    assert code == 0
+    assert "Without Inception weights only nll, rate-distortion, nearest are computed; download" in out
+    assert f"nll: {evaluated[1]['nll']['value']:.4g} ±" in out
+    assert "The report: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options"),
+        (["--metrics", "fid"], "no workdir was given"),
+        (["nowhere"], "nowhere does not exist; give the folder of a run that train.py made"),
+        (
+            ["nowhere", "--metrics"],
+            "--metrics is empty; give some of fid, is, kid, prdc, nll, rate-distortion, nearest",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_sentence(command, arguments, message):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+
+
+def test_a_wrong_metric_is_answered_with_the_choices(command):
+    code, _, err = command("nowhere", "--metrics", "fdi")
+    assert code == 2
+    assert "fid" in err
+    assert "nearest" in err
+
+
+def test_help_shows_every_option(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for option in ("--metrics", "--features", "--num-images", "--terms", "--statistics", "--source", "--no-figures"):
+        assert option in out

@@ -154,7 +154,7 @@ def network():
     compiled = {terms: make_bound(CONFIG, mesh, strata(12, terms)) for terms in (4, 11)}
 
     def compute(terms, images=IMAGES, indices=INDICES):
-        return jax.device_get(compiled[terms](params, likelihood.bound_key(3), images, indices))
+        return Drawn(**jax.device_get(compiled[terms](params, likelihood.bound_key(3), images, indices)))
 
     return compute
 

@@ -10,15 +10,9 @@ from fidelity import fidelity
 
 from ddpm_jax import sharding
 from ddpm_jax.errors import UsageError
-from ddpm_jax.evaluation import inception
-from ddpm_jax.evaluation.inception import (
-    InceptionV3,
-    convert_inception,
-    inception_features,
-    load_inception,
-    preprocess,
-    resize_matrix,
-)
+from ddpm_jax.evaluation import inception_weights
+from ddpm_jax.evaluation.inception import InceptionV3, preprocess, resize_matrix
+from ddpm_jax.evaluation.inception_weights import convert_inception, inception_features, load_inception
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
@@ -191,10 +185,10 @@ def test_a_pickle_that_executes_is_refused_and_executes_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["Mixed_7c.branch_pool.bn.running_var", "Conv2d_1a_3x3.conv.weight", "fc.weight"])
 def test_a_missing_or_misshapen_tensor_is_named(converted, name):
     state = {key: tensor.numpy() for key, tensor in converted[0].state_dict().items()}
-    assert inception.fold(state).keys() == inception._shapes().keys()
+    assert inception_weights.fold(state).keys() == inception_weights._shapes().keys()
     for wrong in ({key: array for key, array in state.items() if key != name}, state | {name: state[name][:-1]}):
         with pytest.raises(UsageError, match="the Inception weights") as error:
-            inception.fold(wrong)
+            inception_weights.fold(wrong)
         assert name.split(".")[0] in str(error.value)
 
 
@@ -218,6 +212,6 @@ def test_converted_weights_that_changed_are_refused(converted, tmp_path):
 def test_the_conversion_is_a_command(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["inception", str(tmp_path / "none.pth")])
     with pytest.raises(SystemExit) as stop:
-        inception.main()
+        inception_weights.main()
     assert stop.value.code == 2
     assert "none.pth is not a file; download" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What images are compared by: a named function from uint8 images to feature vectors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ class Features(NamedTuple):
     """
 
     name: str
-    compute: Callable[[UInt8[np.ndarray, "B H W C"]], Mapping[str, np.ndarray | Array]]
+    compute: Callable[[UInt8[np.ndarray, "B H W C"]], dict[str, np.ndarray]]
 
 
 def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:

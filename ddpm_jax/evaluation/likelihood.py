@@ -57,8 +57,8 @@ class Drawn(NamedTuple):
     mse: np.ndarray  # (N, 1 + strata)
 
 
-def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., Drawn]:
-    """Compiles (params, key, uint8 images (B, H, W, C), indices (B,)) -> Drawn, the images split over the mesh's devices.
+def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
+    """Compiles (params, key, uint8 images (B, H, W, C), indices (B,)) -> `Drawn`'s arrays by name, split over the mesh's devices.
 
     B must be a multiple of their number. What is drawn for an image depends on (key, its index) alone.
     """
@@ -73,7 +73,7 @@ def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Cal
         terms = bound_terms(
             schedule, model, key, x_0, indices, ts, prediction=d.prediction, variance=d.variance, clip=True
         )
-        return Drawn(prior_bits(schedule, x_0), terms.bits, terms.mse)
+        return {"L_T": prior_bits(schedule, x_0), "bits": terms.bits, "mse": terms.mse}
 
     split = sharding.split(mesh)
     return jax.jit(bound, in_shardings=(None, None, split, split), out_shardings=split)

@@ -98,9 +98,15 @@ def _made_of(definition: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+    """Cells are texts; what follows a line break in one is set small."""
+
+    def cell(text: str) -> str:
+        first, *rest = (html.escape(part) for part in text.split("\n"))
+        return first + "".join(f"<br><small>{part}</small>" for part in rest)
+
+    heads = "".join(f"<th>{cell(text)}</th>" for text in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _figure(content: bytes, kind: str, caption: str) -> str:
@@ -126,8 +132,10 @@ def _fid_curve(results: list[dict[str, Any]]) -> str:
             steps, values = lines.setdefault(result["definition"]["features"], ([], []))
             steps.append(_step(result))
             values.append(result["value"])
-    lines = {name: points for name, points in lines.items() if len(set(points[0])) > 1}
-    return _figure(curves(lines, x="step", y="FID", marks=True), "svg", "FID against training steps.") if lines else ""
+    several = {name: points for name, points in lines.items() if len(set(points[0])) > 1}
+    return (
+        _figure(curves(several, x="step", y="FID", marks=True), "svg", "FID against training steps.") if several else ""
+    )
 
 
 def _rate_distortion(results: list[dict[str, Any]]) -> str:
@@ -135,18 +143,22 @@ def _rate_distortion(results: list[dict[str, Any]]) -> str:
         return ""
     newest = max(results, key=_step)
     rows = [[f"{row['reverse_time']}", f"{row['rate']:.5f}", f"{row['distortion']:.5f}"] for row in newest["table"]]
-    T, curve = newest["definition"]["bound"]["T"], newest["curve"]
-    time, distortion = [T - row["t"] for row in curve], [row["distortion"] for row in curve]
-    rate = [row["rate"] for row in curve]
-    return (
-        "<h2>Rate and distortion</h2>"
-        + _table(["reverse time", "rate (bits/dim)", "distortion (RMSE of 255)"], rows)
-        + _figure(
-            curves({"": (rate, distortion)}, x="rate (bits/dim)", y="distortion (RMSE)"), "svg", "Figure 5, right."
+    T = newest["definition"]["bound"]["T"]
+    columns = {
+        "reverse time T - t": [T - row["t"] for row in newest["curve"]],
+        "distortion (RMSE of 255)": [row["distortion"] for row in newest["curve"]],
+        "rate (bits/dim)": [row["rate"] for row in newest["curve"]],
+    }
+    time, distortion, rate = columns
+    figures = [
+        _figure(curves({y: (columns[x], columns[y])}, x=x, y=y), "svg", f"{caption} (Figure 5).")
+        for x, y, caption in (
+            (time, distortion, "Distortion along the reverse process"),
+            (time, rate, "Rate along the reverse process"),
+            (rate, distortion, "Distortion against rate"),
         )
-        + _figure(curves({"": (time, distortion)}, x="reverse time", y="distortion (RMSE)"), "svg", "Figure 5, left.")
-        + _figure(curves({"": (time, rate)}, x="reverse time", y="rate (bits/dim)"), "svg", "Figure 5, middle.")
-    )
+    ]
+    return "<h2>Rate and distortion</h2>" + _table([time, rate, distortion], rows) + "".join(figures)
 
 
 def _pictures(workdir: epath.Path) -> str:
@@ -165,14 +177,13 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     config, results = read_config(workdir), read_results(workdir)
     flat = configs.flatten(config)
     paper = papers_numbers(flat, config.data.source)
-    head = ["metric", "step", "value", *(["the paper's"] if paper else []), "of"]
+    head = ["metric", "step", *(["the paper's"] if paper else []), "value, and what it is of"]
     rows = [
         [
             result["metric"],
             f"{_step(result):,}",
-            describe(result),
             *([paper.get(result["metric"], "")] if paper else []),
-            _made_of(result["definition"]),
+            f"{describe(result)}\n{_made_of(result['definition'])}",
         ]
         for result in results
     ]

@@ -176,7 +176,9 @@ def nearest(
     queries: Float[np.ndarray, "n D"], blocks: Iterable[Float[np.ndarray, "m D"]], *, count: int
 ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
     """The `count` rows nearest to each query, of rows that come in blocks: their places, nearest first, and the distances."""
-    places, distances, start = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0)), 0
+    places: np.ndarray = np.empty((len(queries), 0), np.int64)
+    distances: np.ndarray = np.empty((len(queries), 0))
+    start = 0
     queries = np.asarray(queries, np.float64)
     for block in blocks:
         here = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
