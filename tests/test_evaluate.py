@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,20 @@ def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loa
     result = evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",))["fid"]
     assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
     assert set(result["definition"]["statistics"]) == {"statistics", "sha256"}
+
+
+def test_results_of_another_definition_are_other_files(evaluated, run, loaded):
+    before = evaluated[2]["prdc"].read_bytes()
+    evaluate(Evaluation(loaded, run, Features("other", projection), OPTIONS), ("prdc",))
+    assert len(list((run / "evaluation").glob("prdc-*.json"))) == 2
+    assert evaluated[2]["prdc"].read_bytes() == before
+
+
+def test_the_documents_feature_function_runs(evaluated, run, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)[1]
+    code = code.replace("runs/digits", str(run)).replace("num_images=512", "num_images=20, batch_size=8")
+    exec(compile(code, "evaluation.md", "exec"), {})
+    assert "'brightness'" in capsys.readouterr().out
 
 
 # ---- Continuing

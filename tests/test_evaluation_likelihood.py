@@ -206,6 +206,13 @@ def test_the_stream_is_the_bounds():
     assert jnp.all(jax.random.key_data(likelihood.bound_key(3)) == jax.random.key_data(expected))
 
 
+def test_a_bound_that_is_not_finite_is_refused():
+    bits = np.ones((4, 3), np.float32)
+    bits[2, 1] = np.nan
+    with pytest.raises(UsageError, match="the bound of image 2 is not finite, so the network's output is not"):
+        summarize_bound(Drawn(np.zeros(4, np.float32), bits, bits), strata(3, 2))
+
+
 # ---- Rate and distortion
 
 

@@ -177,6 +177,10 @@ def test_nearest_finds_the_same_places_in_blocks():
             lambda: scores.statistics(features(1, 1)),
             "got 1 image(s), but a covariance needs at least 2; take more images",
         ),
+        (
+            lambda: scores.statistics(np.where(np.arange(9)[:, None] == 4, np.nan, features(1, 9))),
+            "the features of image 4 are not finite; look at that image",
+        ),
         (lambda: scores.inception_score(features(1, 9)), "got 9 images, but the Inception score takes 10 parts"),
         (
             lambda: scores.kernel_distance(features(1, 1), features(1, 9)),

@@ -90,9 +90,15 @@ def summarize_bound(drawn: Drawn, edges: Int[np.ndarray, " S1"]) -> dict[str, An
 
     Each part has its mean and standard error over images, which counts the draws of t and x_t in. `L_t` lists the strata from
     t = 1 up: its first and last t, and the mean of L_t over them; `rate` is the sum of all of these (section 4.3 counts L_T in).
+    Raises UsageError where a term is not finite.
     """
     L_T, bits, sizes = drawn.L_T.astype(np.float64), drawn.bits.astype(np.float64), np.diff(edges)
     rate = bits[:, 1:] @ sizes
+    if not np.isfinite(rate + bits[:, 0]).all():
+        image = np.argmin(np.isfinite(rate + bits[:, 0]))
+        raise UsageError(
+            f"the bound of image {image} is not finite, so the network's output is not; choose another checkpoint by --step"
+        )
     parts = {"L_T": L_T, "rate": rate, "L_0": bits[:, 0]}
     return {
         **mean_and_error(L_T + rate + bits[:, 0]),

@@ -34,10 +34,18 @@ class Estimate(NamedTuple):
 
 
 def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
-    """Mean and unbiased covariance of features. Raises UsageError for fewer than 2 images, which have no covariance."""
+    """Mean and unbiased covariance of features.
+
+    Raises UsageError for fewer than 2 images, which have no covariance, and for features that are not finite.
+    """
     if len(features) < 2:
         raise UsageError(f"got {len(features)} image(s), but a covariance needs at least 2; take more images")
     features = np.asarray(features, np.float64)
+    if not np.isfinite(features).all():
+        raise UsageError(
+            f"the features of image {np.argmin(np.isfinite(features).all(axis=1))} are not finite; look at that image, and at "
+            "the function that they are of"
+        )
     return Statistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
 
 
