@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng
 from ddpm_jax.diffusion import (
@@ -94,6 +94,39 @@ def bound_term(
     return BoundTerm(jnp.where(t == 0, decoder, kl), p.x_0)
 
 
+class Terms(NamedTuple):
+    """Some terms of the bound of each image: bits[:, s] is L_t in bits/dim at t = ts[:, s], and mse[:, s] the mean squared
+    error of the predicted x_0 there (pixels in [-1, 1]).
+    """
+
+    bits: Float[Array, "B S"]
+    mse: Float[Array, "B S"]
+
+
+def bound_terms(
+    schedule: Schedule,
+    model,
+    key: Key[Array, ""],
+    x_0: Images,
+    indices,
+    ts: Int[Array, "B S"],
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip: bool = True,
+) -> Terms:
+    """L_t of each image at its own choice of times, zero-based; one draw of x_t for each, as `bits_per_dim` makes it."""
+    keys = rng.image_keys(key, indices)
+
+    def body(carry, t):
+        x_t = q_sample(schedule, x_0, t, rng.image_normal(keys, t, x_0.shape[1:], x_0.dtype))
+        term = bound_term(schedule, model(x_t, t), x_0, x_t, t, prediction=prediction, variance=variance, clip=clip)
+        return carry, (term.bits, jnp.mean((term.x_0 - x_0) ** 2, axis=(1, 2, 3)))
+
+    _, (bits, mse) = jax.lax.scan(body, None, ts.T)
+    return Terms(bits.T, mse.T)
+
+
 class Bits(NamedTuple):
     """The variational bound of each image, in bits/dim, and its parts.
 
@@ -123,14 +156,7 @@ def bits_per_dim(
     model: any function (x_t, t) -> output. x_0: float (B, H, W, C), pixels x / 127.5 - 1. indices: the images' global
     places, int (B,); the draw of image i at t depends on (key, i, t) alone. One `lax.scan` over t.
     """
-    keys = rng.image_keys(key, indices)
-
-    def body(carry, t):
-        ts = jnp.full(x_0.shape[:1], t)
-        x_t = q_sample(schedule, x_0, ts, rng.image_normal(keys, t, x_0.shape[1:], x_0.dtype))
-        term = bound_term(schedule, model(x_t, ts), x_0, x_t, ts, prediction=prediction, variance=variance, clip=clip)
-        return carry, (term.bits, jnp.mean((term.x_0 - x_0) ** 2, axis=(1, 2, 3)))
-
-    _, (L_t, mse) = jax.lax.scan(body, None, jnp.arange(schedule.T, dtype=jnp.int32))
+    ts = jnp.broadcast_to(jnp.arange(schedule.T, dtype=jnp.int32), (len(x_0), schedule.T))
+    terms = bound_terms(schedule, model, key, x_0, indices, ts, prediction=prediction, variance=variance, clip=clip)
     L_T = prior_bits(schedule, x_0)
-    return Bits(L_T + L_t.sum(axis=0), L_T, L_t.T, mse.T)
+    return Bits(L_T + terms.bits.sum(axis=1), L_T, terms.bits, terms.mse)

@@ -11,28 +11,17 @@ between disjoint 512-subsets of the real ones.
 import sys
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from scipy.spatial.distance import cdist
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from ddpm_jax.evaluation.scores import frechet_distance, statistics
+
 MIN_CONFIDENCE = 0.80
 MIN_PRECISION = 0.50
 MAX_DISTANCE = 2.0
-
-
-def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
-    """|mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of two sets of vectors, float64.
-
-    The root's trace is taken as that of the symmetric (cov_a^(1/2) cov_b cov_a^(1/2))^(1/2), the same number, which stays
-    exact where pixels never vary and the covariances are singular.
-    """
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    root_trace = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0)).sum()
-    return float(np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace)
 
 
 def confidence(images: UInt8[np.ndarray, "N 8 8 1"]) -> tuple[float, np.ndarray]:
@@ -56,11 +45,12 @@ def relative_distance(images: UInt8[np.ndarray, "512 8 8 1"], *, repeats: int = 
     """(Fréchet distance of 512 samples to 512 real digits, that between disjoint 512-subsets of the real ones), means."""
     real = _pixels(load_digits().data, 16)
     generator = np.random.default_rng(0)
-    samples, to_real, among_real = _pixels(images, 255), [], []
+    samples, to_real, among_real = statistics(_pixels(images, 255)), [], []
     for _ in range(repeats):
         order = generator.permutation(len(real))
-        to_real.append(frechet_distance(samples, real[order[:512]]))
-        among_real.append(frechet_distance(real[order[:512]], real[order[512:1024]]))
+        some, others = statistics(real[order[:512]]), statistics(real[order[512:1024]])
+        to_real.append(frechet_distance(samples, some))
+        among_real.append(frechet_distance(some, others))
     return float(np.mean(to_real)), float(np.mean(among_real))
 
 

@@ -1,0 +1,47 @@
+"""What images are compared by: a named function from uint8 images to feature vectors."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from ddpm_jax import sharding
+
+
+class Features(NamedTuple):
+    """A feature function, any: uint8 images (B, H, W, C) -> {"features": (B, D)}, and "logits" (B, K) if it classifies.
+
+    name: tells it from every other function, weights and all; results and cached features are kept by it.
+    """
+
+    name: str
+    compute: Callable[[UInt8[np.ndarray, "B H W C"]], dict[str, np.ndarray]]
+
+
+def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:
+    """The pixels themselves, x / 127.5 - 1, float32 (B, H W C)."""
+    return {"features": images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1.0}
+
+
+PIXELS = Features("pixels", flat_pixels)
+
+
+def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, batch_size: int) -> Callable:
+    """Compiles compute(constants, uint8 images) for a mesh: images split over its devices, in batches padded to one size."""
+    size = -(-batch_size // mesh.devices.size) * mesh.devices.size
+    split = sharding.split(mesh)
+    compiled = jax.jit(compute, in_shardings=(sharding.replicated(mesh), split), out_shardings=split)
+    constants = jax.device_put(constants, sharding.replicated(mesh))
+
+    def over_batches(images):
+        parts = []
+        for first in range(0, len(images), size):
+            batch = images[first : first + size]
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), np.uint8)])
+            parts.append({name: np.asarray(a)[: len(batch)] for name, a in compiled(constants, padded).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return over_batches

@@ -1,0 +1,175 @@
+"""The weights of Inception-v3: converted once from pytorch-fid's and torch-fidelity's file into the cache, and its features.
+
+    python -m ddpm_jax.evaluation.inception_weights PATH     converts them
+
+Each batch normalisation is folded into its convolution.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation.features import Features, on_devices
+from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
+from ddpm_jax.evaluation.parts import cache_folder
+
+INCEPTION = "inception-2015-12-05"  # what the features' name starts with
+SOURCE = "pt_inception-2015-12-05-6726825d.pth"
+SOURCE_SHA256 = "6726825d"  # its first digits, which the file's name ends with
+BN_EPSILON = 1e-3
+HOW_TO_GET = (
+    f"download {SOURCE} from the releases of pytorch-fid (or torch-fidelity's file of that date) and convert it with "
+    "`python -m ddpm_jax.evaluation.inception_weights PATH`"
+)
+
+
+def inception_path() -> epath.Path:
+    """Where the converted weights lie."""
+    return cache_folder() / f"{INCEPTION}.safetensors"
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].shape}".encode())
+        sha.update(np.ascontiguousarray(tensors[name], np.float32).tobytes())
+    return sha.hexdigest()
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    empty = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    params = jax.eval_shape(InceptionV3().init, jax.random.key(0), empty)["params"]
+    return {name: leaf.shape for name, leaf in flatten_dict(params, sep=".").items()}
+
+
+def fold(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This network's parameters from PyTorch's state: OIHW kernels to HWIO, batch normalisation folded in, no last bias.
+
+    Raises UsageError naming a tensor that is missing or of another shape.
+    """
+    folded = {}
+    for name, shape in _shapes().items():
+        module, leaf = name.rsplit(".", 1)
+        try:
+            if module == "fc":
+                value = state["fc.weight"].T
+            else:
+                bn = module.removesuffix("conv") + "bn"
+                scale = state[f"{bn}.weight"] / np.sqrt(state[f"{bn}.running_var"].astype(np.float64) + BN_EPSILON)
+                if leaf == "kernel":
+                    value = state[f"{module}.weight"].transpose(2, 3, 1, 0) * scale
+                else:
+                    value = state[f"{bn}.bias"] - state[f"{bn}.running_mean"] * scale
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"the Inception weights lack or misshape what {name} is made of ({error}); {HOW_TO_GET}"
+            ) from None
+        if value.shape != shape:
+            raise UsageError(
+                f"the Inception weights give {name} the shape {value.shape}, expected {shape}; {HOW_TO_GET}"
+            )
+        folded[name] = np.ascontiguousarray(value, np.float32)
+    return folded
+
+
+def convert_inception(
+    path: epath.PathLike, out: epath.PathLike | None = None, *, sha256: str = SOURCE_SHA256
+) -> epath.Path:
+    """Converts the public PyTorch weights into a safetensors file, by default in the cache, and returns its path.
+
+    sha256: what the file's SHA-256 must start with. Executes nothing of the file's. Raises UsageError for any other file.
+    """
+    from safetensors.numpy import save
+
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(
+            'PyTorch reads this file and is not installed; install it with pip install "ddpm-jax[torch]"'
+        ) from None
+    path, out = Path(path), inception_path() if out is None else epath.Path(out)
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file; {HOW_TO_GET}")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(sha256):
+        raise UsageError(f"the SHA-256 of {path} is {found[:16]}..., expected it to start with {sha256}; {HOW_TO_GET}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = fold({name: np.asarray(tensor) for name, tensor in state.items()})
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises almost anything at a file that is not its own
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path} cannot be read as PyTorch weights ({reason}); {HOW_TO_GET}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / (out.name + ".tmp")
+    temporary.write_bytes(save(tensors, {"source_sha256": found, "sha256": _checksum(tensors)}))
+    temporary.replace(out)
+    return out
+
+
+def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
+    """The network's parameters and their checksum. Raises UsageError if they are not there or not what was converted."""
+    from safetensors import SafetensorError, safe_open
+
+    path = inception_path() if path is None else epath.Path(path)
+    if not path.exists():
+        raise UsageError(
+            f"the Inception weights are not there ({path}); {HOW_TO_GET}; without them nll, rate-distortion and nearest "
+            "work, and fid, kid and prdc on --features pixels or a function of your own"
+        )
+    try:
+        with safe_open(str(path), "numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            expected = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors ({error}); {HOW_TO_GET}") from None
+    wrong = {n: s for n, s in _shapes().items() if n not in tensors or tensors[n].shape != s}
+    if wrong:
+        name = min(wrong)
+        there = tensors[name].shape if name in tensors else "not there"
+        raise UsageError(f"in {path} {name} is {there}, expected the shape {wrong[name]}; {HOW_TO_GET}")
+    found = _checksum(tensors)
+    if found != expected:
+        raise UsageError(f"the tensors of {path} are not what was converted (their checksum differs); {HOW_TO_GET}")
+    return unflatten_dict(tensors, sep="."), found
+
+
+def inception_features(
+    mesh: Mesh, *, preprocessing: Preprocessing = "tensorflow", path: epath.PathLike | None = None, batch_size: int = 64
+) -> Features:
+    """Inception's features and logits of uint8 images of any size, computed on a mesh. Raises UsageError without weights."""
+    if preprocessing not in get_args(Preprocessing):
+        raise UsageError(f"got preprocessing {preprocessing!r}, expected one of {', '.join(get_args(Preprocessing))}")
+    params, checksum = load_inception(path)
+
+    def compute(params, images):
+        return InceptionV3().apply({"params": params}, preprocess(images, preprocessing))
+
+    name = f"{INCEPTION}, {preprocessing}, weights {checksum[:16]}"
+    return Features(name, on_devices(compute, params, mesh, batch_size))
+
+
+def main() -> None:
+    """Converts the file that the command line names."""
+    from ddpm_jax import cli
+
+    def convert():
+        if len(sys.argv) != 2:
+            raise UsageError(f"expected one path; {HOW_TO_GET}")
+        print(convert_inception(sys.argv[1]))
+
+    cli.run(convert)
+
+
+if __name__ == "__main__":
+    main()

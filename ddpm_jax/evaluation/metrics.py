@@ -1,0 +1,128 @@
+"""The metrics of a run, each a function of an `Evaluation`, and the files that they are written to.
+
+WORKDIR/evaluation/METRIC-STEP-DIGEST.json   a result with all that defines it; one file for each definition, so that none
+                                             overwrites another
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.checkpoint import write_text
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import likelihood, scores
+from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.inception_weights import INCEPTION
+from ddpm_jax.evaluation.parts import digest
+from ddpm_jax.evaluation.run import Evaluation
+
+NEAREST = 8
+
+
+def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
+    return {"value": estimate.value, spread: estimate.error}
+
+
+def fid(e: Evaluation) -> dict[str, Any]:
+    """The Fréchet distance between the features of samples and of real images."""
+    reference, features = e.real_statistics, e.generated["features"]
+    result: dict[str, Any] = {"value": scores.frechet_distance(scores.statistics(features), reference)}
+    if e.options.bootstrap:
+        result["standard_error"] = scores.bootstrap_error(
+            lambda drawn: scores.frechet_distance(scores.statistics(drawn), reference),
+            features,
+            repeats=e.options.bootstrap,
+        )
+    reasons = []
+    if len(features) < scores.MIN_COMPARABLE:
+        reasons.append(f"it is of {len(features):,} images, and below {scores.MIN_COMPARABLE:,} its bias is large")
+    if not e.features.name.startswith(INCEPTION):
+        reasons.append(f"its features are {e.features.name}, not Inception's")
+    if len(features) <= features.shape[1]:
+        reasons.append(f"{len(features):,} images leave the covariance of {features.shape[1]:,} features singular")
+    if reasons:
+        result["not_comparable"] = "not comparable with published FIDs: " + "; ".join(reasons)
+    definition = e.definition("sampling", "features", "statistics") | {"bootstrap": e.options.bootstrap}
+    return result | {"definition": definition}
+
+
+def inception_score(e: Evaluation) -> dict[str, Any]:
+    """The Inception score of the samples."""
+    if "logits" not in e.generated:
+        raise UsageError(f"the metric is needs logits, which --features {e.features.name} does not have; use inception")
+    score = scores.inception_score(e.generated["logits"])
+    return _estimate(score, "deviation_over_splits") | {"definition": e.definition("sampling", "features")}
+
+
+def kid(e: Evaluation) -> dict[str, Any]:
+    """The kernel distance between the features of samples and of real images."""
+    distance = scores.kernel_distance(e.generated["features"], e.real["features"])
+    definition = e.definition("sampling", "features", "reference")
+    return _estimate(distance, "deviation_over_subsets") | {"definition": definition}
+
+
+def prdc(e: Evaluation) -> dict[str, Any]:
+    """Precision, recall, density and coverage."""
+    shares = scores.neighbourhoods(e.generated["features"], e.real["features"])
+    values = {name: _estimate(estimate, "standard_error") for name, estimate in shares._asdict().items()}
+    return values | {"neighbour": 3, "definition": e.definition("sampling", "features", "reference")}
+
+
+def nll(e: Evaluation) -> dict[str, Any]:
+    """Bits/dim, the variational bound, and its parts."""
+    return likelihood.summarize_bound(e.drawn, e.edges) | {"definition": e.definition("bound", "reference")}
+
+
+def rate_distortion(e: Evaluation) -> dict[str, Any]:
+    """The rate-distortion curve, and its table at tenths of the reverse process."""
+    rows = likelihood.rate_distortion(e.drawn, e.edges)
+    return {
+        "rate": rows[-1]["rate"],
+        "distortion_bits": float(e.drawn.bits[:, 0].astype(np.float64).mean()),
+        "rmse": rows[-1]["distortion"],
+        "table": likelihood.progressive_table(rows, e.T),
+        "curve": rows,
+        "definition": e.definition("bound", "reference"),
+    }
+
+
+def nearest(e: Evaluation) -> dict[str, Any]:
+    """The real images nearest to each of the first samples, by pixels and by features: whether they were learned by heart."""
+    samples, result = e.first_samples[:NEAREST], {}
+    starts = range(0, e.num_real, 4096)
+    blocks = (PIXELS.compute(e.read(range(i, min(i + 4096, e.num_real))))["features"] for i in starts)
+    found = {"pixels": scores.nearest(PIXELS.compute(samples)["features"], blocks, count=NEAREST)}
+    if e.features.name != PIXELS.name:
+        queries = e.features.compute(samples)["features"]
+        found[e.features.name] = scores.nearest(queries, [e.real["features"]], count=NEAREST)
+    for name, (places, distances) in found.items():
+        result[name] = {"places": places.tolist(), "distances": distances.tolist()}
+    return {"nearest": result, "definition": e.definition("sampling", "features", "reference")}
+
+
+METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "fid": fid,
+    "is": inception_score,
+    "kid": kid,
+    "prdc": prdc,
+    "nll": nll,
+    "rate-distortion": rate_distortion,
+    "nearest": nearest,
+}
+WITHOUT_FEATURES = ("nll", "rate-distortion", "nearest")
+
+
+def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Computes metrics and writes each into its file; what was begun before is continued. Returns the results by metric."""
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise UsageError(f"got the metric {unknown[0]!r}, expected some of {', '.join(METRICS)}")
+    results = {}
+    for name in metrics:
+        result = {"metric": name, **METRICS[name](evaluation)}
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+        path = evaluation.folder / f"{name}-{evaluation.run.step:08d}-{digest(result['definition'])[:8]}.json"
+        write_text(path, json.dumps(result, indent=2) + "\n")
+        results[name] = result
+    return results

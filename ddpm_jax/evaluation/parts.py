@@ -1,0 +1,85 @@
+"""Long computations over images, in parts that survive the process: each range of images is computed once and kept on disk.
+
+Parts of one definition lie in a folder named by its digest, so that what was computed under another never mixes in. A part is
+written whole or not at all; a damaged one is computed anew. So a run killed at any moment continues with the same numbers.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from ddpm_jax.checkpoint import write_text
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_folder() -> epath.Path:
+    """What does not belong to a run lies here: the folder that DDPM_JAX_CACHE names, else ~/.cache/ddpm_jax."""
+    return epath.Path(os.environ.get("DDPM_JAX_CACHE") or "~/.cache/ddpm_jax").expanduser()
+
+
+def digest(definition: Any) -> str:
+    """SHA-256 of what JSON can hold, the same for equal content."""
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def save_arrays(path: epath.Path, arrays: Arrays) -> None:
+    """Writes an .npz file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / (path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    temporary.replace(path)
+
+
+def load_arrays(path: epath.Path) -> Arrays | None:
+    """The arrays of a file that `save_arrays` wrote, or None if it is not there or damaged (an .npz has checksums)."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
+        return None
+
+
+class Parts:
+    """compute(range of images) -> arrays whose first axis is those images, remembered in a folder below `folder`.
+
+    definition: all that the arrays depend on but the images' places, as JSON holds it.
+    """
+
+    def __init__(self, folder: epath.Path, definition: dict[str, Any], compute: Callable[[range], Arrays]):
+        self.folder = folder / digest(definition)[:16]
+        self.definition = definition
+        self.compute = compute
+
+    def get(self, part: range) -> Arrays:
+        """The arrays of one range, read or computed."""
+        path = self.folder / f"{part.start:07d}-{part.stop - 1:07d}.npz"
+        arrays = load_arrays(path)
+        if arrays is None:
+            arrays = self.compute(part)
+            if not (self.folder / "definition.json").exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / "definition.json", json.dumps(self.definition, indent=2) + "\n")
+            save_arrays(path, arrays)
+        return arrays
+
+    def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
+        """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar."""
+        with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
+            for first in range(0, count, batch_size):
+                part = range(first, min(first + batch_size, count))
+                yield self.get(part)
+                bar.update(len(part))
+
+    def all(self, count: int, batch_size: int, *, title: str) -> Arrays:
+        """The arrays of images 0 .. count - 1, together."""
+        parts = list(self.each(count, batch_size, title=title))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

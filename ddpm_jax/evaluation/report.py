@@ -1,0 +1,206 @@
+"""A run on one page: report.html, with the config, the training curve, the results beside the paper's, and the figures.
+
+It is written from the workdir's files alone, holds its pictures within itself and asks for nothing from a network.
+"""
+
+import base64
+import html
+import json
+from typing import Any
+
+from etils import epath
+
+from ddpm_jax import config as configs
+from ddpm_jax.checkpoint import write_text
+from ddpm_jax.evaluation.paper import papers_numbers
+from ddpm_jax.evaluation.run import EVALUATION
+from ddpm_jax.figures import FOLDER, curves
+from ddpm_jax.reporting import METRICS
+from ddpm_jax.workdir import read_config
+
+REPORT = "report.html"
+
+CAPTIONS = {
+    "samples": "Samples.",
+    "progressive": "Progressive generation (Figure 6): the x₀ predicted along the reverse process, a row for each sample.",
+    "shared_latents": "Samples that share x_t with the first one (Figure 7): a row each for t = T, 3T/4, T/2, T/4.",
+    "interpolation": "Between two real images (Figure 8): mixed at t = T/8, T/4, T/2, 3T/4, T, a row for each; first and last, "
+    "the images themselves.",
+    "nearest": "Samples (first column) and the real images nearest to them by pixels.",
+    "nearest_features": "Samples (first column) and the real images nearest to them by features.",
+}
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 0 auto; padding: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+img { width: 100%; height: auto; background: #fff; }
+img.pixels { image-rendering: pixelated; }
+figure { margin: 1.5rem 0; }
+small, figcaption { opacity: .75; }
+"""
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result in one line: its numbers with their spread, and whether it can be compared."""
+    metric = result["metric"]
+    if metric == "prdc":
+        return ", ".join(f"{name} {_number(result[name])}" for name in ("precision", "recall", "density", "coverage"))
+    if metric == "nll":
+        parts = ", ".join(f"{name} {part['value']:.5g}" for name, part in result["parts"].items())
+        return f"{_number(result)} bits/dim ({parts})"
+    if metric == "rate-distortion":
+        return (
+            f"rate {result['rate']:.4g}, distortion {result['distortion_bits']:.4g} bits/dim, "
+            f"RMSE {result['rmse']:.4g} of 255"
+        )
+    if metric == "nearest":
+        first = {name: min(row[0] for row in found["distances"]) for name, found in result["nearest"].items()}
+        return ", ".join(f"least distance {distance:.4g} ({name})" for name, distance in first.items())
+    return _number(result) + (f" ({result['not_comparable']})" if "not_comparable" in result else "")
+
+
+def _number(estimate: dict[str, Any]) -> str:
+    spreads = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
+    spread = next((estimate[name] for name in spreads if estimate.get(name) is not None), None)
+    return f"{estimate['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+
+
+def read_results(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The results of a workdir's evaluations, by metric and step."""
+    folder = workdir / EVALUATION
+    paths = sorted(folder.glob("*.json")) if folder.exists() else []
+    results = [json.loads(path.read_text()) for path in paths]
+    return sorted(results, key=lambda result: (result["metric"], _step(result)))
+
+
+def _step(result: dict[str, Any]) -> int:
+    made_of = result["definition"].get("sampling") or result["definition"]["bound"]
+    return made_of["step"]
+
+
+def _made_of(definition: dict[str, Any]) -> str:
+    said = []
+    if sampling := definition.get("sampling"):
+        said.append(
+            f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"
+        )
+    if bound := definition.get("bound"):
+        said.append(f"{bound['terms']:,} of {bound['T'] - 1:,} terms between L_T and L_0, seed {bound['seed']}")
+    if features := definition.get("features"):
+        said.append(features)
+    real = definition.get("reference") or definition.get("statistics")
+    if real:
+        said.append(f"{real['images']:,} images of {real['source']}" if "source" in real else real["statistics"])
+    return "; ".join(said)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are texts; what follows a line break in one is set small."""
+
+    def cell(text: str) -> str:
+        first, *rest = (html.escape(part) for part in text.split("\n"))
+        return first + "".join(f"<br><small>{part}</small>" for part in rest)
+
+    heads = "".join(f"<th>{cell(text)}</th>" for text in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _figure(content: bytes, kind: str, caption: str) -> str:
+    data, style = base64.b64encode(content).decode(), ' class="pixels"' if kind == "png" else ""
+    source = f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{data}"
+    text = html.escape(caption)
+    return f'<figure><img{style} src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def _training_curve(workdir: epath.Path) -> str:
+    path = workdir / METRICS
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    if not lines:
+        return ""
+    points = [line["step"] for line in lines], [line["loss"] for line in lines]
+    return _figure(curves({"loss": points}, x="step", y="loss", log=True), "svg", "The training loss.")
+
+
+def _fid_curve(results: list[dict[str, Any]]) -> str:
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for result in results:
+        if result["metric"] == "fid":
+            steps, values = lines.setdefault(result["definition"]["features"], ([], []))
+            steps.append(_step(result))
+            values.append(result["value"])
+    several = {name: points for name, points in lines.items() if len(set(points[0])) > 1}
+    return (
+        _figure(curves(several, x="step", y="FID", marks=True), "svg", "FID against training steps.") if several else ""
+    )
+
+
+def _rate_distortion(results: list[dict[str, Any]]) -> str:
+    if not results:
+        return ""
+    newest = max(results, key=_step)
+    rows = [[f"{row['reverse_time']}", f"{row['rate']:.5f}", f"{row['distortion']:.5f}"] for row in newest["table"]]
+    T = newest["definition"]["bound"]["T"]
+    columns = {
+        "reverse time T - t": [T - row["t"] for row in newest["curve"]],
+        "distortion (RMSE of 255)": [row["distortion"] for row in newest["curve"]],
+        "rate (bits/dim)": [row["rate"] for row in newest["curve"]],
+    }
+    time, distortion, rate = columns
+    figures = [
+        _figure(curves({y: (columns[x], columns[y])}, x=x, y=y), "svg", f"{caption} (Figure 5).")
+        for x, y, caption in (
+            (time, distortion, "Distortion along the reverse process"),
+            (time, rate, "Rate along the reverse process"),
+            (rate, distortion, "Distortion against rate"),
+        )
+    ]
+    return "<h2>Rate and distortion</h2>" + _table([time, rate, distortion], rows) + "".join(figures)
+
+
+def _pictures(workdir: epath.Path) -> str:
+    folder, said = workdir / EVALUATION / FOLDER, []
+    for name, caption in CAPTIONS.items():
+        paths = sorted(folder.glob(f"{name}-*.png")) if folder.exists() else []
+        if paths:
+            step = int(paths[-1].stem.rsplit("-", 1)[1])
+            said.append(_figure(paths[-1].read_bytes(), "png", f"{caption} Step {step:,}."))
+    return "<h2>Figures</h2>" + "".join(said) if said else ""
+
+
+def write_report(workdir: epath.PathLike) -> epath.Path:
+    """Writes report.html from what lies in the workdir, and returns its path."""
+    workdir = epath.Path(workdir)
+    config, results = read_config(workdir), read_results(workdir)
+    flat = configs.flatten(config)
+    paper = papers_numbers(flat, config.data.source)
+    head = ["metric", "step", *(["the paper's"] if paper else []), "value, and what it is of"]
+    rows = [
+        [
+            result["metric"],
+            f"{_step(result):,}",
+            *([paper.get(result["metric"], "")] if paper else []),
+            f"{describe(result)}\n{_made_of(result['definition'])}",
+        ]
+        for result in results
+    ]
+    of_paper = "<p><small>The paper's numbers are Ho, Jain &amp; Abbeel 2020's own, not measured here.</small></p>"
+    software = results[-1]["definition"]["software"] if results else {}
+    page = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(workdir.name)}</h1>"
+        f"<h2>Results</h2>{_table(head, rows)}{of_paper if paper else ''}"
+        f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(results)}"
+        + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
+        + _pictures(workdir)
+        + f"<h2>Config</h2>{_table(['field', 'value'], [[name, str(value)] for name, value in flat.items()])}"
+        f"<p><small>{html.escape(', '.join(f'{name} {version}' for name, version in software.items()))}</small></p>"
+        "</body></html>"
+    )
+    write_text(workdir / REPORT, page)
+    return workdir / REPORT

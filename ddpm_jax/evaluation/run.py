@@ -1,0 +1,224 @@
+"""What the metrics of a run are made of: samples, features and bounds, of its EMA parameters, and all that defines them.
+
+    WORKDIR/evaluation/parts/     images, features and bounds, a part at a time, so that a killed evaluation continues; may be
+                                  deleted
+
+The properties of an `Evaluation` are computed once, when first asked for.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddpm_jax.data import Source, open_source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import likelihood, scores
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.likelihood import Drawn
+from ddpm_jax.evaluation.parts import Arrays, Parts, cache_folder, load_arrays, save_arrays
+from ddpm_jax.evaluation.scores import Statistics
+from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.workdir import Run
+
+EVALUATION = "evaluation"
+MOST_IMAGES = 50_000  # what papers take their FID of
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is computed of a run, and of how much."""
+
+    num_images: int = 0
+    """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
+    num_real: int = 0
+    """Real images: the first of the source; 0: all."""
+    terms: int = 0
+    """Terms of the bound between the prior's and the decoder's that each image is given, at random times; 0: all T - 1."""
+    bootstrap: int = 10
+    """Resampled sets that the Fréchet distance's standard error is taken from; 0: none."""
+    seed: int = 0
+    """Seed of the samples and of the bound's noise, 0 to 4294967295."""
+    batch_size: int = 64
+    """Images computed together, and kept as one part if the process is killed."""
+    source: str = ""
+    """The real images, as data.source names them (a test split, say); default the run's own."""
+    statistics: str = ""
+    """An .npz file of mu and sigma of real images' features that the Fréchet distance is taken from, instead of the source."""
+
+
+class Evaluation:
+    """A run and its real images, and what can be computed of them. Raises UsageError for options that cannot be used."""
+
+    def __init__(self, run: Run, workdir: epath.PathLike, features: Features, options: Options):
+        for name, low in (("num_images", 0), ("num_real", 0), ("terms", 0), ("bootstrap", 0), ("batch_size", 1)):
+            if getattr(options, name) < low:
+                shown = name.replace("_", "-")
+                raise UsageError(f"--{shown} {getattr(options, name)} is too small; use {low} or more")
+        if options.bootstrap == 1:
+            raise UsageError("--bootstrap 1 has no spread; use 0 for none, or 2 or more")
+        if not 0 <= options.seed < 2**32:
+            raise UsageError(f"--seed {options.seed} is outside of 0 .. 4294967295; choose another")
+        self.run, self.features, self.options = run, features, options
+        self.folder = epath.Path(workdir) / EVALUATION
+        data = run.config.data
+        self.source: Source = open_source(dataclasses.replace(data, source=options.source or data.source))
+        self.num_real = min(options.num_real or len(self.source), len(self.source))
+        self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
+        # One compiled program for all parts: every device takes as many images.
+        devices = run.mesh.devices.size
+        self.batch_size = -(-options.batch_size // devices) * devices
+        self.T = run.schedule.T
+        self.edges = likelihood.strata(self.T, options.terms or self.T - 1)
+        self.software = {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+            },
+            "device": f"{devices} {jax.devices()[0].device_kind}",
+        }
+        self.model = {"step": run.step, "weights": "ema", "weights_sha256": weights_checksum(run.params)}
+
+    # ---- What defines the numbers
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What defines the samples but for their number."""
+        d = self.run.config.diffusion
+        return {**self.model, "sampler": "ancestral", "steps": d.T, "variance": d.variance, "seed": self.options.seed}
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What defines the real images."""
+        name = self.options.source or self.run.config.data.source
+        return {"source": name, "identity": self.source.identity, "images": self.num_real}
+
+    def definition(self, *parts: str) -> dict[str, Any]:
+        """What defines a result that is made of these: sampling, features, reference, statistics, bound."""
+        statistics = {"statistics": self.options.statistics}
+        if "statistics" in parts and self.options.statistics:
+            statistics["sha256"] = hashlib.sha256(epath.Path(self.options.statistics).read_bytes()).hexdigest()
+        values = {
+            "sampling": {**self.sampling, "images": self.num_images},
+            "features": self.features.name,
+            "reference": self.reference,
+            "statistics": statistics if self.options.statistics else self.reference,
+            "bound": {**self.model, "seed": self.options.seed, "terms": len(self.edges) - 1, "T": self.T},
+        }
+        return {**{name: values[name] for name in parts}, "batch_size": self.batch_size, "software": self.software}
+
+    # ---- What is computed, part by part
+
+    @functools.cached_property
+    def _samples(self) -> Parts:
+        generator = make_generator(self.run.config, self.run.mesh)
+
+        def compute(part: range) -> Arrays:
+            whole = range(part.start, part.start + self.batch_size)
+            batches = generate_batches(
+                generator,
+                self.run.params,
+                sample_key(self.options.seed),
+                [whole],
+                batch_size=self.batch_size,
+                num_devices=self.run.mesh.devices.size,
+            )
+            return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
+
+        definition = {**self.sampling, "batch_size": self.batch_size, "software": self.software}
+        return Parts(self.folder / "parts", definition, compute)
+
+    @functools.cached_property
+    def generated(self) -> Arrays:
+        """The features (and logits) of the samples."""
+        definition = {**self._samples.definition, "features": self.features.name}
+        parts = Parts(
+            self.folder / "parts",
+            definition,
+            lambda part: self.features.compute(self._samples.get(part)["images"]),
+        )
+        return parts.all(self.num_images, self.batch_size, title="samples")
+
+    @functools.cached_property
+    def first_samples(self) -> np.ndarray:
+        """The first samples, uint8 (N, H, W, C): at most 64, and one part."""
+        count = min(self.num_images, self.batch_size)
+        return self._samples.get(range(count))["images"][:64]
+
+    @functools.cached_property
+    def real(self) -> Arrays:
+        """The features of the real images, kept in the machine's cache by the data's fingerprint."""
+        return self._real_features.all(self.num_real, self.batch_size, title="real images")
+
+    @property
+    def _real_features(self) -> Parts:
+        definition = {
+            "identity": self.source.identity,
+            "features": self.features.name,
+            "batch_size": self.batch_size,
+            "software": self.software,
+        }
+        return Parts(cache_folder() / "features", definition, lambda part: self.features.compute(self.read(part)))
+
+    def read(self, part: range) -> np.ndarray:
+        """Some real images, uint8 (n, H, W, C)."""
+        return self.source.read(np.arange(part.start, part.stop))
+
+    @functools.cached_property
+    def real_statistics(self) -> Statistics:
+        """Mean and covariance of the real images' features: from --statistics, or computed once and kept in the cache."""
+        if self.options.statistics:
+            return read_statistics(epath.Path(self.options.statistics))
+        path = self._real_features.folder / f"statistics-{self.num_real}.npz"
+        kept = load_arrays(path)
+        if kept is None:
+            computed = scores.statistics(self.real["features"])
+            save_arrays(path, computed._asdict())
+            return computed
+        return Statistics(**kept)
+
+    @functools.cached_property
+    def drawn(self) -> Drawn:
+        """The bound's terms of each real image."""
+        compiled, key = (
+            likelihood.make_bound(self.run.config, self.run.mesh, self.edges),
+            likelihood.bound_key(self.options.seed),
+        )
+
+        def compute(part: range) -> Arrays:
+            images, indices = self.read(part), np.arange(part.start, part.start + self.batch_size)
+            padded = np.concatenate([images, np.zeros((self.batch_size - len(images), *images.shape[1:]), np.uint8)])
+            drawn = compiled(self.run.params, key, padded, indices.astype(np.int32))
+            return {name: np.asarray(a)[: len(part)] for name, a in drawn.items()}
+
+        definition = {**self.definition("bound"), "identity": self.source.identity}
+        parts = Parts(self.folder / "parts", definition, compute)
+        return Drawn(**parts.all(self.num_real, self.batch_size, title="bits/dim"))
+
+
+def weights_checksum(params: Any) -> str:
+    """SHA-256 of parameters: names, shapes and values."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def read_statistics(path: epath.Path) -> Statistics:
+    """mu and sigma of an .npz file, as published for data sets. Raises UsageError for any other file."""
+    arrays = load_arrays(path)
+    if arrays is None or not {"mu", "sigma"} <= set(arrays):
+        raise UsageError(f"--statistics {path} is not an .npz file with the arrays mu and sigma; give such a file")
+    mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise UsageError(f"--statistics {path} has mu {mu.shape} and sigma {sigma.shape}, expected (D,) and (D, D)")
+    return Statistics(mu, sigma)

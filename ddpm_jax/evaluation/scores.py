@@ -1,0 +1,197 @@
+"""Scores of generated images from their features: FID, IS, KID, precision, recall, density, coverage; float64 on the host.
+
+Features are arrays (N, D), one row for each image, of whatever function (Inception-v3 for numbers that can be compared with
+published ones). Every random choice is pinned: subsets and permutations come from NumPy's frozen legacy generator, seeded as
+torch-fidelity seeds it, so that the numbers are those of that package.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import log_softmax
+from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
+
+from ddpm_jax.errors import UsageError
+
+SEED = 2020
+MIN_COMPARABLE = 10_000  # images below which the FID's bias is larger than what papers compare
+
+
+class Statistics(NamedTuple):
+    """Mean (D,) and covariance (D, D) of features, float64: all that the Fréchet distance takes of a set of images."""
+
+    mu: Float[np.ndarray, " D"]
+    sigma: Float[np.ndarray, "D D"]
+
+
+class Estimate(NamedTuple):
+    """A number and its spread: what `error` is a standard deviation of, each function says."""
+
+    value: float
+    error: float
+
+
+def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
+    """Mean and unbiased covariance of features.
+
+    Raises UsageError for fewer than 2 images, which have no covariance, and for features that are not finite.
+    """
+    if len(features) < 2:
+        raise UsageError(f"got {len(features)} image(s), but a covariance needs at least 2; take more images")
+    features = np.asarray(features, np.float64)
+    if not np.isfinite(features).all():
+        raise UsageError(
+            f"the features of image {np.argmin(np.isfinite(features).all(axis=1))} are not finite; look at that image, and at "
+            "the function that they are of"
+        )
+    return Statistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)): FID, where the features are Inception's.
+
+    The root's trace is the sum of the singular values of sigma_a^(1/2) sigma_b^(1/2), which is real, and exact where the
+    covariances are singular: eigenvalues below the rounding of the largest count as 0. Raises UsageError if the sizes differ.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise UsageError(
+            f"got statistics of {len(a.mu)} and of {len(b.mu)} features, expected as many; take both from the same function"
+        )
+    root_trace = np.linalg.svd(_root(a.sigma) @ _root(b.sigma), compute_uv=False).sum()
+    return float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root_trace)
+
+
+def _root(sigma: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
+    values, vectors = np.linalg.eigh(sigma)
+    rounding = np.abs(values).max() * len(values) * np.finfo(np.float64).eps
+    return (vectors * np.sqrt(np.where(values > rounding, values, 0.0))) @ vectors.T
+
+
+def inception_score(logits: Float[np.ndarray, "N K"], *, splits: int = 10) -> Estimate:
+    """exp E[KL(p(y | x) || p(y))]: the mean over `splits` parts of the images, in a pinned order, and its deviation over them.
+
+    Raises UsageError for fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise UsageError(f"got {len(logits)} images, but the Inception score takes {splits} parts; take more images")
+    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
+    log_p = log_p[np.random.RandomState(SEED).permutation(len(log_p))]
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+    return Estimate(float(np.mean(scores)), float(np.std(scores)))
+
+
+def kernel_distance(
+    a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], *, subsets: int = 100, subset_size: int = 1000
+) -> Estimate:
+    """KID: the unbiased squared maximum mean discrepancy with kernel (x.y / D + 1)^3, of features.
+
+    The mean over pinned random subsets of both sets (no image twice in one) and the deviation over them; the subsets are no
+    larger than the sets. Raises UsageError for fewer than 2 images.
+    """
+    size = min(subset_size, len(a), len(b))
+    if size < 2:
+        raise UsageError(
+            f"got {len(a)} and {len(b)} image(s), but the kernel distance needs at least 2; take more images"
+        )
+    generator = np.random.RandomState(SEED)
+    values = []
+    for _ in range(subsets):
+        x = np.asarray(a[generator.choice(len(a), size, replace=False)], np.float64)
+        y = np.asarray(b[generator.choice(len(b), size, replace=False)], np.float64)
+        values.append(_squared_discrepancy(x, y))
+    return Estimate(float(np.mean(values)), float(np.std(values)))
+
+
+def _squared_discrepancy(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "n D"]) -> float:
+    n, D = x.shape
+    xx, yy, xy = ((u @ v.T / D + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
+    return float(within - 2 * xy.mean())
+
+
+class Neighbourhoods(NamedTuple):
+    """Shares of images inside the balls that reach from each image of a set to its k-th neighbour in that set.
+
+    precision: generated images in a ball of real ones; recall: real images in a ball of generated ones (Kynkäänniemi et al.
+    2019). density: real balls around a generated image, over k; coverage: real balls with a generated image inside (Naeem
+    et al. 2020). Each error is the standard error of a mean over images, the other set held fixed.
+    """
+
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
+
+
+def neighbourhoods(
+    generated: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], *, neighbour: int = 3
+) -> Neighbourhoods:
+    """Precision, recall, density and coverage of features. Raises UsageError for a set without a k-th neighbour."""
+    if min(len(generated), len(real)) <= neighbour:
+        raise UsageError(
+            f"got {len(generated)} generated and {len(real)} real images, but neighbour {neighbour} of each is needed; "
+            "take more images"
+        )
+    generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
+    radii, generated_radii = _radii(real, neighbour), _radii(generated, neighbour)
+    balls = []  # of real images, around each generated one
+    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+
+    def count(block, start):
+        inside = block <= radii
+        recalled[:] |= (block <= generated_radii[start : start + len(block), None]).any(axis=0)
+        covered[:] |= inside.any(axis=0)
+        balls.append(inside.sum(axis=1))
+        return balls[-1]
+
+    for _ in pairwise_distances_chunked(generated, real, reduce_func=count):
+        pass
+    around = np.concatenate(balls)
+    return Neighbourhoods(_mean(around > 0), _mean(recalled), _mean(around / neighbour), _mean(covered))
+
+
+def _radii(features: Float[np.ndarray, "N D"], neighbour: int) -> Float[np.ndarray, " N"]:
+    def to_kth(block, start):
+        return np.partition(block, neighbour, axis=1)[:, neighbour]  # place 0 is the image itself
+
+    return np.concatenate(list(pairwise_distances_chunked(features, reduce_func=to_kth)))
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    values = np.asarray(values, np.float64)
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def bootstrap_error(
+    score: Callable[[Float[np.ndarray, "N D"]], float], features: Float[np.ndarray, "N D"], *, repeats: int
+) -> float:
+    """The standard deviation of a score over `repeats` sets of as many images, drawn with replacement from these.
+
+    Only the spread is told: the scores of such sets are themselves biased, since images repeat in them.
+    """
+    generator = np.random.RandomState(SEED)
+    draws = (generator.randint(len(features), size=len(features)) for _ in range(repeats))
+    return float(np.std([score(features[draw]) for draw in draws], ddof=1))
+
+
+def nearest(
+    queries: Float[np.ndarray, "n D"], blocks: Iterable[Float[np.ndarray, "m D"]], *, count: int
+) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+    """The `count` rows nearest to each query, of rows that come in blocks: their places, nearest first, and the distances."""
+    places: np.ndarray = np.empty((len(queries), 0), np.int64)
+    distances: np.ndarray = np.empty((len(queries), 0))
+    start = 0
+    queries = np.asarray(queries, np.float64)
+    for block in blocks:
+        here = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
+        distances = np.concatenate([distances, pairwise_distances(queries, np.asarray(block, np.float64))], axis=1)
+        places, start = np.concatenate([places, here], axis=1), start + len(block)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+        places, distances = (np.take_along_axis(a, order, axis=1) for a in (places, distances))
+    return places, distances

@@ -1,0 +1,412 @@
+"""evaluate.py: numbers from a workdir, with all that defines them, that survive any kill."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluated import CONFIG, make_workdir
+from scipy.spatial.distance import cdist
+from tiny import tiny
+
+from ddpm_jax.config import to_json
+from ddpm_jax.data import open_source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import metrics, scores
+from ddpm_jax.evaluation import run as evaluation_run
+from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
+from ddpm_jax.evaluation.metrics import METRICS, evaluate
+from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
+from ddpm_jax.evaluation.run import Evaluation, Options
+from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.workdir import load_run
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = Options(num_images=20, num_real=30, batch_size=8, bootstrap=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The machine's cache, in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_run(run)
+
+
+def projection(images):
+    """Features of a user's own: five sums of pixels; and logits, so that all metrics can be had."""
+    x = flat_pixels(images)["features"] @ np.random.default_rng(0).normal(size=(64, 5))
+    return {"features": x, "logits": x}
+
+
+FEATURES = Features("five sums", projection)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, loaded):
+    """All metrics, on features of a user's own; (evaluation, results, what was in each file)."""
+    evaluation = Evaluation(loaded, run, FEATURES, OPTIONS)
+    results = evaluate(evaluation, tuple(METRICS))
+    files = {json.loads(path.read_text())["metric"]: path for path in (run / "evaluation").glob("*.json")}
+    return evaluation, results, files
+
+
+@pytest.fixture(scope="module")
+def samples(loaded):
+    """The 20 samples, by the functions that sample.py calls."""
+    batches = generate_batches(
+        make_generator(CONFIG, loaded.mesh), loaded.params, sample_key(0), range(24), batch_size=8, num_devices=8
+    )
+    return np.concatenate([images for _, images in batches])[:20]
+
+
+def digits():
+    return open_source(CONFIG.data).read(np.arange(30))
+
+
+# ---- The numbers
+
+
+def test_every_metric_is_that_of_the_samples_and_the_real_images(evaluated, samples):
+    _, results, _ = evaluated
+    generated, real = projection(samples)["features"], projection(digits())["features"]
+    fid = scores.frechet_distance(scores.statistics(generated), scores.statistics(real))
+    assert results["fid"]["value"] == pytest.approx(fid, rel=1e-9)
+    assert results["is"]["value"] == pytest.approx(scores.inception_score(generated).value, rel=1e-9)
+    assert results["kid"]["value"] == pytest.approx(scores.kernel_distance(generated, real).value, rel=1e-9)
+    assert results["prdc"]["recall"]["value"] == scores.neighbourhoods(generated, real).recall.value
+    assert results["nll"]["value"] == pytest.approx(sum(p["value"] for p in results["nll"]["parts"].values()))
+    assert results["rate-distortion"]["distortion_bits"] == pytest.approx(results["nll"]["parts"]["L_0"]["value"])
+    rate = results["nll"]["parts"]["L_T"]["value"] + results["nll"]["parts"]["rate"]["value"]
+    assert results["rate-distortion"]["rate"] == pytest.approx(rate, rel=1e-9)
+    pixels = (flat_pixels(images)["features"] for images in (samples[:8], digits()))
+    expected = np.argsort(cdist(*pixels), axis=1)[:, :8]
+    np.testing.assert_array_equal(results["nearest"]["nearest"]["pixels"]["places"], expected)
+    assert set(results["nearest"]["nearest"]) == {"pixels", "five sums"}
+
+
+def test_results_hold_everything_that_defines_them(evaluated, run):
+    evaluation, results, files = evaluated
+    assert set(files) == set(METRICS)
+    for name, path in files.items():
+        assert json.loads(path.read_text()) == json.loads(json.dumps(results[name]))
+        assert path.name.startswith(f"{name}-00000040-")
+    made_of = results["fid"]["definition"]
+    assert made_of["sampling"] == {
+        "step": 40,
+        "weights": "ema",
+        "weights_sha256": evaluation.model["weights_sha256"],
+        "sampler": "ancestral",
+        "steps": 10,
+        "variance": "fixed_small",
+        "seed": 0,
+        "images": 20,
+    }
+    assert made_of["features"] == "five sums"
+    assert made_of["statistics"] == {"source": "digits", "identity": evaluation.source.identity, "images": 30}
+    assert {"python", "ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "device"} == set(made_of["software"])
+    assert results["nll"]["definition"]["bound"]["terms"] == 9
+
+
+def test_the_weights_checksum_is_that_of_the_ema_parameters(evaluated, run):
+    from ddpm_jax.evaluation.run import weights_checksum
+
+    recorded = evaluated[1]["fid"]["definition"]["sampling"]["weights_sha256"]
+    assert recorded == weights_checksum(load_run(run).params)
+    assert recorded != weights_checksum(load_run(run, weights="raw").params)
+
+
+def test_fid_on_fewer_than_10000_images_is_labelled_as_not_comparable(evaluated):
+    said = evaluated[1]["fid"]["not_comparable"]
+    assert said.startswith("not comparable with published FIDs: it is of 20 images, and below 10,000 its bias is large")
+    assert evaluated[1]["fid"]["standard_error"] > 0
+
+
+def test_fid_of_enough_images_by_inception_is_not_labelled(evaluated, monkeypatch):
+    monkeypatch.setattr(scores, "MIN_COMPARABLE", 20)
+    monkeypatch.setattr(evaluated[0], "features", FEATURES._replace(name="inception-2015-12-05, drawn for this test"))
+    assert "not_comparable" not in metrics.fid(evaluated[0])
+
+
+def test_fid_of_features_that_are_not_inceptions_is_labelled(run, loaded, monkeypatch):
+    monkeypatch.setattr(scores, "MIN_COMPARABLE", 20)
+    result = metrics.fid(Evaluation(loaded, run, PIXELS, OPTIONS))
+    assert "its features are pixels, not Inception's" in result["not_comparable"]
+    assert "20 images leave the covariance of 64 features singular" in result["not_comparable"]
+
+
+def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loaded, tmp_path):
+    real = scores.statistics(projection(digits())["features"])
+    np.savez(tmp_path / "statistics.npz", **real._asdict())
+    options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "statistics.npz"))
+    result = evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",))["fid"]
+    assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
+    assert set(result["definition"]["statistics"]) == {"statistics", "sha256"}
+
+
+def test_results_of_another_definition_are_other_files(evaluated, run, loaded):
+    before = evaluated[2]["prdc"].read_bytes()
+    evaluate(Evaluation(loaded, run, Features("other", projection), OPTIONS), ("prdc",))
+    assert len(list((run / "evaluation").glob("prdc-*.json"))) == 2
+    assert evaluated[2]["prdc"].read_bytes() == before
+
+
+def test_the_documents_feature_function_runs(evaluated, run, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)[1]
+    code = code.replace("runs/digits", str(run)).replace("num_images=512", "num_images=20, batch_size=8")
+    exec(compile(code, "evaluation.md", "exec"), {})
+    assert "'brightness'" in capsys.readouterr().out
+
+
+# ---- Continuing
+
+
+def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, run, loaded, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(evaluation_run, "generate_batches", never)
+    monkeypatch.setattr(evaluation_run.likelihood, "make_bound", lambda *args: never)
+    monkeypatch.setattr(
+        scores, "statistics", lambda features, f=scores.statistics: f(features) if len(features) == 20 else never()
+    )
+    again = evaluate(Evaluation(loaded, run, FEATURES, OPTIONS), ("fid", "kid", "nll"))
+    for name, result in again.items():
+        assert result == evaluated[1][name]
+
+
+def test_more_images_continue_from_those_that_are_there(evaluated, run, loaded, monkeypatch):
+    asked = []
+
+    def counted(*args, f=generate_batches, **kwargs):
+        asked.append(args[3])
+        return f(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation_run, "generate_batches", counted)
+    options = dataclasses.replace(OPTIONS, num_images=32)
+    evaluation = Evaluation(loaded, run, FEATURES, options)
+    assert len(evaluation.generated["features"]) == 32
+    assert asked == [range(16, 24), range(24, 32)]  # 16 .. 19 were a part of their own
+    np.testing.assert_array_equal(evaluation.generated["features"][:16], evaluated[0].generated["features"][:16])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-200] + bytes(200), lambda b: b""])
+def test_a_damaged_part_is_computed_anew(tmp_path, damage):
+    def compute(part):
+        return {"x": np.arange(part.start, part.stop) ** 2}
+
+    parts = Parts(tmp_path, {"a": 1}, compute)
+    expected = parts.all(10, 4, title="x")["x"]
+    np.testing.assert_array_equal(expected, np.arange(10) ** 2)
+    path = sorted(parts.folder.glob("*.npz"))[1]
+    path.write_bytes(damage(path.read_bytes()))
+    np.testing.assert_array_equal(Parts(tmp_path, {"a": 1}, compute).all(10, 4, title="x")["x"], expected)
+    assert load_arrays(path)["x"].tolist() == [16, 25, 36, 49]
+
+
+def test_parts_of_another_definition_never_mix_in(tmp_path):
+    for a in (1, 2):
+        parts = Parts(tmp_path, {"a": a}, lambda part, a=a: {"x": np.full(len(part), a)})
+        assert set(parts.all(4, 2, title="x")["x"]) == {a}
+
+
+def test_a_part_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    save_arrays(tmp_path / "part.npz", {"x": np.arange(3)})
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        save_arrays(tmp_path / "part.npz", {"x": np.arange(4)})
+    assert load_arrays(tmp_path / "part.npz")["x"].tolist() == [0, 1, 2]
+
+
+def test_an_evaluation_killed_three_times_continues_and_gives_the_same_numbers(run, tmp_path):
+    """SIGKILL after ever more parts are there, in the samples and in the bound; then the same command to its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    numbers = {}
+    for name, kills in (("killed", (2, 9, 23)), ("whole", ())):
+        workdir = make_workdir(tmp_path / name)
+        command = [sys.executable, "evaluate.py", str(workdir), "--features", "pixels", "--metrics", "fid", "nll"]
+        command += ["--num-images", "36", "--num-real", "36", "--batch-size", "3", "--no-figures", "--seed", "5"]
+        start = {"cwd": ROOT, "env": environment | {"DDPM_JAX_CACHE": str(tmp_path / f"cache_{name}")}}
+        for count in kills:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **start)
+            while len(list(workdir.glob("evaluation/parts/*/0*.npz"))) < count:
+                assert process.poll() is None, process.communicate()[0].decode()
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **start)
+        assert done.returncode == 0, done.stderr
+        assert "not comparable with published FIDs" in done.stdout
+        numbers[name] = [json.loads(p.read_text()) for p in sorted(workdir.glob("evaluation/*.json"))]
+        assert (workdir / "report.html").exists()
+    assert len(numbers["whole"]) == 2
+    assert numbers["killed"] == numbers["whole"]
+
+
+# ---- Refusals: one sentence each
+
+
+def refused(call):
+    with pytest.raises(UsageError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_images": -1}, "--num-images -1 is too small; use 0 or more"),
+        ({"batch_size": 0}, "--batch-size 0 is too small; use 1 or more"),
+        ({"bootstrap": 1}, "--bootstrap 1 has no spread; use 0 for none, or 2 or more"),
+        ({"seed": 2**32}, "--seed 4294967296 is outside of 0 .. 4294967295; choose another"),
+        ({"terms": 10}, "got 10 terms of the bound, expected 1 to 9; 0 stands for all"),
+        ({"source": "none.npz"}, "data.source='none.npz' is not a file; give the path of an .npy or .npz file"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_refused(run, loaded, changed, message):
+    options = dataclasses.replace(OPTIONS, **changed)
+    assert refused(lambda: Evaluation(loaded, run, PIXELS, options)).startswith(message)
+
+
+def test_a_reference_with_another_image_size_is_refused(run, loaded, tmp_path):
+    np.save(tmp_path / "real.npy", np.zeros((4, 16, 16, 1), np.uint8))
+    options = dataclasses.replace(OPTIONS, source=str(tmp_path / "real.npy"))
+    assert "has images of shape (16, 16, 1), but data.image_size and data.channels say (8, 8, 1)" in refused(
+        lambda: Evaluation(loaded, run, PIXELS, options)
+    )
+
+
+def test_too_few_images_for_the_covariance_are_refused(run, loaded):
+    options = dataclasses.replace(OPTIONS, num_real=1)
+    message = refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+    assert message == "got 1 image(s), but a covariance needs at least 2; take more images"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "got statistics of 5 and of 3 features, expected as many"),
+        ({"mu": np.zeros(5), "sigma": np.eye(4)}, "has mu (5,) and sigma (4, 4), expected (D,) and (D, D)"),
+        ({"mean": np.zeros(5)}, "is not an .npz file with the arrays mu and sigma; give such a file"),
+        ({"mu": np.array([{}] * 5), "sigma": np.eye(5)}, "is not an .npz file with the arrays mu and sigma"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(run, loaded, tmp_path, arrays, message):
+    np.savez(tmp_path / "s.npz", **arrays)
+    options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "s.npz"))
+    assert message in refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+
+
+def test_the_inception_score_needs_logits(run, loaded):
+    message = refused(lambda: evaluate(Evaluation(loaded, run, PIXELS, OPTIONS), ("is",)))
+    assert message == "the metric is needs logits, which --features pixels does not have; use inception"
+
+
+def test_a_workdir_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny())))
+    assert "has no checkpoint yet; train longer, or give another workdir" in refused(lambda: load_run(tmp_path))
+
+
+def test_an_unknown_metric_is_refused(evaluated):
+    assert "got the metric 'fdi', expected some of fid, is, kid" in refused(lambda: evaluate(evaluated[0], ("fdi",)))
+
+
+# ---- The command line
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs evaluate.py as its command line would: (exit code, standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location("script_evaluate", ROOT / "evaluate.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro reads the help in its source
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except UsageError as error:
+            return 2, "", str(error)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield command
+    del sys.modules[spec.name]
+
+
+def test_inception_metrics_without_weights_are_told_in_one_sentence(command, run):
+    code, out, err = command(run, "--metrics", "fid")
+    assert (code, out) == (2, "")
+    assert err.startswith("the Inception weights are not there")
+    assert "download pt_inception-2015-12-05-6726825d.pth" in err
+    assert "without them nll, rate-distortion and nearest work, and fid, kid and prdc on --features pixels" in err
+    assert "\n" not in err
+
+
+def test_without_weights_the_default_is_what_can_be_computed_without(command, evaluated, run):
+    options = ["--num-images", 20, "--num-real", 30, "--batch-size", 8, "--no-figures"]
+    code, out, _ = command(run, *options)
+    assert code == 0
+    assert "Without Inception weights only nll, rate-distortion, nearest are computed; download" in out
+    assert f"nll: {evaluated[1]['nll']['value']:.4g} ±" in out
+    assert "The report: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options"),
+        (["--metrics", "fid"], "no workdir was given"),
+        (["nowhere"], "nowhere does not exist; give the folder of a run that train.py made"),
+        (
+            ["nowhere", "--metrics"],
+            "--metrics is empty; give some of fid, is, kid, prdc, nll, rate-distortion, nearest",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_sentence(command, arguments, message):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+
+
+def test_a_wrong_metric_is_answered_with_the_choices(command):
+    code, _, err = command("nowhere", "--metrics", "fdi")
+    assert code == 2
+    assert "fid" in err
+    assert "nearest" in err
+
+
+def test_help_shows_every_option(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for option in ("--metrics", "--features", "--num-images", "--terms", "--statistics", "--source", "--no-figures"):
+        assert option in out

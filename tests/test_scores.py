@@ -1,0 +1,202 @@
+"""Scores of features against torch-fidelity, scipy and closed forms."""
+
+import numpy as np
+import pytest
+from fidelity import fidelity
+from scipy import linalg
+from scipy.spatial.distance import cdist
+
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import scores
+from ddpm_jax.evaluation.scores import Statistics
+
+RELATIVE = 1e-6
+
+
+def features(seed, n, D=24):
+    """Random features, correlated, positive like Inception's, float32."""
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(7).normal(size=(D, D)) / np.sqrt(D)
+    return np.abs(generator.normal(size=(n, D)) @ mixing + 0.1 * seed).astype(np.float32)
+
+
+def to_torch(array):
+    import torch
+
+    return torch.from_numpy(np.array(array))
+
+
+# ---- Fréchet distance
+
+
+def test_frechet_distance_is_torch_fidelitys():
+    metric = fidelity("metric_fid")
+    a, b = features(1, 400).astype(np.float64), features(2, 300).astype(np.float64)
+    ours = [metric.fid_features_to_statistics(to_torch(x)) for x in (a, b)]
+    expected = metric.fid_statistics_to_metric(*ours, verbose=False)["frechet_inception_distance"]
+    assert scores.frechet_distance(scores.statistics(a), scores.statistics(b)) == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_frechet_distance_matches_scipys_matrix_root():
+    a, b = scores.statistics(features(1, 400)), scores.statistics(features(2, 300))
+    root = linalg.sqrtm(a.sigma @ b.sigma)  # pytorch-fid's formula
+    expected = np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma + b.sigma - 2 * root.real)
+    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_frechet_distance_of_commuting_covariances_is_known_in_closed_form():
+    """The same eigenvectors: the distance is that of the standard deviations along them."""
+    vectors = linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0]
+    first, second = np.linspace(0.1, 4, 30), np.linspace(9, 0.5, 30)
+    a, b = (Statistics(np.full(30, m), (vectors * v) @ vectors.T) for m, v in ((0.5, first), (0.25, second)))
+    expected = 30 * 0.25**2 + np.sum((np.sqrt(first) - np.sqrt(second)) ** 2)
+    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 20])
+def test_frechet_distance_is_exact_for_singular_covariances(rank):
+    """Variances in a few directions only, in other directions for each: most eigenvalues are 0, where roots are unstable."""
+    vectors = linalg.qr(np.random.default_rng(1).normal(size=(100, 100)))[0]
+    variances = 1e4 * (np.arange(100) < rank), np.where(np.arange(100) < rank // 2, 2.5e3, 0.0)
+    a, b = (Statistics(np.zeros(100), (vectors * v) @ vectors.T) for v in variances)
+    expected = np.sum((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2)
+    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_frechet_distance_of_fewer_images_than_features_to_themselves_is_0():
+    a = scores.statistics(features(1, 10, D=64))
+    assert abs(scores.frechet_distance(a, a)) < 1e-9 * np.trace(a.sigma)
+
+
+def test_statistics_are_float64_whatever_the_features_are():
+    x = features(1, 50) + np.float32(1000)
+    exact = x.astype(np.float64)
+    mu, sigma = scores.statistics(x)
+    np.testing.assert_allclose(mu, exact.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=1e-9)
+
+
+def test_bootstrap_error_is_the_standard_error_of_a_mean():
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(400, 1))
+    error = scores.bootstrap_error(lambda drawn: drawn.mean(), x, repeats=400)
+    assert error == pytest.approx(2.0 / np.sqrt(400), rel=0.15)
+    assert error == scores.bootstrap_error(lambda drawn: drawn.mean(), x, repeats=400)  # pinned
+
+
+# ---- Inception score, KID
+
+
+def test_inception_score_is_torch_fidelitys():
+    logits = np.random.default_rng(0).normal(size=(523, 40)).astype(np.float32) * 3
+    expected = fidelity("metric_isc").isc_features_to_metric(to_torch(logits))
+    score = scores.inception_score(logits)
+    assert score.value == pytest.approx(expected["inception_score_mean"], rel=RELATIVE)
+    assert score.error == pytest.approx(expected["inception_score_std"], rel=RELATIVE)
+
+
+def test_inception_score_of_sure_and_even_predictions_is_the_number_of_classes():
+    logits = 100.0 * np.eye(5)[np.arange(5000) % 5]
+    assert scores.inception_score(logits).value == pytest.approx(5, rel=1e-2)
+    assert scores.inception_score(np.zeros((100, 5))).value == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("subsets", "size"), [(3, 200), (10, 50)])
+def test_kernel_distance_is_torch_fidelitys(subsets, size):
+    a, b = features(1, 400).astype(np.float64), features(2, 300).astype(np.float64)
+    metric = fidelity("metric_kid").kid_features_to_metric
+    expected = metric(to_torch(a), to_torch(b), kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    distance = scores.kernel_distance(a, b, subsets=subsets, subset_size=size)
+    assert distance.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=RELATIVE)
+    assert distance.error == pytest.approx(expected["kernel_inception_distance_std"], rel=RELATIVE)
+
+
+def test_kernel_distance_is_unbiased():
+    """Of two sets of one distribution it is 0 on average, unlike the biased estimate, which never is below 0."""
+    generator = np.random.default_rng(0)
+    values = [
+        scores.kernel_distance(*generator.normal(size=(2, 30, 3)), subsets=1, subset_size=30).value for _ in range(300)
+    ]
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(300)
+    assert min(values) < 0
+
+
+# ---- Precision, recall, density, coverage, nearest
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    generated, real = features(1, 250).astype(np.float64), features(2, 300).astype(np.float64)
+    expected = fidelity("metric_prc").prc_features_to_metric(to_torch(generated), to_torch(real), verbose=False)
+    shares = scores.neighbourhoods(generated, real)
+    assert 0.1 < shares.precision.value < 0.9  # a case that says something
+    assert shares.precision.value == pytest.approx(expected["precision"], rel=RELATIVE)
+    assert shares.recall.value == pytest.approx(expected["recall"], rel=RELATIVE)
+
+
+def brute_force(generated, real, k):
+    """All four by their definitions, from whole matrices of distances."""
+    between = cdist(generated, real)
+    radii, generated_radii = (np.sort(cdist(x, x), axis=1)[:, k] for x in (real, generated))
+    inside = between <= radii
+    recall = (between <= generated_radii[:, None]).any(axis=0)
+    return inside.any(axis=1).mean(), recall.mean(), inside.sum() / k / len(generated), inside.any(axis=0).mean()
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_shares_match_their_definitions_over_blocks_of_memory(k, monkeypatch):
+    import sklearn
+
+    generated, real = features(1, 260), features(2, 300)
+    with sklearn.config_context(working_memory=0.05):  # MiB: about twenty rows at a time
+        shares = scores.neighbourhoods(generated, real, neighbour=k)
+    for share, expected in zip(shares, brute_force(generated, real, k), strict=True):
+        assert share.value == pytest.approx(expected, rel=1e-12)
+
+
+def test_errors_of_shares_are_standard_errors():
+    shares = scores.neighbourhoods(features(1, 250), features(2, 300))
+    p = shares.precision.value
+    assert shares.precision.error == pytest.approx(np.sqrt(p * (1 - p) / 249), rel=1e-9)
+
+
+def test_nearest_finds_the_same_places_in_blocks():
+    queries, real = features(1, 5), features(2, 100)
+    distances = cdist(queries, real)
+    expected = np.argsort(distances, axis=1)[:, :4]
+    places, found = scores.nearest(queries, (real[i : i + 7] for i in range(0, 100, 7)), count=4)
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_allclose(found, np.take_along_axis(distances, expected, axis=1), rtol=1e-6)
+
+
+# ---- Refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: scores.statistics(features(1, 1)),
+            "got 1 image(s), but a covariance needs at least 2; take more images",
+        ),
+        (
+            lambda: scores.statistics(np.where(np.arange(9)[:, None] == 4, np.nan, features(1, 9))),
+            "the features of image 4 are not finite; look at that image",
+        ),
+        (lambda: scores.inception_score(features(1, 9)), "got 9 images, but the Inception score takes 10 parts"),
+        (
+            lambda: scores.kernel_distance(features(1, 1), features(1, 9)),
+            "got 1 and 9 image(s), but the kernel distance",
+        ),
+        (
+            lambda: scores.neighbourhoods(features(1, 3), features(1, 9)),
+            "got 3 generated and 9 real images, but neighbour 3",
+        ),
+        (
+            lambda: scores.frechet_distance(scores.statistics(features(1, 9)), scores.statistics(features(1, 9, D=5))),
+            "got statistics of 24 and of 5 features, expected as many",
+        ),
+    ],
+)
+def test_too_few_images_or_features_of_another_kind_are_refused(call, message):
+    with pytest.raises(UsageError) as error:
+        call()
+    assert str(error.value).startswith(message)
