@@ -31,7 +31,8 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     check_empty(epath.Path(workdir))
     run_config, params = diffusers.read_model(source, cli.load_config(config) if config else None)
     write_run(workdir, run_config, state_from_params(run_config, params))
-    print(f"{source} is now the run {workdir}; sample from it: python sample.py {workdir}")
+    d = run_config.diffusion
+    print(f"{source} is now the run {workdir} (T={d.T}, {d.schedule} schedule, predicts {d.prediction}, {d.variance})")
 
 
 def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:

@@ -139,6 +139,14 @@ def test_occupied_workdir_or_folder_is_refused_and_left_alone(model, tmp_path):
     occupied.mkdir()
     (occupied / "mine.txt").write_text("mine")
     convert("from-diffusers", model, tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    convert("to-diffusers", tmp_path / "run", tmp_path / "empty")  # an empty folder is as good as none
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {
+        "README.md",
+        "model_index.json",
+        "scheduler",
+        "unet",
+    }
     for arguments in [
         ("from-diffusers", model, occupied),
         ("from-tensorflow", tmp_path / "model.ckpt-1", occupied, "--config", "configs/cifar10.py"),

@@ -5,7 +5,7 @@ diffusers itself is not needed, its files being JSON and safetensors. Nothing th
 
 import json
 import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +172,12 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
         p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
     }
     check_empty(epath.Path(folder))
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary) / folder.name
         for name, values in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(tensors, temporary / f"unet/{WEIGHTS}.safetensors", metadata={"format": "pt"})
-        (temporary / "README.md").write_text(card)
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            (whole / name).write_text(json.dumps(values, indent=2) + "\n")
+        save_file(tensors, whole / f"unet/{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (whole / "README.md").write_text(card)
+        whole.replace(folder)
