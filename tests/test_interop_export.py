@@ -63,7 +63,7 @@ def test_exported_sampler_gives_the_same_images_where_only_jax_and_flatbuffers_a
     mesh = make_mesh(devices=jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, drawn(CONFIG, seed=1))
     generator = make_generator(CONFIG, mesh)
-    [(_, expected)] = generate_batches(generator, params, sample_key(SEED), INDICES, batch_size=3, num_devices=1)
+    [(_, expected)] = generate_batches(generator, params, sample_key(SEED), [INDICES], batch_size=3, num_devices=1)
     site = tmp_path / "site"
     site.mkdir()
     for name in INSTALLED:

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny
 
 from ddpm_jax import make_schedule, rng, sample, sharding, training
-from ddpm_jax.generate import generate_batches, make_generator, sample_key, to_uint8
+from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
 
 SHAPE = (2, 2, 1)
 
@@ -92,11 +92,10 @@ def test_noise_of_image_i_is_identical_on_any_devices_and_in_any_batch(count):
 def test_batches_are_fixed_ranges_and_the_padding_is_left_out(trained):
     config, params, all_images = trained
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
-    batches = list(
-        generate_batches(
-            make_generator(config, mesh), params, sample_key(3), range(13), batch_size=7, num_devices=mesh.devices.size
-        )
-    )
+    devices = {"batch_size": 7, "num_devices": mesh.devices.size}
+    ranges = batch_ranges(range(13), **devices)
+    assert ranges == [range(8), range(8, 13)]
+    batches = list(generate_batches(make_generator(config, mesh), params, sample_key(3), ranges, **devices))
     assert [part for part, _ in batches] == [range(8), range(8, 13)]
     together = np.concatenate([b for _, b in batches]).astype(int)
     assert np.abs(together - all_images[:13]).max() <= 1
