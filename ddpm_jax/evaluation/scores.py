@@ -52,21 +52,22 @@ def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)): FID, where the features are Inception's.
 
-    The root's trace is the sum of the singular values of sigma_a^(1/2) sigma_b^(1/2), which is real, and exact where the
-    covariances are singular: eigenvalues below the rounding of the largest count as 0. Raises UsageError if the sizes differ.
+    With sigma_a = A A^T and sigma_b = B B^T the root's trace is the sum of the singular values of A^T B, which are real, and
+    exact where the covariances are singular. Raises UsageError if the sizes differ.
     """
     if a.mu.shape != b.mu.shape:
         raise UsageError(
             f"got statistics of {len(a.mu)} and of {len(b.mu)} features, expected as many; take both from the same function"
         )
-    root_trace = np.linalg.svd(_root(a.sigma) @ _root(b.sigma), compute_uv=False).sum()
+    root_trace = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
     return float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root_trace)
 
 
-def _root(sigma: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
+def _factor(sigma: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D r"]:
+    """A with A A^T = sigma, a column for each eigenvalue that is more than the rounding of the largest."""
     values, vectors = np.linalg.eigh(sigma)
-    rounding = np.abs(values).max() * len(values) * np.finfo(np.float64).eps
-    return (vectors * np.sqrt(np.where(values > rounding, values, 0.0))) @ vectors.T
+    kept = values > np.abs(values).max() * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(logits: Float[np.ndarray, "N K"], *, splits: int = 10) -> Estimate:
