@@ -1,4 +1,4 @@
-"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export} --help"""
+"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import tyro
 from etils import epath
 
 from ddpm_jax import cli, sharding
+from ddpm_jax.evaluation.inception_weights import convert_inception
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.training import state_from_params
@@ -87,9 +88,14 @@ def export_file(workdir: Workdir, file: File, which: Chosen) -> None:
     print(f"Step {run.step} of {workdir} is now in {file}")
 
 
+def inception(file: File) -> None:
+    """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate.py."""
+    print(f"The weights of Inception-v3 are now in {convert_inception(file)}")
+
+
 def main() -> None:
     """Parses the command line and converts."""
-    commands = {f.__name__.replace("_", "-"): f for f in (from_diffusers, from_tensorflow, to_diffusers)}
+    commands = {f.__name__.replace("_", "-"): f for f in (from_diffusers, from_tensorflow, to_diffusers, inception)}
     tyro.extras.subcommand_cli_from_dict(
         commands | {"export": export_file}, prog="convert.py", description=__doc__, sort_subcommands=False
     )

@@ -18,6 +18,7 @@ from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import describe, write_report
 from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.figures import draw_figures
+from ddpm_jax.generate import SamplerOptions
 from ddpm_jax.workdir import load_run
 
 
@@ -32,6 +33,7 @@ class Arguments:
     preprocessing: Preprocessing = "tensorflow"
     """How images are resized and scaled for Inception: as the original FID does, or as pytorch-fid."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
     step: int | None = None
     """The checkpoint's step; default the newest."""
     figures: bool = True
@@ -63,7 +65,7 @@ def main() -> None:
             print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
     if not metrics:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
-    evaluation = Evaluation(run, workdir, features, arguments.options)
+    evaluation = Evaluation(run, workdir, features, arguments.options, arguments.sampler)
     results = evaluate(evaluation, metrics)
     if arguments.figures:
         draw_figures(evaluation, results)

@@ -26,7 +26,7 @@ from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.run import Evaluation, Options
-from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
 from ddpm_jax.workdir import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +117,9 @@ def test_results_hold_everything_that_defines_them(evaluated, run):
         "weights_sha256": evaluation.model["weights_sha256"],
         "sampler": "ancestral",
         "steps": 10,
+        "spacing": "linspace",
+        "eta": None,
+        "clip": "static",
         "variance": "fixed_small",
         "seed": 0,
         "images": 20,
@@ -411,3 +414,14 @@ def test_help_shows_every_option(command):
     assert code == 0
     for option in ("--metrics", "--features", "--num-images", "--terms", "--statistics", "--source", "--no-figures"):
         assert option in out
+
+
+def test_samples_of_another_sampler_are_a_result_of_their_own(evaluated, run, loaded):
+    """--sampler and its options define a result, and are told apart from Algorithm 2's."""
+    sampler = SamplerOptions(sampler="ddim", steps=(3,))
+    evaluation = Evaluation(loaded, run, FEATURES, OPTIONS, sampler)
+    made_of = evaluation.definition("sampling")["sampling"]
+    assert (made_of["sampler"], made_of["steps"]) == ("ddim", 3)
+    images = np.asarray(make_generator(CONFIG, loaded.mesh, sampler)(loaded.params, sample_key(0), np.arange(8)))
+    np.testing.assert_array_equal(evaluation.first_samples, images)
+    assert not np.array_equal(evaluation.first_samples, evaluated[0].first_samples)

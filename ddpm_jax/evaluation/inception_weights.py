@@ -1,12 +1,9 @@
 """The weights of Inception-v3: converted once from pytorch-fid's and torch-fidelity's file into the cache, and its features.
 
-    python -m ddpm_jax.evaluation.inception_weights PATH     converts them
-
 Each batch normalisation is folded into its convolution.
 """
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,10 +14,10 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import Features, on_devices
 from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
-from ddpm_jax.evaluation.parts import cache_folder
 
 INCEPTION = "inception-2015-12-05"  # what the features' name starts with
 SOURCE = "pt_inception-2015-12-05-6726825d.pth"
@@ -28,13 +25,13 @@ SOURCE_SHA256 = "6726825d"  # its first digits, which the file's name ends with
 BN_EPSILON = 1e-3
 HOW_TO_GET = (
     f"download {SOURCE} from the releases of pytorch-fid (or torch-fidelity's file of that date) and convert it with "
-    "`python -m ddpm_jax.evaluation.inception_weights PATH`"
+    "`python convert.py inception PATH`"
 )
 
 
 def inception_path() -> epath.Path:
     """Where the converted weights lie."""
-    return cache_folder() / f"{INCEPTION}.safetensors"
+    return epath.Path(cache_folder()) / f"{INCEPTION}.safetensors"
 
 
 def _checksum(tensors: dict[str, np.ndarray]) -> str:
@@ -157,19 +154,3 @@ def inception_features(
 
     name = f"{INCEPTION}, {preprocessing}, weights {checksum[:16]}"
     return Features(name, on_devices(compute, params, mesh, batch_size))
-
-
-def main() -> None:
-    """Converts the file that the command line names."""
-    from ddpm_jax import cli
-
-    def convert():
-        if len(sys.argv) != 2:
-            raise UsageError(f"expected one path; {HOW_TO_GET}")
-        print(convert_inception(sys.argv[1]))
-
-    cli.run(convert)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ written whole or not at all; a damaged one is computed anew. So a run killed at 
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,11 +17,6 @@ from tqdm import tqdm
 from ddpm_jax.checkpoint import write_text
 
 Arrays = dict[str, np.ndarray]
-
-
-def cache_folder() -> epath.Path:
-    """What does not belong to a run lies here: the folder that DDPM_JAX_CACHE names, else ~/.cache/ddpm_jax."""
-    return epath.Path(os.environ.get("DDPM_JAX_CACHE") or "~/.cache/ddpm_jax").expanduser()
 
 
 def digest(definition: Any) -> str:

@@ -19,13 +19,14 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax.data import Source, open_source
+from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import likelihood, scores
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.likelihood import Drawn
-from ddpm_jax.evaluation.parts import Arrays, Parts, cache_folder, load_arrays, save_arrays
+from ddpm_jax.evaluation.parts import Arrays, Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.scores import Statistics
-from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
 from ddpm_jax.workdir import Run
 
 EVALUATION = "evaluation"
@@ -57,7 +58,14 @@ class Options:
 class Evaluation:
     """A run and its real images, and what can be computed of them. Raises UsageError for options that cannot be used."""
 
-    def __init__(self, run: Run, workdir: epath.PathLike, features: Features, options: Options):
+    def __init__(
+        self,
+        run: Run,
+        workdir: epath.PathLike,
+        features: Features,
+        options: Options,
+        sampler: SamplerOptions | None = None,
+    ):
         for name, low in (("num_images", 0), ("num_real", 0), ("terms", 0), ("bootstrap", 0), ("batch_size", 1)):
             if getattr(options, name) < low:
                 shown = name.replace("_", "-")
@@ -67,6 +75,8 @@ class Evaluation:
         if not 0 <= options.seed < 2**32:
             raise UsageError(f"--seed {options.seed} is outside of 0 .. 4294967295; choose another")
         self.run, self.features, self.options = run, features, options
+        self.sampler = SamplerOptions() if sampler is None else sampler
+        self._generator = make_generator(run.config, run.mesh, self.sampler)
         self.folder = epath.Path(workdir) / EVALUATION
         data = run.config.data
         self.source: Source = open_source(dataclasses.replace(data, source=options.source or data.source))
@@ -93,7 +103,9 @@ class Evaluation:
     def sampling(self) -> dict[str, Any]:
         """What defines the samples but for their number."""
         d = self.run.config.diffusion
-        return {**self.model, "sampler": "ancestral", "steps": d.T, "variance": d.variance, "seed": self.options.seed}
+        steps = self.sampler.steps or (d.T,)
+        sampler = {**dataclasses.asdict(self.sampler), "steps": steps[0] if len(steps) == 1 else list(steps)}
+        return {**self.model, **sampler, "variance": d.variance, "seed": self.options.seed}
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -119,12 +131,10 @@ class Evaluation:
 
     @functools.cached_property
     def _samples(self) -> Parts:
-        generator = make_generator(self.run.config, self.run.mesh)
-
         def compute(part: range) -> Arrays:
             whole = range(part.start, part.start + self.batch_size)
             batches = generate_batches(
-                generator,
+                self._generator,
                 self.run.params,
                 sample_key(self.options.seed),
                 [whole],
@@ -166,7 +176,9 @@ class Evaluation:
             "batch_size": self.batch_size,
             "software": self.software,
         }
-        return Parts(cache_folder() / "features", definition, lambda part: self.features.compute(self.read(part)))
+        return Parts(
+            epath.Path(cache_folder()) / "features", definition, lambda part: self.features.compute(self.read(part))
+        )
 
     def read(self, part: range) -> np.ndarray:
         """Some real images, uint8 (n, H, W, C)."""
