@@ -1,8 +1,8 @@
 """benchmark.py: its rows, FLOPs against a count by hand, the collectives of compiled programs. No test asserts a time."""
 
-import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny
 
 from ddpm_jax import sharding
-from ddpm_jax.benchmark import plan, programs, timing, topology
+from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training import init_state
 
-SMALL = tiny(model={"ch": 4, "ch_mult": (1,), "attn_resolutions": (8,), "groups": 2}, train={"batch_size": 8})
+SMALL = tiny(
+    model={"ch": 4, "ch_mult": (1,), "attn_resolutions": (8,), "groups": 2, "dropout": 0.0},
+    train={"batch_size": 8, "steps_per_dispatch": 1},
+)
 
 
 def taps(n):
@@ -52,18 +55,11 @@ def test_flops_agree_with_a_count_by_hand():
 
 
 def test_a_training_step_is_three_evaluations_whatever_is_computed_twice():
-    """The gradient of a product is two products. Neither dropout, rematerialisation nor parts count."""
-    config = tiny(
-        model={"ch": 256, "ch_mult": (1,), "attn_resolutions": (8,)}, train={"batch_size": 256, "flip": False}
-    )
-    parts = tiny(
-        model={"ch": 256, "ch_mult": (1,), "attn_resolutions": (8,), "remat": True, "dropout": 0.0},
-        train={"batch_size": 256, "flip": False, "accumulation": 4},
-    )
-    flops = programs.step_flops(config)
-    assert flops == programs.step_flops(parts)
+    """The gradient of a product is two products. Neither rematerialisation nor the parts of a batch count."""
+    model = {"ch": 256, "ch_mult": (1,), "attn_resolutions": (8,), "remat": True}
+    config = tiny(model=model, train={"batch_size": 256, "accumulation": 4})
     # More than three, for the CPU's gradient of a convolution multiplies with the zeros that pad an image as well.
-    assert 3 <= flops / programs.network_flops(config, 256) < 3.2
+    assert 3 <= programs.step_flops(config) / programs.network_flops(config, 256) < 3.2
 
 
 HLO = """
@@ -115,7 +111,7 @@ def test_calls_take_turns_and_the_first_round_is_apart():
 
 
 def test_rows_of_samplers_train_step_and_data(tmp_path):
-    config = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, steps_per_dispatch=1))
+    config = SMALL
     wanted = Plan(samplers=("heun",), steps=(2,), batch_sizes=(2,), repeats=2, train=True, data=True, peak_tflops=1e-3)
     plan.refuse(config, wanted)
     rows = list(plan.measure(config, wanted, lambda: jax.jit(lambda: init_state(config, jax.random.key(0)).params)()))
@@ -134,7 +130,7 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     for row in (sampler, train):
         assert row["compile_s"] > 0
         assert row["peak_share"] == pytest.approx(row["flops"] / row["median_s"] / (row["devices"] * 1e9))
-    params = sum(a.nbytes for a in jax.tree.leaves(init_shapes(config).params))
+    params = 4 * sum(a.size for a in jax.tree.leaves(params_of(config)))
     assert sampler["memory_bytes"]["arguments"] >= params
     assert train["memory_bytes"]["shared"] >= 4 * params  # the state is donated: parameters, EMA and both moments
 
@@ -151,5 +147,57 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     assert told["environment"]["devices"] == 8
 
 
-def init_shapes(config):
-    return jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+def params_of(config):
+    return jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samplers": ("euler",)}, "got sampler 'euler', expected one of ancestral, ddim"),
+        ({"steps": (0,)}, "--steps 0 is too small; use 1 or more"),
+        ({"batch_sizes": (4, -1)}, "--batch-sizes -1 is too small"),
+        ({"repeats": 0}, "--repeats 0 is too small"),
+        ({"dtypes": ()}, "--dtypes has no value"),
+        ({"samplers": ()}, "there is nothing to measure"),
+        ({"peak_tflops": -1.0}, "--peak-tflops -1 is not a positive number"),
+        ({"samplers": ("heun",), "peer": "torch"}, "no counterpart of sampler heun"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        plan.refuse(SMALL, Plan(**changes))
+
+
+def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
+    h100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
+    v5e = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
+    assert [timing.peak_tflops(h100, dtype) for dtype in ("bfloat16", "float32")] == [989.0, 494.5]
+    assert [timing.peak_tflops(v5e, dtype) for dtype in ("bfloat16", "float32")] == [197.0, 197.0]
+    assert timing.peak_tflops(jax.devices()[0], "float32") is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_has_the_same_number_of_parameters_and_runs():
+    diffusers = pytest.importorskip("diffusers", reason="the peer: install the extra `parity`")
+    peer = torch_peer.build_network(SMALL, diffusers)
+    ours = sum(a.size for a in jax.tree.leaves(params_of(SMALL)))
+    assert sum(p.numel() for p in peer.parameters()) == ours
+    assert torch_peer.sampling(SMALL, "ddim", 2, 3)().shape == (3, 1, 8, 8)
+    torch_peer.training(SMALL)()
+
+
+def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs libtpu, the TPU compiler; install it"):
+        topology.describe_topology("v5e:2x4")
+
+
+def test_compiling_for_a_tpu_topology():
+    pytest.importorskip("libtpu", reason="the TPU compiler: install the extra `tpu`")
+    rows = list(plan.compile_for(SMALL, Plan(samplers=("ddim",), steps=(3,), batch_sizes=(8,), train=True), "v5e:2x4"))
+    assert [(row["what"], row["devices"]) for row in rows] == [("train step", 8), ("ddim", 8)]
+    reduced = sum(c["bytes"] for c in rows[0]["each_collective"] if c["kind"] == "all-reduce")
+    assert rows[0]["gradient_bytes"] <= reduced <= rows[0]["gradient_bytes"] + 64
+    assert rows[0]["memory_mib"] > 0
+    assert not [c for c in rows[1]["each_collective"] if c["kind"] == "all-reduce"]
