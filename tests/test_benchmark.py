@@ -161,7 +161,7 @@ def params_of(config):
         ({"dtypes": ()}, "--dtypes has no value"),
         ({"samplers": ()}, "there is nothing to measure"),
         ({"peak_tflops": -1.0}, "--peak-tflops -1 is not a positive number"),
-        ({"samplers": ("heun",), "peer": "torch"}, "no counterpart of sampler heun"),
+        ({"samplers": ("heun",), "steps": (5,), "peer": "torch"}, "no counterpart of sampler heun"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
@@ -198,6 +198,7 @@ def test_compiling_for_a_tpu_topology():
     rows = list(plan.compile_for(SMALL, Plan(samplers=("ddim",), steps=(3,), batch_sizes=(8,), train=True), "v5e:2x4"))
     assert [(row["what"], row["devices"]) for row in rows] == [("train step", 8), ("ddim", 8)]
     reduced = sum(c["bytes"] for c in rows[0]["each_collective"] if c["kind"] == "all-reduce")
-    assert rows[0]["gradient_bytes"] <= reduced <= rows[0]["gradient_bytes"] + 64
+    # Less than the gradients where two of them are one array: a bias added to what another bias is added to.
+    assert 0.99 * rows[0]["gradient_bytes"] <= reduced <= rows[0]["gradient_bytes"] + 64
     assert rows[0]["memory_mib"] > 0
     assert not [c for c in rows[1]["each_collective"] if c["kind"] == "all-reduce"]

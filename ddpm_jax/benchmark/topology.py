@@ -88,19 +88,20 @@ def describe_topology(name: str) -> list[jax.Device]:
     """The devices of a TPU topology such as v5e:2x4, for compiling only. Raises UsageError without libtpu, or for no name."""
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("--compile-for needs libtpu, the TPU compiler; install it: pip install -e '.[tpu]'")
-    # libtpu would ask the machine's metadata server what TPU it sits in.
+    # libtpu would ask the machine's metadata server what TPU it sits in, and refuse to start twice on one machine.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # what libtpu says of a wrong name is of many types
         raise UsageError(
-            f"--compile-for {name} is no topology that libtpu knows ({str(error).splitlines()[0]}); "
-            "give a name such as v5e:2x4, v4:2x2x1 or v5p:2x2x2"
+            f"--compile-for {name} cannot be compiled for; libtpu says: {str(error).splitlines()[0]}; "
+            "give a topology such as v5e:2x4, v4:2x2x1 or v5p:2x2x2"
         ) from None
 
 
