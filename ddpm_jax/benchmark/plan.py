@@ -1,0 +1,109 @@
+"""A plan of what to measure or compile, and carrying it out row by row."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from etils import epath
+
+from ddpm_jax.benchmark import programs, topology, torch_peer
+from ddpm_jax.benchmark.programs import Row
+from ddpm_jax.benchmark.timing import environment
+from ddpm_jax.checkpoint import write_text
+from ddpm_jax.config import Config, check, to_json
+from ddpm_jax.errors import UsageError
+from ddpm_jax.generate import SamplerOptions, build_sampler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every combination of samplers, steps, batch sizes and dtypes, and what else is asked for."""
+
+    samplers: tuple[str, ...] = ("ancestral", "ddim")
+    """Samplers to take; with no name after it: none."""
+    steps: tuple[int, ...] = (50,)
+    """How many of the T steps they visit."""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Images sampled together."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """What the network computes in."""
+    repeats: int = 5
+    """Timed runs of each program, after the one that warms it up."""
+    train: bool = False
+    """Also measure the train step, at train.batch_size."""
+    data: bool = False
+    """Also measure the feed of batches, beside a bare NumPy gather."""
+    peer: Literal["none", "torch"] = "none"
+    """Run the same in PyTorch with diffusers, in turn with ours (extra `parity`)."""
+    peak_tflops: float | None = None
+    """Peak of one device, where it is not known here."""
+
+
+def refuse(config: Config, plan: Plan) -> None:
+    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out."""
+    check(config)
+    for name, values in (("steps", plan.steps), ("batch_sizes", plan.batch_sizes), ("repeats", (plan.repeats,))):
+        for value in values:
+            if value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use 1 or more")
+    if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
+        raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
+    if not (plan.samplers or plan.train or plan.data):
+        raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
+    if plan.peak_tflops is not None and plan.peak_tflops <= 0:
+        raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
+    for options, _ in _sampling(plan):
+        build_sampler(config, options)
+        if plan.peer == "torch":
+            torch_peer.find_scheduler(config, options.sampler)
+    if plan.peer == "torch":
+        torch_peer.libraries()
+
+
+def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int]]:
+    for sampler, steps, batch in itertools.product(plan.samplers, plan.steps, plan.batch_sizes):
+        yield SamplerOptions(sampler=sampler, steps=(steps,)), batch
+
+
+def _configs(config: Config, plan: Plan) -> Iterator[Config]:
+    for dtype in plan.dtypes:
+        yield dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Iterator[Row]:
+    """The rows of a plan, each once it is measured. load_params: gives the network's parameters, if there is sampling."""
+    timing: dict[str, Any] = {"repeats": plan.repeats, "peak": plan.peak_tflops}
+    torch = plan.peer == "torch"
+    params = load_params() if plan.samplers else None
+    for one in _configs(config, plan):
+        for options, batch in _sampling(plan):
+            peer = torch_peer.sampling(one, options.sampler, options.steps[0], batch) if torch else None
+            yield from programs.sampling(one, params, options, batch, peer=peer, **timing)
+        if plan.train:
+            peer = torch_peer.training(one) if torch else None
+            yield from programs.training(one, peer=peer, **timing)
+    if plan.data:
+        yield from programs.data(config, repeats=plan.repeats)
+
+
+def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
+    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run."""
+    devices = topology.describe_topology(name)
+    for one in _configs(config, plan):
+        if plan.train:
+            yield topology.compile_training(one, devices)
+        for options, batch in _sampling(plan):
+            yield topology.compile_sampling(one, options, batch, devices)
+
+
+def write_json(path: str, config: Config, rows: list[Row]) -> None:
+    """The rows with the config, hardware and versions, as one JSON object."""
+    content = {"config": to_json(config), "environment": environment(), "rows": rows}
+    try:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(epath.Path(path), json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written ({error}); choose another path") from None

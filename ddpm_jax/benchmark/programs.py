@@ -1,0 +1,200 @@
+"""What is measured: the compiled programs that sample.py and train.py run, and the feed of batches.
+
+Every function gives rows, dictionaries of plain values: what was run, seconds, FLOPs, bytes.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddpm_jax import sharding
+from ddpm_jax.benchmark.timing import Timing, peak_tflops, take_turns
+from ddpm_jax.config import Config, check
+from ddpm_jax.data import batch_indices, make_feed, open_source
+from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.training import build_unet, init_sharded_state, init_state, make_train_step, one_step
+
+Row = dict[str, Any]
+Peer = Callable[[], Any]  # runs the same work in another library and waits for it
+
+COLUMNS = {
+    "what": ("what", ""),
+    "steps": ("steps", "d"),
+    "batch": ("batch", "d"),
+    "dtype": ("dtype", ""),
+    "devices": ("devices", "d"),
+    "compile_s": ("compile s", ".1f"),
+    "warm_up_s": ("warm-up s", ".3f"),
+    "median_s": ("median s", ".4f"),
+    "spread": ("spread", ".1%"),
+    "ms_each": ("ms each", ".2f"),  # network evaluation, training step or batch
+    "images_per_s": ("images/s", ".1f"),
+    "tflops": ("TFLOP/s", ".3f"),
+    "peak_share": ("of peak", ".1%"),
+    "memory_mib": ("MiB a device", ".0f"),
+    "ratio_to_peer": ("time / peer's", ".2f"),
+}
+
+
+def network_flops(config: Config, batch: int) -> float:
+    """FLOPs of one network evaluation of `batch` images, by XLA's cost analysis of the lowered program.
+
+    Lowered, not compiled: on GPUs the compiled program's convolutions are library calls, which the analysis may not count.
+    """
+    x = jax.ShapeDtypeStruct((batch, config.data.image_size, config.data.image_size, config.data.channels), jnp.float32)
+    params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    unet = build_unet(config)
+    t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return _flops(lambda params, x, t: unet.apply({"params": params}, x, t), params, x, t)
+
+
+def step_flops(config: Config) -> float:
+    """FLOPs of one training step as the mathematics has it: nothing computed twice, no random bits, one batch in one part."""
+    model = dataclasses.replace(config.model, remat=False, dropout=0.0)
+    plain = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, accumulation=1))
+    state = jax.eval_shape(lambda: init_state(plain, jax.random.key(0)))
+    return _flops(one_step(plain), state, image_shapes(config))
+
+
+def _flops(function: Callable[..., Any], *arguments: Any) -> float:
+    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    return analysis["flops"]
+
+
+def image_shapes(config: Config, *steps: int) -> jax.ShapeDtypeStruct:
+    """The batches of so many training steps: uint8 (*steps, B, H, W, C)."""
+    size = config.data.image_size
+    return jax.ShapeDtypeStruct((*steps, config.train.batch_size, size, size, config.data.channels), jnp.uint8)
+
+
+def memory(compiled: Any) -> Row:
+    """Bytes on each device that a compiled program needs: its arguments and results (one place if donated), and the rest."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return {}
+    parts = {
+        "arguments": m.argument_size_in_bytes,
+        "results": m.output_size_in_bytes,
+        "shared": m.alias_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "code": m.generated_code_size_in_bytes,
+    }
+    total = sum(parts.values()) - 2 * parts["shared"]
+    return {"memory_bytes": parts, "memory_mib": total / 2**20}
+
+
+def _compile(function: Any, *arguments: Any) -> tuple[Any, Row]:
+    """The compiled function, and what that took: seconds, memory."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    return compiled, {"compile_s": time.perf_counter() - start} | memory(compiled)
+
+
+def _row(labels: Row, timing: Timing, *, times: int, images: int, flops: float = 0.0, peak: float | None = None) -> Row:
+    """A row of one call that does something `times` times and takes `images` images. peak: TFLOP/s of all devices."""
+    row = labels | {
+        "warm_up_s": timing.warm_up,
+        "repeats_s": timing.repeats,
+        "median_s": timing.median,
+        "spread": timing.spread,
+        "ms_each": 1e3 * timing.median / times,
+        "images_per_s": images / timing.median,
+    }
+    if flops:
+        row |= {"flops": flops, "tflops": flops / timing.median / 1e12}
+        row |= {"peak_share": row["tflops"] / peak} if peak else {}
+    return row
+
+
+def _measure(
+    labels: Row, call: Callable[[], Any], peer: Peer | None, mesh: Mesh, peak: float | None, repeats: int, **work: Any
+) -> list[Row]:
+    """The rows of a call, and of the peer's, run in turn with it."""
+    device = mesh.devices.flat[0]
+    peak = peak or peak_tflops(device, labels["dtype"])
+    ours, *theirs = take_turns([call] if peer is None else [call, peer], repeats)
+    rows = [_row(labels | {"devices": mesh.devices.size}, ours, peak=peak and peak * mesh.devices.size, **work)]
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        rows[0]["peak_bytes_so_far"] = stats["peak_bytes_in_use"]  # of the process, on the first device
+    if theirs:
+        rows[0]["ratio_to_peer"] = ours.median / theirs[0].median
+        same = {name: labels[name] for name in ("steps", "batch", "dtype") if name in labels}
+        what = {"what": f"{labels['what']}, torch", "devices": 1}
+        rows.append(_row(what | same, theirs[0], peak=peak, **work))
+    return rows
+
+
+def sampling(
+    config: Config,
+    params: Any,
+    options: SamplerOptions,
+    batch: int,
+    *,
+    repeats: int,
+    peak: float | None = None,
+    peer: Peer | None = None,
+) -> list[Row]:
+    """Measures sample.py's program, the whole reverse chain, on as many of the devices as share a batch equally."""
+    sampler = build_sampler(config, options)
+    mesh = sharding.make_mesh(devices=jax.devices()[: math.gcd(batch, jax.device_count())])
+    arguments = jax.device_put(
+        (params, sample_key(config.seed), jnp.arange(batch, dtype=jnp.int32)), sharding.replicated(mesh)
+    )
+    compiled, costs = _compile(make_generator(config, mesh, options), *arguments)
+    labels = {"what": options.sampler, "steps": len(sampler), "batch": batch, "dtype": config.model.dtype} | costs
+    work = {"times": len(sampler), "images": batch, "flops": len(sampler) * network_flops(config, batch)}
+    return _measure(labels, lambda: jax.block_until_ready(compiled(*arguments)), peer, mesh, peak, repeats, **work)
+
+
+def training(config: Config, *, repeats: int, peak: float | None = None, peer: Peer | None = None) -> list[Row]:
+    """Measures train.py's program, train.steps_per_dispatch steps of train.batch_size images that are on the devices."""
+    check(config, num_devices=jax.device_count())
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp)
+    steps, batch = config.train.steps_per_dispatch, config.train.batch_size
+    images = jax.device_put(
+        np.random.default_rng(0).integers(0, 256, image_shapes(config, steps).shape, np.uint8),
+        sharding.split(mesh, axis=1),
+    )
+    state = init_sharded_state(config, mesh)
+    compiled, costs = _compile(make_train_step(config, mesh=mesh), state, images, None)
+    labels = {"what": "train step", "steps": steps, "batch": batch, "dtype": config.model.dtype} | costs
+
+    def call():
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, images, None))
+
+    work = {"times": steps, "images": steps * batch, "flops": steps * step_flops(config)}
+    return _measure(labels, call, peer, mesh, peak, repeats, **work)
+
+
+def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
+    """Measures the feed of batches until they are on the devices, beside a bare NumPy gather of the same images."""
+    check(config, num_devices=jax.device_count())
+    source, mesh = open_source(config.data), sharding.make_mesh(fsdp=config.train.fsdp)
+    feed, batch, steps = make_feed(config, source, mesh), config.train.batch_size, config.train.steps_per_dispatch
+    look_up = jax.jit(lambda dataset, places: dataset[places], out_shardings=sharding.split(mesh, axis=1))
+    dispatches = range(0, max(num_batches, steps) // steps * steps, steps)
+    wanted = [batch_indices(config.seed, first, steps, batch, len(source)) for first in dispatches]
+
+    def ours():
+        for first in dispatches:
+            batches, dataset = feed(first, steps)
+            jax.block_until_ready(batches if dataset is None else look_up(dataset, batches))
+
+    def gather():
+        for indices in wanted:
+            source.read(indices)
+
+    times = len(wanted) * steps
+    return [
+        _row({"what": what, "steps": times, "batch": batch}, timing, times=times, images=times * batch)
+        for what, timing in zip(("data feed", "NumPy gather"), take_turns([ours, gather], repeats), strict=True)
+    ]

@@ -1,0 +1,101 @@
+"""How a measurement is taken and told: repeats in turn, warm-up apart, the machine beside the figures."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind; the makers' figures.
+PEAK_TFLOPS = {
+    "TPU v2": 22.5,
+    "TPU v3": 61.5,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA L4": 121.0,
+}
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the first one, which warms up, apart from the repeats."""
+
+    warm_up: float
+    repeats: list[float]
+
+    @property
+    def median(self) -> float:
+        """The median of the repeats, in seconds."""
+        return statistics.median(self.repeats)
+
+    @property
+    def spread(self) -> float:
+        """The slowest repeat less the fastest, as a share of the median."""
+        return (max(self.repeats) - min(self.repeats)) / self.median
+
+
+def take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
+    """Times the calls, each of which must wait for its result, in turn, so that whatever else the machine does meets all."""
+
+    def seconds(call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    rounds = [[seconds(call) for call in calls] for _ in range(1 + repeats)]
+    return [Timing(first, list(rest)) for first, *rest in zip(*rounds, strict=True)]
+
+
+def peak_tflops(device: jax.Device, dtype: str) -> float | None:
+    """The device's peak in this dtype, or None if it is not known. float32 runs in TF32 on GPUs, which is half of
+    bfloat16's, and in one bfloat16 pass on TPUs: the defaults of JAX.
+    """
+    peak = PEAK_TFLOPS.get(device.device_kind)
+    return peak and peak * (0.5 if dtype == "float32" and device.platform == "gpu" else 1.0)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions: what a figure means nothing without."""
+    names = ("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "diffusers")
+    versions = {}
+    for name in ("ddpm-jax", *names):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that this machine does not have
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(rows: Iterable[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
+    """Rows as lines of text, aligned. columns: key -> (heading, format); columns that no row has are left out."""
+    rows = list(rows)
+    used = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+    lines = [[heading for heading, _ in used.values()]]
+    for row in rows:
+        lines.append([format(row[k], f) if row.get(k) is not None else "" for k, (_, f) in used.items()])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

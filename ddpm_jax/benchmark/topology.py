@@ -1,0 +1,145 @@
+"""Compiling for TPUs that are not there: the memory, FLOPs and collectives of the programs on each chip of a topology.
+
+The compiler comes with the package libtpu (extra `tpu`); neither a TPU nor its driver is needed.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from ddpm_jax import sharding
+from ddpm_jax.benchmark.programs import Row, image_shapes, memory
+from ddpm_jax.config import Config, check
+from ddpm_jax.errors import UsageError
+from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.training import init_state, make_train_step
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+COLUMNS = {
+    "what": ("what", ""),
+    "steps": ("steps", "d"),
+    "batch": ("batch", "d"),
+    "dtype": ("dtype", ""),
+    "devices": ("chips", "d"),
+    "compile_s": ("compile s", ".0f"),
+    "memory_mib": ("MiB a chip", ".0f"),
+    "gflops": ("GFLOP a chip and step", ".1f"),
+    "collectives": ("collectives", ""),
+}
+
+
+class Collective(NamedTuple):
+    """A collective instruction of a compiled program: its kind, the bytes of its result on a device, and its arrays."""
+
+    kind: str
+    bytes: int
+    arrays: int
+
+
+# %all-reduce.1 = (f32[3,3]{1,0:T(8,128)}, f32[]) all-reduce(%a, %b), ...; an asynchronous one is a -start and a -done.
+_INSTRUCTION = re.compile(
+    rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\S.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(", re.MULTILINE
+)
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Every collective of a program's HLO text, in its order; one inside a loop stands once."""
+    found = []
+    for match in _INSTRUCTION.finditer(hlo):
+        sizes = [
+            math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
+            for bits, dims in _ARRAY.findall(match["type"])
+        ]
+        if match["start"] and match["kind"] != "all-reduce":  # these hold their operands too, before their results
+            count = 1 if match["kind"] == "collective-permute" else len(sizes) // 2
+            sizes = sizes[count : 2 * count]
+        found.append(Collective(match["kind"], sum(sizes), len(sizes)))
+    return found
+
+
+def tell(found: Iterable[Collective]) -> str:
+    """2 all-reduce of 142,985,229 B; 1 all-gather of 3,072 B"""
+    found = list(found)
+    counts = Counter(c.kind for c in found)
+    totals = {kind: sum(c.bytes for c in found if c.kind == kind) for kind in counts}
+    return "; ".join(f"{n} {kind} of {totals[kind]:,} B" for kind, n in counts.items()) or "none"
+
+
+def describe_topology(name: str) -> list[jax.Device]:
+    """The devices of a TPU topology such as v5e:2x4, for compiling only. Raises UsageError without libtpu, or for no name."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError("--compile-for needs libtpu, the TPU compiler; install it: pip install -e '.[tpu]'")
+    # libtpu would ask the machine's metadata server what TPU it sits in, and refuse to start twice on one machine.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # what libtpu says of a wrong name is of many types
+        raise UsageError(
+            f"--compile-for {name} cannot be compiled for; libtpu says: {str(error).splitlines()[0]}; "
+            "give a topology such as v5e:2x4, v4:2x2x1 or v5p:2x2x2"
+        ) from None
+
+
+def compile_training(config: Config, devices: list[jax.Device]) -> Row:
+    """The row of train.py's program for images fed by the host: train.steps_per_dispatch steps of train.batch_size images."""
+    check(config, num_devices=len(devices))
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp, devices=devices)
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    steps = config.train.steps_per_dispatch
+    labels = {"what": "train step", "steps": steps, "batch": config.train.batch_size, "dtype": config.model.dtype}
+    labels["gradient_bytes"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.params))
+    return labels | _compile(make_train_step(config, mesh=mesh), mesh, state, image_shapes(config, steps), None)
+
+
+def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
+    """The row of sample.py's program for batches of so many images. Raises UsageError if the devices do not divide them."""
+    if batch % len(devices):
+        raise UsageError(
+            f"--batch-sizes {batch} is not divisible by the {len(devices)} chips; use {-(-batch // len(devices)) * len(devices)}"
+        )
+    mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(config, options))
+    params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    everywhere = sharding.replicated(mesh)
+    arguments = (params, jax.eval_shape(lambda: sample_key(0)), jax.ShapeDtypeStruct((batch,), jnp.int32))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
+    labels = {"what": options.sampler, "steps": rows, "batch": batch, "dtype": config.model.dtype}
+    return labels | _compile(make_generator(config, mesh, options), mesh, *shapes)
+
+
+def _compile(function: Any, mesh: Mesh, *arguments: Any) -> Row:
+    start = time.perf_counter()
+    platform = mesh.devices.flat[0].platform
+    compiled = function.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+    seconds, found = time.perf_counter() - start, collectives(compiled.as_text())
+    return memory(compiled) | {
+        "compile_s": seconds,
+        "devices": mesh.devices.size,
+        "gflops": compiled.cost_analysis()["flops"] / 1e9,  # a loop's body counts once, so this is of one step
+        "collectives": tell(found),
+        "each_collective": [c._asdict() for c in found],
+    }

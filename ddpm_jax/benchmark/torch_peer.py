@@ -1,0 +1,141 @@
+"""The same work in PyTorch with diffusers (extra `parity`): its U-Net of the config's shape, its schedulers, random weights.
+
+On a GPU the network is compiled, channels-last, and float32 convolutions may use TF32, as JAX's do; on CPU it runs as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UsageError
+from ddpm_jax.training import build_schedule
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ancestral": ("DDPMScheduler", {"clip_sample": True}),
+    "ddim": ("DDIMScheduler", {"clip_sample": True}),
+    "dpm++1s": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+}
+PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def libraries() -> tuple[Any, Any]:
+    """(torch, diffusers). Raises UsageError if they are missing, or cannot use the GPU that JAX uses."""
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"--peer torch needs PyTorch and diffusers ({error}); install them: pip install -e '.[parity]'"
+        ) from None
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        raise UsageError(
+            "JAX runs on a GPU that this PyTorch cannot use; install PyTorch for CUDA, or set JAX_PLATFORMS=cpu"
+        )
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    return torch, diffusers
+
+
+def find_scheduler(config: Config, sampler: str) -> tuple[str, dict[str, Any]]:
+    """The class of a sampler's counterpart and its options. Raises UsageError where diffusers has none."""
+    if sampler not in SCHEDULERS or config.diffusion.prediction not in PREDICTIONS:
+        raise UsageError(
+            f"--peer torch has no counterpart of sampler {sampler} with diffusion.prediction="
+            f"{config.diffusion.prediction}; it has {', '.join(SCHEDULERS)} with {', '.join(PREDICTIONS)}"
+        )
+    return SCHEDULERS[sampler]
+
+
+def _device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def build_network(config: Config, diffusers: Any) -> Any:
+    """diffusers' UNet2DModel with the layers of the config's network, its weights random."""
+    model, learned = config.model, config.diffusion.variance in ("learned", "learned_range")
+    attends = [config.data.image_size >> level in model.attn_resolutions for level in range(len(model.ch_mult))]
+    return diffusers.UNet2DModel(
+        sample_size=config.data.image_size,
+        in_channels=config.data.channels,
+        out_channels=config.data.channels * (2 if learned else 1),
+        block_out_channels=[model.ch * mult for mult in model.ch_mult],
+        layers_per_block=model.num_res_blocks,
+        down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        norm_num_groups=model.groups,
+        norm_eps=1e-6,
+        dropout=model.dropout,
+        attention_head_dim=None,  # one head
+        downsample_padding=0,  # at the bottom and on the right only
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+
+
+def _ready(torch: Any, network: Any) -> Any:
+    network = network.to(_device(), memory_format=torch.channels_last)
+    return torch.compile(network) if _device() == "cuda" else network
+
+
+def _images(torch: Any, config: Config, batch: int) -> Any:
+    size = config.data.image_size
+    x = torch.randn(batch, config.data.channels, size, size, device=_device())
+    return x.to(memory_format=torch.channels_last)
+
+
+def sampling(config: Config, sampler: str, steps: int, batch: int) -> Callable[[], Any]:
+    """A call that samples `batch` images to uint8 in `steps` steps."""
+    torch, diffusers = libraries()
+    name, options = find_scheduler(config, sampler)
+    scheduler = getattr(diffusers, name)(
+        num_train_timesteps=config.diffusion.T,
+        trained_betas=build_schedule(config).betas,
+        prediction_type=PREDICTIONS[config.diffusion.prediction],
+        **options,
+    )
+    dtype = getattr(torch, config.model.dtype)
+    network = _ready(torch, build_network(config, diffusers).to(dtype).eval().requires_grad_(False))
+
+    def call():
+        with torch.inference_mode():
+            x = _images(torch, config, batch)
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                output = network(x.to(dtype), t.to(x.device)).sample[:, : config.data.channels]
+                x = scheduler.step(output.float(), t, x).prev_sample
+            return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    return call
+
+
+def training(config: Config) -> Callable[[], Any]:
+    """A call that does train.steps_per_dispatch steps of Algorithm 1: Adam, clipped gradient, EMA; bfloat16 by autocast."""
+    torch, diffusers = libraries()
+    network = _ready(torch, build_network(config, diffusers).train())
+    parameters = list(network.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.Adam(parameters, lr=config.train.lr, fused=_device() == "cuda")
+    alphas_cumprod = torch.tensor(build_schedule(config).alphas_cumprod, dtype=torch.float32, device=_device())
+    batch, bfloat16 = config.train.batch_size, config.model.dtype == "bfloat16"
+
+    def step(x_0):
+        t, eps = torch.randint(config.diffusion.T, (batch,), device=_device()), torch.randn_like(x_0)
+        a = alphas_cumprod[t][:, None, None, None]
+        with torch.autocast(_device(), torch.bfloat16, enabled=bfloat16):
+            output = network(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t).sample[:, : config.data.channels]
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(output.float(), eps).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - config.train.ema_decay)
+
+    def call():
+        for _ in range(config.train.steps_per_dispatch):
+            step(_images(torch, config, batch))
+        return float(averages[0].flatten()[0])  # waits for the device
+
+    return call

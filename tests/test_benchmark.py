@@ -1,0 +1,204 @@
+"""benchmark.py: its rows, FLOPs against a count by hand, the collectives of compiled programs. No test asserts a time."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import tiny
+
+from ddpm_jax import sharding
+from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
+from ddpm_jax.benchmark.plan import Plan
+from ddpm_jax.errors import UsageError
+from ddpm_jax.training import init_state
+
+SMALL = tiny(
+    model={"ch": 4, "ch_mult": (1,), "attn_resolutions": (8,), "groups": 2, "dropout": 0.0},
+    train={"batch_size": 8, "steps_per_dispatch": 1},
+)
+
+
+def taps(n):
+    """Places of a window of 3 that lie on the image, summed over the n pixels of a row."""
+    return 3 * n - 2
+
+
+def by_hand(ch, size, channels):
+    """Multiplications and additions of a network of one level, one residual block and attention everywhere, for one image."""
+    pixels, window = size**2, taps(size) ** 2
+
+    def conv(c, d):
+        return 2 * window * c * d
+
+    def dense(c, d, rows=pixels):
+        return 2 * rows * c * d
+
+    def block(c):
+        shortcut = dense(c, ch) if c != ch else 0
+        return conv(c, ch) + conv(ch, ch) + dense(4 * ch, ch, rows=1) + shortcut
+
+    attention = 4 * dense(ch, ch) + 2 * 2 * pixels**2 * ch
+    time = dense(ch, 4 * ch, rows=1) + dense(4 * ch, 4 * ch, rows=1)
+    down, middle, up = block(ch), 2 * block(ch), 2 * block(2 * ch)
+    return time + conv(channels, ch) + down + middle + up + 4 * attention + conv(ch, channels)
+
+
+def test_flops_agree_with_a_count_by_hand():
+    config = tiny(model={"ch": 512, "ch_mult": (1,), "attn_resolutions": (8,)})
+    expected = 3 * by_hand(512, 8, 1)
+    assert programs.network_flops(config, 3) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_training_step_is_three_evaluations_whatever_is_computed_twice():
+    """The gradient of a product is two products. Neither rematerialisation nor the parts of a batch count."""
+    model = {"ch": 256, "ch_mult": (1,), "attn_resolutions": (8,), "remat": True}
+    config = tiny(model=model, train={"batch_size": 256, "accumulation": 4})
+    # More than three, for the CPU's gradient of a convolution multiplies with the zeros that pad an image as well.
+    assert 3 <= programs.step_flops(config) / programs.network_flops(config, 256) < 3.2
+
+
+HLO = """
+HloModule jit_step
+%body (p: (f32[3,3]{1,0})) -> f32[3,3] {
+  %all-reduce.1 = (f32[3,3]{1,0:T(8,128)S(1)}, bf16[5]{0}, f32[]{:T(128)}) all-reduce(%a, %b, %c), channel_id=1, to_apply=%add
+  %fusion.2 = f32[7]{0} fusion(%all-reduce.1), kind=kLoop, calls=%fused
+  %gte = f32[3,3]{1,0} get-tuple-element(%all-reduce.1), index=0
+}
+ENTRY %main {
+  %all-reduce-start.4 = f32[1000]{0} all-reduce-start(%d), channel_id=2
+  %all-reduce-done.4 = f32[1000]{0} all-reduce-done(%all-reduce-start.4)
+  %all-gather-start.1 = (u8[2,4]{1,0}, u8[16,4]{1,0}) all-gather-start(%e), dimensions={0}
+  %all-gather-done.1 = u8[16,4]{1,0} all-gather-done(%all-gather-start.1)
+  %collective-permute-start = (s32[6]{0}, s32[6]{0}, u32[], u32[]) collective-permute-start(%f)
+  ROOT reduce-scatter.9 = pred[8]{0} reduce-scatter(%g), dimensions={0}
+}
+"""
+
+
+def test_collectives_of_a_text():
+    assert topology.collectives(HLO) == [
+        ("all-reduce", 36 + 10 + 4, 3),
+        ("all-reduce", 4000, 1),
+        ("all-gather", 64, 1),
+        ("collective-permute", 24, 1),
+        ("reduce-scatter", 8, 1),
+    ]
+    assert topology.tell(topology.collectives(HLO)[:2]) == "2 all-reduce of 4,050 B"
+    assert topology.tell([]) == "none"
+
+
+def test_collectives_of_a_program_compiled_for_two_devices():
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    x = jax.ShapeDtypeStruct((6, 5), jnp.float32, sharding=sharding.split(mesh))
+    total = jax.jit(lambda x: x.sum(axis=0), out_shardings=sharding.replicated(mesh)).lower(x).compile()
+    assert topology.collectives(total.as_text()) == [("all-reduce", 20, 1)]
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(x).compile()
+    assert topology.collectives(whole.as_text()) == [("all-gather", 120, 1)]
+
+
+def test_calls_take_turns_and_the_first_round_is_apart():
+    order = []
+    a, b = timing.take_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert order == list("abababab")
+    assert len(a.repeats) == len(b.repeats) == 3
+    assert timing.Timing(9.0, [2.0, 1.0, 4.0]).median == 2.0
+    assert timing.Timing(9.0, [2.0, 1.0, 4.0]).spread == 1.5
+
+
+def test_rows_of_samplers_train_step_and_data(tmp_path):
+    config = SMALL
+    wanted = Plan(samplers=("heun",), steps=(2,), batch_sizes=(2,), repeats=2, train=True, data=True, peak_tflops=1e-3)
+    plan.refuse(config, wanted)
+    rows = list(plan.measure(config, wanted, lambda: jax.jit(lambda: init_state(config, jax.random.key(0)).params)()))
+    assert [row["what"] for row in rows] == ["heun", "train step", "data feed", "NumPy gather"]
+    sampler, train, feed, gather = rows
+    assert sampler["steps"] == 3  # network evaluations: Heun's method takes two a step, one in the last
+    assert [row["devices"] for row in (sampler, train)] == [2, 8]
+    for row in rows:
+        assert len(row["repeats_s"]) == 2
+        assert row["median_s"] == np.median(row["repeats_s"])
+    for row, images, times in ((sampler, 2, 3), (train, 8, 1), (feed, 512, 64), (gather, 512, 64)):
+        assert row["images_per_s"] == images / row["median_s"]
+        assert row["ms_each"] == 1000 * row["median_s"] / times
+    assert sampler["flops"] == 3 * programs.network_flops(config, 2)
+    assert train["flops"] == programs.step_flops(config)
+    for row in (sampler, train):
+        assert row["compile_s"] > 0
+        assert row["peak_share"] == pytest.approx(row["flops"] / row["median_s"] / (row["devices"] * 1e9))
+    params = 4 * sum(a.size for a in jax.tree.leaves(params_of(config)))
+    assert sampler["memory_bytes"]["arguments"] >= params
+    assert train["memory_bytes"]["shared"] >= 4 * params  # the state is donated: parameters, EMA and both moments
+
+    lines = timing.table(rows, programs.COLUMNS).splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert lines[0].split()[:4] == ["what", "steps", "batch", "dtype"]
+    assert "peer" not in lines[0]  # no row has it
+
+    plan.write_json(str(tmp_path / "out" / "rows.json"), config, rows)
+    told = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert told["rows"] == rows
+    assert told["config"]["model"]["ch"] == 4
+    assert told["environment"]["versions"]["jax"] == jax.__version__
+    assert told["environment"]["devices"] == 8
+
+
+def params_of(config):
+    return jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samplers": ("euler",)}, "got sampler 'euler', expected one of ancestral, ddim"),
+        ({"steps": (0,)}, "--steps 0 is too small; use 1 or more"),
+        ({"batch_sizes": (4, -1)}, "--batch-sizes -1 is too small"),
+        ({"repeats": 0}, "--repeats 0 is too small"),
+        ({"dtypes": ()}, "--dtypes has no value"),
+        ({"samplers": ()}, "there is nothing to measure"),
+        ({"peak_tflops": -1.0}, "--peak-tflops -1 is not a positive number"),
+        ({"samplers": ("heun",), "steps": (5,), "peer": "torch"}, "no counterpart of sampler heun"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        plan.refuse(SMALL, Plan(**changes))
+
+
+def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
+    h100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
+    v5e = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
+    assert [timing.peak_tflops(h100, dtype) for dtype in ("bfloat16", "float32")] == [989.0, 494.5]
+    assert [timing.peak_tflops(v5e, dtype) for dtype in ("bfloat16", "float32")] == [197.0, 197.0]
+    assert timing.peak_tflops(jax.devices()[0], "float32") is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_has_the_same_number_of_parameters_and_runs():
+    diffusers = pytest.importorskip("diffusers", reason="the peer: install the extra `parity`")
+    peer = torch_peer.build_network(SMALL, diffusers)
+    ours = sum(a.size for a in jax.tree.leaves(params_of(SMALL)))
+    assert sum(p.numel() for p in peer.parameters()) == ours
+    assert torch_peer.sampling(SMALL, "ddim", 2, 3)().shape == (3, 1, 8, 8)
+    torch_peer.training(SMALL)()
+
+
+def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs libtpu, the TPU compiler; install it"):
+        topology.describe_topology("v5e:2x4")
+
+
+def test_compiling_for_a_tpu_topology():
+    pytest.importorskip("libtpu", reason="the TPU compiler: install the extra `tpu`")
+    rows = list(plan.compile_for(SMALL, Plan(samplers=("ddim",), steps=(3,), batch_sizes=(8,), train=True), "v5e:2x4"))
+    assert [(row["what"], row["devices"]) for row in rows] == [("train step", 8), ("ddim", 8)]
+    reduced = sum(c["bytes"] for c in rows[0]["each_collective"] if c["kind"] == "all-reduce")
+    # Less than the gradients where two of them are one array: a bias added to what another bias is added to.
+    assert 0.99 * rows[0]["gradient_bytes"] <= reduced <= rows[0]["gradient_bytes"] + 64
+    assert rows[0]["memory_mib"] > 0
+    assert not [c for c in rows[1]["each_collective"] if c["kind"] == "all-reduce"]
