@@ -110,6 +110,7 @@ def test_calls_take_turns_and_the_first_round_is_apart():
     assert timing.Timing(9.0, [2.0, 1.0, 4.0]).spread == 1.5
 
 
+@pytest.mark.slow
 def test_rows_of_samplers_train_step_and_data(tmp_path):
     config = SMALL
     wanted = Plan(samplers=("heun",), steps=(2,), batch_sizes=(2,), repeats=2, train=True, data=True, peak_tflops=1e-3)
@@ -178,6 +179,7 @@ def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_the_peer_has_the_same_number_of_parameters_and_runs():
     diffusers = pytest.importorskip("diffusers", reason="the peer: install the extra `parity`")
     peer = torch_peer.build_network(SMALL, diffusers)

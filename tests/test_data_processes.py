@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_folders import CONTENT, SORTED, make_folder
 
 from ddpm_jax.data import batch_indices, pictures
+
+pytestmark = pytest.mark.slow
 
 CHILD = """
 import sys

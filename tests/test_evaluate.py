@@ -244,6 +244,7 @@ def test_a_part_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert load_arrays(tmp_path / "part.npz")["x"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_three_times_continues_and_gives_the_same_numbers(run, tmp_path):
     """SIGKILL after ever more parts are there, in the samples and in the bound; then the same command to its end."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -191,6 +191,7 @@ def test_the_animation_ends_with_the_images(ending, run, whole, tmp_path):
         assert np.abs(last - np.asarray(picture, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_thousand_digits_killed_three_times_equal_an_uninterrupted_set(workdir, tmp_path):
     """SIGKILL at random moments; exactly N images, bit for bit those of a run that nobody stopped."""
     seed = random.SystemRandom().randrange(2**32)

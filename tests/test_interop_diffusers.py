@@ -104,6 +104,7 @@ def test_imported_network_computes_what_diffusers_does(config, kind, torch, diff
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_full_network_is_imported_in_20_seconds_and_3_gb(torch, diffusers, tmp_path, capsys):
     config = Config()
     peer = drawn_peer(config, torch, diffusers)

@@ -19,6 +19,8 @@ from ddpm_jax.sharding import make_mesh
 from ddpm_jax.training import state_from_params
 from ddpm_jax.workdir import load_run, write_run
 
+pytestmark = pytest.mark.slow
+
 SMALLER = {"ch_mult": (1,), "attn_resolutions": (8,)}
 
 

@@ -15,6 +15,8 @@ from etils import epath
 
 from ddpm_jax.image_set import read_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TRAIN = [
     *(

@@ -19,9 +19,13 @@ from ddpm_jax.errors import UsageError
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(os.environ.get("DDPM_JAX_PICTURES") or "/nowhere")
 TRAIN, TEST = FOLDER / "cifar10_jpeg_train.zip", FOLDER / "cifar10_jpeg_test.zip"
-pytestmark = pytest.mark.skipif(
-    not (TRAIN.is_file() and TEST.is_file()), reason="DDPM_JAX_PICTURES does not name a folder with the two zip files"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (TRAIN.is_file() and TEST.is_file()),
+        reason="DDPM_JAX_PICTURES does not name a folder with the two zip files",
+    ),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

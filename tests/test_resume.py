@@ -90,6 +90,7 @@ def assert_same_end(workdir, uninterrupted):
     assert logged(workdir) == logged(uninterrupted)
 
 
+@pytest.mark.slow
 def test_five_kills_at_random_moments_change_no_bit(tmp_path, uninterrupted, environment):
     """SIGKILL while it trains and saves; the moments differ from run to run of this test and are printed if it fails."""
     seed = random.SystemRandom().randrange(2**32)

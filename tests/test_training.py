@@ -185,6 +185,7 @@ SMALLER = {"ch_mult": (1,), "attn_resolutions": (8,), "dropout": 0.0}
     ],
     ids=lambda d: "-".join(d.values()),
 )
+@pytest.mark.slow
 def test_every_kind_of_loss_trains(diffusion):
     config = tiny(diffusion=diffusion, train={"lr": 3e-3, "warmup_steps": 0, "flip": False}, model=SMALLER)
     state, metrics = run(config, 30, dispatch=10)
@@ -200,6 +201,7 @@ def test_loss_falls_on_digits():
     assert metrics["loss"][-10:].mean() < 0.6 * metrics["loss"][:5].mean()
 
 
+@pytest.mark.slow
 def test_state_is_born_split_over_fsdp_and_the_losses_agree():
     config = tiny(train={"fsdp": 2}, model=SMALLER | {"ch": 64})
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])

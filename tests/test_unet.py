@@ -515,6 +515,7 @@ def test_bfloat16_is_close_with_float32_parameters_and_output():
     assert 1e-4 < math.sqrt((error**2).mean() / (np.asarray(expected) ** 2).mean()) < 0.03
 
 
+@pytest.mark.slow
 def test_remat_stores_less_and_computes_the_same():
     plain = dataclasses.replace(TINY, dropout=0.25)
     x, t = inputs(2, (4, 4, 3))
