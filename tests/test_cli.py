@@ -1,6 +1,7 @@
 """The scripts' answers: every mistake of a command line gets one clear message and exit code 2, before any work starts."""
 
 import ast
+import dataclasses
 import errno
 import importlib.util
 import inspect
@@ -323,6 +324,7 @@ def test_workdir_below_a_file_is_refused(run, tmp_path):
 def test_workdir_of_another_config_is_refused_with_the_fields(refused, tmp_path):
     config = cli.load_config(DIGITS)
     enter(epath.Path(tmp_path), config)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     before = (tmp_path / "config.json").read_text()
     refused(
         f"the workdir {tmp_path} belongs to another config, which differs in seed (there {config.seed}, here 5), "
@@ -342,15 +344,30 @@ def test_workdir_takes_what_may_change(tmp_path):
     values = configs.to_json(old)
     for name in MAY_CHANGE:
         section, field = name.split(".")
-        values[section][field] = {"cache": "host", "remat": True}.get(field, 4)
+        values[section][field] = {"cache": "host", "remat": True}.get(field, "mine.npy" if field == "source" else 4)
     new = configs.from_json(values)
     assert set(configs.differences(old, new)) == MAY_CHANGE
     enter(workdir, new)
     assert read_config(workdir) == new
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
     enter(workdir, new)
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"differs in seed \(there 0, here 1\); choose another workdir$"):
         enter(workdir, configs.from_json(values | {"seed": 1}))
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_workdir_without_a_checkpoint_takes_a_corrected_config(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    enter(workdir, Config())
+    corrected = dataclasses.replace(Config(), seed=1)
+    enter(workdir, corrected)
+    assert read_config(workdir) == corrected
+
+
+def test_workdir_that_was_killed_while_its_config_was_written_is_taken(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"see')
+    enter(epath.Path(tmp_path), Config())
+    assert read_config(epath.Path(tmp_path)) == Config()
 
 
 def test_workdir_with_other_files_is_refused(refused, tmp_path):
