@@ -306,17 +306,25 @@ def test_one_damaged_and_one_cut_short_is_refused_too(cut_short, damaged, direct
 
 
 def test_nothing_ever_saved_whole_is_a_beginning(directory, tmp_path):
-    for step in (10, 20):
-        (directory / str(step) / MANIFEST).unlink()
+    shutil.rmtree(directory / "10")
+    (directory / "20" / MANIFEST).unlink()
     with Opened(directory) as checkpoints:
         assert checkpoints.choose() is None
         assert checkpoints.choose(unverified=True) == 20
-    assert len(checkpoints.said) == 2
+    assert len(checkpoints.said) == 1
     with Opened(tmp_path / "new") as checkpoints:
         assert checkpoints.choose() is None
         assert checkpoints.choose(unverified=True) is None
         assert checkpoints.steps() == []
     assert checkpoints.said == []
+
+
+def test_several_steps_without_manifests_are_refused_rather_than_begun_anew(directory):
+    """A kill leaves one at most; two have lost theirs in another way, as in being copied."""
+    for step in (10, 20):
+        (directory / str(step) / MANIFEST).unlink()
+    with Opened(directory) as checkpoints, pytest.raises(UsageError, match="no checkpoint in .* is intact"):
+        checkpoints.choose()
 
 
 def test_a_given_step_is_taken_or_refused(directory):
