@@ -323,7 +323,7 @@ def test_several_steps_without_manifests_are_refused_rather_than_begun_anew(dire
     """A kill leaves one at most; two have lost theirs in another way, as in being copied."""
     for step in (10, 20):
         (directory / str(step) / MANIFEST).unlink()
-    with Opened(directory) as checkpoints, pytest.raises(UsageError, match="no checkpoint in .* is intact"):
+    with Opened(directory) as checkpoints, pytest.raises(UsageError, match=r"no checkpoint in .* is intact"):
         checkpoints.choose()
 
 
