@@ -105,7 +105,7 @@ def test_imported_network_computes_what_diffusers_does(config, kind, torch, diff
 
 
 @pytest.mark.slow
-def test_full_network_is_imported_in_20_seconds_and_3_gb(torch, diffusers, tmp_path, capsys):
+def test_full_network_is_imported_in_3_gb_and_its_time_printed(torch, diffusers, tmp_path, capsys):
     config = Config()
     peer = drawn_peer(config, torch, diffusers)
     peer.save_pretrained(tmp_path / "model")
@@ -125,7 +125,6 @@ print(time.perf_counter() - start, time.process_time(), gigabytes)
         print(
             f"\nImport of 35,746,307 parameters: {seconds:.1f} s ({processor_seconds:.1f} s of CPU), {gigabytes:.2f} GB"
         )
-    assert processor_seconds < 20  # other tests run beside this one
     assert gigabytes < 3
     run = load_run(tmp_path / "run")
     assert sum(a.size for a in jax.tree.leaves(run.params)) == 35_746_307

@@ -35,7 +35,7 @@ def cache_folder(tmp_path_factory):
         yield
 
 
-def test_50000_jpegs_are_decoded_within_a_minute_and_then_read_from_the_cache_within_seconds():
+def test_50000_jpegs_are_decoded_once_and_then_read_from_the_cache(capsys):
     config = DataConfig(source=str(TRAIN))
     seconds = []
     for _ in range(2):
@@ -44,8 +44,9 @@ def test_50000_jpegs_are_decoded_within_a_minute_and_then_read_from_the_cache_wi
         seconds.append(time.process_time() - start)
     assert source.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(source.labels).tolist() == [5000] * 10
-    assert seconds[0] < 60
-    assert seconds[1] < 3
+    with capsys.disabled():
+        print(f"\n50,000 JPEGs: decoded in {seconds[0]:.1f} s of CPU, then mapped in {seconds[1]:.2f} s")
+    assert seconds[1] < 0.5 * seconds[0]  # the second time nothing is decoded
     with zipfile.ZipFile(TRAIN) as archive:
         names = sorted(archive.namelist())
         for i in (0, 25_000, 49_999):
