@@ -9,7 +9,7 @@ import pytest
 from exact import SHAPE, mixture_x_0, model_of
 
 from ddpm_jax import make_schedule, q_sample, rng
-from ddpm_jax.sampling import choose_steps, make_sampler, sample_loop
+from ddpm_jax.sampling import choose_steps, make_sampler, reverse, sample_loop
 from ddpm_jax.sampling.inpainting import _walk, inpaint
 from ddpm_jax.sampling.latents import from_noised, interpolate, progressive_generation, shared_latents, start_row
 
@@ -66,8 +66,6 @@ def test_interpolation_goes_from_one_image_to_the_other_in_x_t():
     level = jnp.full(2, 15)
     noises = [rng.image_normal(rng.image_keys(KEY, jnp.arange(i, i + 2)), 0, SHAPE) for i in (0, 2)]
     x_t = sum(0.5 * q_sample(SCHEDULE, x, level, eps) for x, eps in zip((x_0, other), noises, strict=True))
-    from ddpm_jax.sampling import reverse
-
     by_hand, _ = reverse(make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(2), x_t, rows=slice(24, None))
     np.testing.assert_allclose(images[1], by_hand, atol=1e-5)
 

@@ -13,7 +13,7 @@ import pytest
 from exact import SHAPE
 
 from ddpm_jax import make_schedule, rng
-from ddpm_jax.sampling import reverse
+from ddpm_jax.sampling import choose_steps, reverse
 from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.ddim import ddim
 from ddpm_jax.sampling.dpm_solver import dpm_solver
@@ -133,8 +133,6 @@ def test_dpm_solver_of_third_order_is_diffusers_but_for_the_quadratic_term(x_T, 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("n", [7, 50, 333])
 def test_spacings_are_diffusers(spacing, n):
-    from ddpm_jax.sampling import choose_steps
-
     scheduler = in_float64(diffusers.DDIMScheduler(**BETAS, timestep_spacing=spacing))
     scheduler.set_timesteps(n)
     ours = choose_steps(make_schedule("linear"), n, spacing)

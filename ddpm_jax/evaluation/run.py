@@ -76,6 +76,7 @@ class Evaluation:
             raise UsageError(f"--seed {options.seed} is outside of 0 .. 4294967295; choose another")
         self.run, self.features, self.options = run, features, options
         self.sampler = SamplerOptions() if sampler is None else sampler
+        # Compiled when it is first called; made here, so that options which do not go together are refused at once.
         self._generator = make_generator(run.config, run.mesh, self.sampler)
         self.folder = epath.Path(workdir) / EVALUATION
         data = run.config.data
