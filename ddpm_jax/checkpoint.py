@@ -28,7 +28,7 @@ from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.training import TrainState
 
 MANIFEST = "manifest.json"
-NONE = -1  # no step, among whole numbers
+NO_STEP = -1
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -59,7 +59,7 @@ def write_manifest(folder: epath.Path) -> None:
     write_text(folder / MANIFEST, _manifest_text(files))
 
 
-def digest(folder: epath.Path) -> str:
+def manifest_digest(folder: epath.Path) -> str:
     """SHA-256 of a step folder's manifest, which stands for every byte of it; "" if it has none."""
     path = folder / MANIFEST
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
@@ -214,7 +214,7 @@ class Checkpoints:
         damaged.
         """
         chosen = sharding.first_decides(lambda: self._choose(step, unverified, items))
-        return None if chosen == NONE else chosen
+        return None if chosen == NO_STEP else chosen
 
     def _choose(self, step: int | None, unverified: bool, items: tuple[str, ...]) -> int:
         steps = self.steps()
@@ -243,7 +243,7 @@ class Checkpoints:
                 f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
                 "or insist on the newest with --unverified"
             )
-        return NONE
+        return NO_STEP
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
         """The training state of a step. like: its ShapeDtypeStructs, with the shardings that the arrays shall have."""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax import config as configs
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import Checkpoints, digest, saved_steps, write_text
+from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps, write_text
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.schedules import Schedule
@@ -158,5 +158,5 @@ def load_run(
             params = checkpoints.restore_state(chosen, like).params
     finally:
         checkpoints.close()
-    manifest = digest(workdir / CHECKPOINTS / str(chosen))
+    manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
     return Run(config, chosen, manifest, params, build_schedule(config), build_unet(config), mesh)
