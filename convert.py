@@ -58,8 +58,8 @@ class Which:
 
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the parameters, or the parameters themselves."""
-    step: int | None = None
-    """The checkpoint's step; default the newest."""
+    step: int | Literal["best"] | None = None
+    """The checkpoint's step, or best, by train.keep_best; default the newest."""
     unverified: bool = False
     """Use the checkpoint even if its manifest is missing or does not match."""
 

@@ -34,8 +34,8 @@ class Arguments:
     """How images are resized and scaled for Inception: as the original FID does, or as pytorch-fid."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
-    step: int | None = None
-    """The checkpoint's step; default the newest."""
+    step: int | Literal["best"] | None = None
+    """The checkpoint's step, or best, by train.keep_best; default the newest."""
     figures: bool = True
     """Draw the figures of the report as well."""
     unverified: bool = False

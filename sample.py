@@ -34,8 +34,8 @@ class Arguments:
     options: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the parameters, or the parameters themselves."""
-    step: int | None = None
-    """The checkpoint's step; default the newest."""
+    step: int | Literal["best"] | None = None
+    """The checkpoint's step, or best, by train.keep_best; default the newest."""
     batch_size: int = 64
     """Images computed together; changes speed only."""
     distributed: bool = False

@@ -136,10 +136,11 @@ class Checkpoints:
         """The folder of a step."""
         return self.directory / str(step)
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], *, keep: int | None = None) -> None:
         """Starts saving: returns when the state has left the devices, and writes while training goes on.
 
-        Waits for the save before, and raises RunError if that failed (a full disk, say).
+        keep: a step that stays although others are newer. Waits for the save before, and raises RunError if that failed (a
+        full disk, say).
         """
         self.wait()
         step = int(state.step)
@@ -163,19 +164,19 @@ class Checkpoints:
             )
         except Exception as error:
             raise RunError(_save_failed(folder, error)) from error
-        self._pending = self._finisher.submit(self._finish, step)
+        self._pending = self._finisher.submit(self._finish, step, keep)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, keep: int | None) -> None:
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             write_manifest(self.folder(step))
-            self._delete_old()
+            self._delete_old(keep)
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, keep: int | None) -> None:
         # What was passed over or never finished is no reason to delete an intact step.
         finished = [s for s in self.steps() if s not in self._passed_over and (self.folder(s) / MANIFEST).exists()]
         for step in finished[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0):
+            if step != keep and not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
         for path in self.directory.iterdir():
             if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):  # a save that was killed

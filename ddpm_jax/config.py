@@ -123,6 +123,18 @@ class TrainConfig:
     """How many of the newest checkpoints stay, at least 2."""
     keep_every: int = 0
     """Keep every checkpoint whose step is a multiple of this as well; 0: none."""
+    eval_every: int = 0
+    """Steps between two evaluations of the EMA parameters on held-out images, each at a checkpoint; 0: none."""
+    eval_source: str = ""
+    """The held-out images, as data.source names them: a test split, say."""
+    eval_images: int = 1024
+    """How many of them, taken at equal distances, at least 2."""
+    eval_samples: int = 0
+    """Images drawn at each evaluation for the FID against the training images; 0: none."""
+    eval_features: Literal["inception", "pixels"] = "inception"
+    """What that FID compares images by: Inception-v3, or their bare pixels."""
+    keep_best: Literal["eval_loss", "eval_bits_per_dim", "eval_fid"] = "eval_loss"
+    """The checkpoint at which this was least is kept too: `--step best`."""
     init_from: str = ""
     """Workdir of a run whose EMA parameters this one starts from; empty: start from random ones."""
     fsdp: int = 1
@@ -157,6 +169,12 @@ MAY_CHANGE = frozenset(
         "train.save_every",
         "train.keep_last",
         "train.keep_every",
+        "train.eval_every",
+        "train.eval_source",
+        "train.eval_images",
+        "train.eval_samples",
+        "train.eval_features",
+        "train.keep_best",
         "train.fsdp",
     }
 )
@@ -237,6 +255,9 @@ def _check_numbers(config: Config) -> None:
         ("train.save_every", train.save_every, 1),
         ("train.keep_last", train.keep_last, 2),
         ("train.keep_every", train.keep_every, 0),
+        ("train.eval_every", train.eval_every, 0),
+        ("train.eval_images", train.eval_images, 2),
+        ("train.eval_samples", train.eval_samples, 0),
         ("train.fsdp", train.fsdp, 1),
     ]:
         if value < low:
@@ -330,11 +351,21 @@ def _check_intervals(train: TrainConfig) -> None:
                 f"train.{name}={value} is not a multiple of train.steps_per_dispatch={train.steps_per_dispatch}; "
                 "change one of them"
             )
-    if train.keep_every % train.save_every:
+    for name in ("keep_every", "eval_every"):
+        value = getattr(train, name)
+        if value % train.save_every:
+            raise ConfigError(
+                f"train.{name}={value} is not a multiple of train.save_every={train.save_every}, "
+                "so no such checkpoint would be written; change one of them"
+            )
+    if train.eval_every and not train.eval_source:
         raise ConfigError(
-            f"train.keep_every={train.keep_every} is not a multiple of train.save_every={train.save_every}, "
-            "so no such checkpoint would be written; change one of them"
+            f"train.eval_every={train.eval_every} has no held-out images; name them with train.eval_source"
         )
+    if train.eval_every and train.keep_best == "eval_fid" and not train.eval_samples:
+        raise ConfigError("train.keep_best=eval_fid needs samples to take the FID of; set train.eval_samples")
+    if train.eval_samples == 1:
+        raise ConfigError("train.eval_samples=1 has no covariance; use 2 or more, or 0 for none")
 
 
 def _check_devices(train: TrainConfig, num_devices: int) -> None:

@@ -25,8 +25,9 @@ from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Config, check
 from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.evaluation.during_training import make_evaluation, open_held_out
 from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key
-from ddpm_jax.reporting import Report
+from ddpm_jax.reporting import Report, best_step
 from ddpm_jax.training import TrainState, init_sharded_state, init_state, learning_rate, make_train_step
 from ddpm_jax.workdir import CHECKPOINTS, enter, load_run
 
@@ -157,6 +158,7 @@ def train(config: Config, workdir: epath.PathLike, *, unverified: bool = False) 
     for warning in check(config, num_devices=jax.device_count()):
         tqdm.write(f"Note: {warning}.")
     source = open_source(config.data)
+    held_out = open_held_out(config) if config.train.eval_every else None
     enter(workdir, config)
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
     options = config.train
@@ -174,12 +176,12 @@ def train(config: Config, workdir: epath.PathLike, *, unverified: bool = False) 
             tqdm.write(describe(config, source, mesh, sum(a.size for a in jax.tree.leaves(state.params))))
             if int(state.step):
                 tqdm.write(f"Continuing from step {int(state.step)}.")
-            return _loop(config, workdir, source, mesh, checkpoints, state, meta, received)
+            return _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, received)
         finally:
             checkpoints.close()
 
 
-def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> TrainState:
+def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, received) -> TrainState:
     options = config.train
     step = int(state.step)
     losses = Losses(step, meta["since_log"])
@@ -187,6 +189,7 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
     feed = make_feed(config, source, mesh)
     train_steps = make_train_step(config, mesh=mesh)
     generator = make_generator(config, mesh)
+    measure = make_evaluation(config, mesh, source, held_out, generator) if held_out else None
     lr = learning_rate(config)
     bar = tqdm(total=options.steps, initial=step, unit="step", disable=report is None, dynamic_ncols=True)
     logged_step, logged_time = step, time.perf_counter()
@@ -195,15 +198,24 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
         losses.fetch_all()  # nothing is saved whose losses were not finite
         if report:
             report.flush()
-        checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log})
+        best = best_step(workdir, options.keep_best) if report and measure else None
+        checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log}, keep=best)
 
     def sample_grid():
         images = grid_images(config, generator, state.ema_params, mesh)
         if report:
             report.samples(step, images)
 
-    def grid_is_due():
-        return options.sample_every and (step % options.sample_every == 0 or step == options.steps)
+    def evaluate(measure):
+        values = measure(state.ema_params)
+        if report:
+            report.scalars(step, values)
+
+    def is_due(every):
+        return every and (step % every == 0 or step == options.steps)
+
+    def is_missing(has):
+        return sharding.first_decides(lambda: report is not None and not has(report))
 
     def asked_to_stop():
         # A signal may reach one process before another: they agree where all of them wait for the devices anyhow.
@@ -212,9 +224,12 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
         return step % options.log_every == 0 and sharding.any_process(bool(received))
 
     try:
-        if step and grid_is_due() and sharding.first_decides(lambda: not (report and report.has_samples(step))):
-            sample_grid()  # what came between the save and its grid
-            logged_time = time.perf_counter()
+        # A run that stopped between a save and what follows it makes up for that.
+        if step and is_due(options.sample_every) and is_missing(lambda report: report.has_samples(step)):
+            sample_grid()
+        if step and measure and is_due(options.eval_every) and is_missing(lambda report: report.has("eval_loss", step)):
+            evaluate(measure)
+        logged_time = time.perf_counter()
         while step < options.steps:
             state, metrics = train_steps(state, *feed(step, options.steps_per_dispatch))
             losses.add(metrics)
@@ -234,8 +249,10 @@ def _loop(config, workdir, source, mesh, checkpoints, state, meta, received) -> 
             if stop and not last:
                 checkpoints.wait()
                 raise Interrupted(received[0] if received else signal.SIGTERM, step)
-            if grid_is_due():
+            if is_due(options.sample_every):
                 sample_grid()
+            if measure and is_due(options.eval_every):
+                evaluate(measure)
         checkpoints.wait()
         return state
     finally:

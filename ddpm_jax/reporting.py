@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import time
 from typing import Any
@@ -52,6 +53,19 @@ def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[
     """Repeats pixels until the image is at least about `smallest` pixels high, so that small images can be looked at."""
     factor = max(1, smallest // image.shape[0])
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, {"step": step, name: value, ...} each; without a last one that was cut short."""
+    path = workdir / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def best_step(workdir: epath.Path, name: str) -> int | None:
+    """The first step at which the scalar of this name was least, or None if it was never logged."""
+    logged = [(line[name], line["step"]) for line in read_metrics(workdir) if math.isfinite(line.get(name, math.nan))]
+    return min(logged)[1] if logged else None
 
 
 def cut_metrics(path: epath.Path, last_step: int) -> None:
@@ -114,6 +128,10 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png_bytes(sheet))
         self._event(step, summary.image("samples", sheet, dataformats="HWC"))
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether the scalar of this name was logged at a step."""
+        return any(name in line for line in read_metrics(self.workdir) if line["step"] == step)
 
     def has_samples(self, step: int) -> bool:
         """Whether the grid of a step is there."""

@@ -9,7 +9,7 @@ WORKDIR/samples/         sample grids
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ddpm_jax import sharding
 from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps, write_text
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
+from ddpm_jax.reporting import best_step
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.training import TrainState, build_schedule, build_unet, init_state
 from ddpm_jax.unet import UNet
@@ -127,21 +128,25 @@ class Run:
 def load_run(
     workdir: epath.PathLike,
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     weights: str = "ema",
     unverified: bool = False,
     mesh: Mesh | None = None,
 ) -> Run:
     """The run of a workdir at its newest intact checkpoint, or at `step`; its parameters checked byte for byte.
 
-    weights: "ema", or "raw" for the parameters as the optimizer left them. unverified: skip the check. mesh: where the
-    parameters go, default all devices. Executes nothing of the workdir's. Raises UsageError where there is no such run,
-    checkpoint or kind of weights.
+    step: "best" is the one at which train.keep_best was least (see train.eval_every). weights: "ema", or "raw" for the
+    parameters as the optimizer left them. unverified: skip the check. mesh: where the parameters go, default all devices.
+    Executes nothing of the workdir's. Raises UsageError where there is no such run, checkpoint or kind of weights.
     """
     if weights not in ("ema", "raw"):
         raise UsageError(f"got weights {weights!r}, expected ema or raw")
     workdir = epath.Path(workdir)
     config = read_config(workdir)
+    if step == "best":
+        step = best_step(workdir, config.train.keep_best)
+        if step is None:
+            raise UsageError(f"{workdir} has no {config.train.keep_best} yet; set train.eval_every, or give a step")
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     try:
         items = ("ema",) if weights == "ema" else ("state", "ema")

@@ -388,6 +388,7 @@ def test_sampling_needs_a_run(refused, tmp_path):
     enter(epath.Path(begun), cli.load_config(DIGITS))
     refused(f"{begun} has no checkpoint yet; train longer, or give another workdir", "sample", begun)
     refused(f"{begun}/checkpoints has no checkpoint of step 5; there are none", "sample", begun, "--step", 5)
+    refused(f"{begun} has no eval_loss yet; set train.eval_every, or give a step", "sample", begun, "--step", "best")
     assert [path.name for path in begun.iterdir()] == ["config.json"]
 
 

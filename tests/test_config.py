@@ -97,6 +97,13 @@ MISTAKES = {
     },
     "train.keep_every=15 is not a multiple of train.save_every=10, so no such checkpoint would be "
     "written; change one of them": {"train": {"keep_every": 15}},
+    "train.eval_every=15 is not a multiple of train.save_every=10, so no such checkpoint would be "
+    "written; change one of them": {"train": {"eval_every": 15, "eval_source": "digits"}},
+    "train.eval_every=10 has no held-out images; name them with train.eval_source": {"train": {"eval_every": 10}},
+    "train.keep_best=eval_fid needs samples to take the FID of; set train.eval_samples": {
+        "train": {"eval_every": 10, "eval_source": "digits", "keep_best": "eval_fid"}
+    },
+    "train.eval_samples=1 has no covariance; use 2 or more, or 0 for none": {"train": {"eval_samples": 1}},
     "train.keep_last=1 is too small; use 2 or more": {"train": {"keep_last": 1}},
     "train.steps=0 is too small; use 1 or more": {"train": {"steps": 0}},
     "train.steps_per_dispatch=0 is too small; use 1 or more": {"train": {"steps_per_dispatch": 0}},

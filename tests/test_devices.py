@@ -15,7 +15,7 @@ def one_device():
     return run(tiny(model=SMALLER), 50, dispatch=10)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8])
 def test_losses_agree_on_any_number_of_devices(one_device, count):
     mesh = sharding.make_mesh(devices=jax.devices()[:count])
     _, metrics = run(tiny(model=SMALLER), 50, mesh=mesh, dispatch=10)

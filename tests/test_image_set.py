@@ -32,7 +32,7 @@ FEW = SamplerOptions(sampler="ddim", steps=(3,))
 def workdir(tmp_path_factory):
     """A run of the tiny network at step 0, its zero layers drawn."""
     path = epath.Path(tmp_path_factory.mktemp("run") / "w")
-    config = tiny()
+    config = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
     state = jax.jit(lambda: training.init_state(config, jax.random.key(0)))()
     leaves, structure = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(5), len(leaves))

@@ -18,7 +18,7 @@ from ddpm_jax.loop import Losses, train
 from ddpm_jax.reporting import enlarge, grid
 from ddpm_jax.workdir import load_run
 
-# What other tests of resuming leave out: a history of losses, data fed by the host, and grids.
+# What other tests of resuming leave out: a history of losses, data fed by the host, grids and evaluations.
 CONFIG = tiny(
     data={"cache": "host"},
     model={"ch_mult": (1,), "attn_resolutions": (8,)},
@@ -31,6 +31,11 @@ CONFIG = tiny(
         "save_every": 4,
         "sample_every": 4,
         "num_samples": 2,
+        "eval_every": 4,
+        "eval_source": "digits",
+        "eval_images": 10,
+        "eval_samples": 4,
+        "eval_features": "pixels",
         "fsdp": 8,
     },
 )
@@ -104,7 +109,7 @@ def test_steps_per_dispatch_must_divide_the_step_a_run_stands_at(finished, tmp_p
     shutil.copytree(workdir, tmp_path / "w")
     with pytest.raises(UsageError, match=r"stands at step 8, which is not a multiple of train\.steps_per_dispatch=3"):
         train(
-            changed(steps=12, steps_per_dispatch=3, log_every=3, save_every=3, sample_every=3),
+            changed(steps=12, steps_per_dispatch=3, log_every=3, save_every=3, sample_every=3, eval_every=0),
             tmp_path / "w",
         )
 
@@ -150,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(finish
 
     monkeypatch.setattr(loop, "make_train_step", broken)
     with pytest.raises(RunError, match="loss became nan between steps 11 and 12; the checkpoints before are kept"):
-        train(changed(steps=16, save_every=16, log_every=16, sample_every=16), tmp_path / "w")
+        train(changed(steps=16, save_every=16, log_every=16, sample_every=16, eval_every=0), tmp_path / "w")
     assert files(tmp_path / "w" / "checkpoints") == before
 
 

@@ -18,6 +18,8 @@ from ddpm_jax import config as configs
 from ddpm_jax import sharding, training
 from ddpm_jax.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # Real, if small, runs of the script: its own process, its own compilation (with kernels optimised, unlike in other tests).
 OPTIONS = [
@@ -90,7 +92,6 @@ def assert_same_end(workdir, uninterrupted):
     assert logged(workdir) == logged(uninterrupted)
 
 
-@pytest.mark.slow
 def test_five_kills_at_random_moments_change_no_bit(tmp_path, uninterrupted, environment):
     """SIGKILL while it trains and saves; the moments differ from run to run of this test and are printed if it fails."""
     seed = random.SystemRandom().randrange(2**32)

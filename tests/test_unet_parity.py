@@ -15,7 +15,7 @@ MANY_GROUPS = UNet(ch=24, ch_mult=(1, 3), num_res_blocks=2, attn_resolutions=(12
 CASES = {  # network, image size, channels of the images, batch
     "small": (SMALL, 16, 1, 3),
     "attention_everywhere": (MANY_GROUPS, 12, 3, 2),
-    "cifar10": (UNet(), 32, 3, 2),
+    "cifar10": pytest.param(UNet(), 32, 3, 2, marks=pytest.mark.slow),
 }
 
 

@@ -15,7 +15,7 @@ from ddpm_jax.checkpoint import write_text
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.run import EVALUATION
 from ddpm_jax.figures import FOLDER, curves
-from ddpm_jax.reporting import METRICS
+from ddpm_jax.reporting import read_metrics
 from ddpm_jax.workdir import read_config
 
 REPORT = "report.html"
@@ -117,12 +117,12 @@ def _figure(content: bytes, kind: str, caption: str) -> str:
 
 
 def _training_curve(workdir: epath.Path) -> str:
-    path = workdir / METRICS
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    if not lines:
-        return ""
-    points = [line["step"] for line in lines], [line["loss"] for line in lines]
-    return _figure(curves({"loss": points}, x="step", y="loss", log=True), "svg", "The training loss.")
+    lines = {}
+    for name, label in (("loss", "training images"), ("eval_loss", "held-out images, EMA parameters")):
+        logged = [line for line in read_metrics(workdir) if name in line]
+        if logged:
+            lines[label] = [line["step"] for line in logged], [line[name] for line in logged]
+    return _figure(curves(lines, x="step", y="loss", log=True), "svg", "The training loss.") if lines else ""
 
 
 def _fid_curve(results: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.cache import cache_folder
@@ -88,14 +89,7 @@ class Evaluation:
         self.batch_size = -(-options.batch_size // devices) * devices
         self.T = run.schedule.T
         self.edges = likelihood.strata(self.T, options.terms or self.T - 1)
-        self.software = {
-            "python": platform.python_version(),
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
-            },
-            "device": f"{devices} {jax.devices()[0].device_kind}",
-        }
+        self.software = software(run.mesh)
         self.model = {"step": run.step, "weights": "ema", "weights_sha256": weights_checksum(run.params)}
 
     # ---- What defines the numbers
@@ -171,15 +165,7 @@ class Evaluation:
 
     @property
     def _real_features(self) -> Parts:
-        definition = {
-            "identity": self.source.identity,
-            "features": self.features.name,
-            "batch_size": self.batch_size,
-            "software": self.software,
-        }
-        return Parts(
-            epath.Path(cache_folder()) / "features", definition, lambda part: self.features.compute(self.read(part))
-        )
+        return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.run.mesh)
 
     def read(self, part: range) -> np.ndarray:
         """Some real images, uint8 (n, H, W, C)."""
@@ -190,13 +176,7 @@ class Evaluation:
         """Mean and covariance of the real images' features: from --statistics, or computed once and kept in the cache."""
         if self.options.statistics:
             return read_statistics(epath.Path(self.options.statistics))
-        path = self._real_features.folder / f"statistics-{self.num_real}.npz"
-        kept = load_arrays(path)
-        if kept is None:
-            computed = scores.statistics(self.real["features"])
-            save_arrays(path, computed._asdict())
-            return computed
-        return Statistics(**kept)
+        return feature_statistics(self._real_features, count=self.num_real, batch_size=self.batch_size)
 
     @functools.cached_property
     def drawn(self) -> Drawn:
@@ -215,6 +195,42 @@ class Evaluation:
         definition = {**self.definition("bound"), "identity": self.source.identity}
         parts = Parts(self.folder / "parts", definition, compute)
         return Drawn(**parts.all(self.num_real, self.batch_size, title="bits/dim"))
+
+
+def software(mesh: Mesh) -> dict[str, str]:
+    """The versions and devices that numbers were computed with."""
+    names = ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "device": f"{mesh.devices.size} {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def real_features(source: Source, features: Features, *, batch_size: int, mesh: Mesh) -> Parts:
+    """The features of a source's images, kept in the machine's cache by the data's fingerprint."""
+    definition = {
+        "identity": source.identity,
+        "features": features.name,
+        "batch_size": batch_size,
+        "software": software(mesh),
+    }
+    return Parts(
+        epath.Path(cache_folder()) / "features",
+        definition,
+        lambda part: features.compute(source.read(np.arange(part.start, part.stop))),
+    )
+
+
+def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:
+    """Mean and covariance of the first `count` images' features, computed once and kept beside them."""
+    path = features.folder / f"statistics-{count}.npz"
+    kept = load_arrays(path)
+    if kept is None:
+        computed = scores.statistics(features.all(count, batch_size, title="real images")["features"])
+        save_arrays(path, computed._asdict())
+        return computed
+    return Statistics(**kept)
 
 
 def weights_checksum(params: Any) -> str:

@@ -1,0 +1,166 @@
+"""What a run measures of itself while it trains, and the checkpoint that is kept for it."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from ddpm_jax import loop, sharding
+from ddpm_jax.data import open_source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import scores
+from ddpm_jax.evaluation.during_training import make_evaluation, spread
+from ddpm_jax.evaluation.features import flat_pixels
+from ddpm_jax.generate import make_generator, sample_key
+from ddpm_jax.likelihood import bits_per_dim
+from ddpm_jax.losses import min_snr_weights
+from ddpm_jax.reporting import best_step, read_metrics
+from ddpm_jax.training import build_schedule, init_sharded_state
+from ddpm_jax.workdir import CHECKPOINTS, load_run
+
+# A network without hidden layers to speak of, whose last convolution starts at zero: eps is predicted as 0.
+CONFIG = tiny(
+    model={"ch_mult": (1,), "attn_resolutions": (8,)},
+    diffusion={"loss_weighting": "min_snr", "min_snr_gamma": 0.5},
+    train={
+        "steps": 10,
+        "steps_per_dispatch": 1,
+        "save_every": 2,
+        "log_every": 2,
+        "eval_every": 2,
+        "eval_source": "digits",
+        "eval_images": 500,
+        "eval_samples": 6,
+        "eval_features": "pixels",
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def at_the_start(tmp_path_factory):
+    """The numbers of the untrained network."""
+    mesh = sharding.make_mesh()
+    generator, source = make_generator(CONFIG, mesh), open_source(CONFIG.data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        measure = make_evaluation(CONFIG, mesh, source, source, generator)
+        params = init_sharded_state(CONFIG, mesh).params
+        return measure(params), params, generator
+
+
+def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
+    """Where eps is predicted as 0, the weighted loss at t is the weight times a mean of eps^2."""
+    values, _, _ = at_the_start
+    schedule = build_schedule(CONFIG)
+    weights = min_snr_weights(schedule, 0.5, prediction="eps").reshape(4, -1)
+    assert (np.diff(weights.mean(axis=1)[:3]) > 0.1).all()  # the quarters can be told apart
+    N, D = 500, 64
+    for i, quarter in enumerate(weights, 1):
+        second_moment = (quarter**2).mean() * (1 + 2 / D)
+        error = np.sqrt((second_moment - quarter.mean() ** 2) / N)
+        assert abs(values[f"eval_loss_quarter_{i}"] - quarter.mean()) < 4 * error
+    quarters = [values[f"eval_loss_quarter_{i}"] for i in (1, 2, 3, 4)]
+    assert values["eval_loss"] == pytest.approx(np.mean(quarters), rel=1e-12)
+
+
+def test_bits_per_dim_estimate_the_whole_bound(at_the_start):
+    """16 terms of the 19 between L_T and L_0, of 500 images, against all terms of all images."""
+    values, _, _ = at_the_start
+    x_0 = open_source(CONFIG.data).images.astype(np.float32) / 127.5 - 1.0
+    bits = jax.jit(
+        lambda x_0: (
+            bits_per_dim(
+                build_schedule(CONFIG), lambda x, t: jnp.zeros_like(x), jax.random.key(1), x_0, jnp.arange(len(x_0))
+            ).total
+        )
+    )(x_0)
+    error = np.hypot(values["eval_bits_per_dim_error"], np.std(bits) / np.sqrt(len(bits)))
+    assert abs(values["eval_bits_per_dim"] - np.mean(bits)) < 4 * error
+
+
+def test_the_fid_is_that_of_the_first_samples_and_the_training_images(at_the_start):
+    values, params, generator = at_the_start
+    images = np.asarray(generator(params, sample_key(CONFIG.seed), np.arange(8, dtype=np.int32)))[:6]
+    features = (flat_pixels(a)["features"] for a in (images, open_source(CONFIG.data).images))
+    expected = scores.frechet_distance(*map(scores.statistics, features))
+    assert values["eval_fid"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_held_out_images_are_taken_from_the_whole_source():
+    source = open_source(CONFIG.data)
+    images = spread(source, 10)
+    np.testing.assert_array_equal(images, source.images[[i * len(source) // 10 for i in range(10)]])
+    np.testing.assert_array_equal(spread(source, 10_000), source.images)
+
+
+def measures(*losses):
+    """In place of `make_evaluation`: evaluations that give these losses, one after the other."""
+    told = iter(losses)
+    return lambda *_: lambda params: {"eval_loss": next(told)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 10 steps that is told to be at its best at step 4."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_evaluation", measures(6.0, 2.0, 6.0, 18.0, 38.0))
+        loop.train(CONFIG, workdir)
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "w")
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_loaded(run):
+    logged = [(line["step"], line["eval_loss"]) for line in read_metrics(run) if "eval_loss" in line]
+    assert logged == [(2, 6.0), (4, 2.0), (6, 6.0), (8, 18.0), (10, 38.0)]
+    assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [4, 8, 10]
+    assert load_run(run, step="best").step == 4
+    assert load_run(run).step == 10
+
+
+def test_the_best_checkpoint_gives_way_to_a_better_one(run, monkeypatch):
+    monkeypatch.setattr(loop, "make_evaluation", measures(1.0, 1.0, 1.0))
+    loop.train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16)), run)
+    # 12, 14 and 16 are equally good: the first of them stays the best.
+    assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [12, 14, 16]
+    assert load_run(run, step="best").step == 12
+
+
+def test_an_evaluation_that_was_lost_between_the_save_and_the_stop_is_made_up_for(run, monkeypatch):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    monkeypatch.setattr(loop, "make_evaluation", measures(38.0))
+    loop.train(CONFIG, run)
+    assert path.read_text().splitlines(keepends=True) == lines
+    loop.train(CONFIG, run)  # and not once more
+    assert path.read_text().splitlines(keepends=True) == lines
+
+
+def test_the_best_of_a_run_without_evaluations_is_refused(run):
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"has no eval_loss yet; set train\.eval_every, or give a step"):
+        load_run(run, step="best")
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 2, "eval_loss": NaN}\n{"step": 4, "eval_loss": 3.0}\n{"step": 6, "l'
+    )
+    assert best_step(tmp_path, "eval_loss") == 4
+    assert best_step(tmp_path, "eval_fid") is None
+
+
+def test_held_out_images_that_are_not_there_are_told_before_anything_is_made(tmp_path):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "no")))
+    with pytest.raises(UsageError, match="no"):
+        loop.train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
