@@ -14,6 +14,7 @@ import copy
 import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,20 @@ from ddpm_jax.training import TrainState
 
 MANIFEST = "manifest.json"
 NO_STEP = -1
+
+
+def _write_small_arrays_whole() -> None:
+    # By default each of n devices that hold the same array hands over its n-th part: thousands of small operations for a
+    # state of small arrays. Only parts of 1 MiB or more are worth that.
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that there is a handler already
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    log.setLevel(level)
+
+
+_write_small_arrays_whole()
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -103,6 +103,23 @@ def measures(*losses):
     return lambda *_: lambda params: {"eval_loss": next(told)}
 
 
+def make_idle_step(config, *, mesh):
+    """In place of `make_train_step`: steps that leave the parameters as they are, with nothing to compile."""
+
+    def idle(state, batches, dataset):
+        state = dataclasses.replace(state, step=state.step + len(batches))
+        return state, {"loss": jnp.ones(len(batches)), "grad_norm": jnp.ones(len(batches))}
+
+    return idle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _idle():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_idle_step)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 10 steps that is told to be at its best at step 4."""
