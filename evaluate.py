@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+import jax
 import tyro
 
-from ddpm_jax import cli
+from ddpm_jax import cli, sharding
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception import Preprocessing
@@ -38,6 +39,8 @@ class Arguments:
     """The checkpoint's step, or best, by train.keep_best; default the newest."""
     figures: bool = True
     """Draw the figures of the report as well."""
+    distributed: bool = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
     unverified: bool = False
     """Use the checkpoint even if its manifest is missing or does not match."""
 
@@ -52,26 +55,31 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog=f"evaluate.py {workdir}", args=sys.argv[2:])
     if "--metrics" in sys.argv and not arguments.metrics:
         raise UsageError(f"--metrics is empty; give some of {', '.join(METRICS)}")
+    if arguments.distributed:
+        sharding.start_processes()
+    first = jax.process_index() == 0
     run = load_run(workdir, step=arguments.step, unverified=arguments.unverified)
     metrics: tuple[str, ...] = arguments.metrics
     features = PIXELS
     if arguments.features == "inception":
-        if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or inception_path().exists():
+        if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
             features = inception_features(
                 run.mesh, preprocessing=arguments.preprocessing, batch_size=arguments.options.batch_size
             )
         elif not metrics:
             metrics = WITHOUT_FEATURES
-            print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
+            if first:
+                print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
     if not metrics:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
     evaluation = Evaluation(run, workdir, features, arguments.options, arguments.sampler)
     results = evaluate(evaluation, metrics)
     if arguments.figures:
         draw_figures(evaluation, results)
-    for name, result in results.items():
-        print(f"{name}: {describe(result)}")
-    print(f"The report: {write_report(workdir)}")
+    if first:
+        for name, result in results.items():
+            print(f"{name}: {describe(result)}")
+        print(f"The report: {write_report(workdir)}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def nearest_grid(
 def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -> None:
     """Draws the figures of pictures into WORKDIR/evaluation/figures, each as a PNG named by the step.
 
-    results: of the metrics computed now; the nearest real images are those of `nearest` among them.
+    results: of the metrics computed now; the nearest real images are those of `nearest` among them. Of several processes all
+    compute, and the first one writes.
     """
     run, folder, samples = evaluation.run, evaluation.folder / FOLDER, evaluation.first_samples
     chains = Chains(run.config, run.params, seed=evaluation.options.seed)
@@ -137,6 +138,8 @@ def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -
         near = nearest_grid(samples, evaluation.source.read, found["places"])
         columns = 1 + len(found["places"][0])
         pictures["nearest" if name == "pixels" else "nearest_features"] = grid(near, columns=columns)
+    if jax.process_index() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for name, sheet in pictures.items():
         temporary = folder / f"{name}.tmp"

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -56,6 +57,24 @@ def first_decides(decide: Callable[[], int]) -> int:
     if failed:
         raise UsageError("the first process has stopped; its message says why")
     return value
+
+
+def first_reads(path: epath.Path) -> bytes | None:
+    """A file's content as the first process finds it, or None if it is not there: the same on all, which must all ask."""
+    content = b""
+
+    def look() -> int:
+        nonlocal content
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return -1
+        return len(content)
+
+    size = first_decides(look)
+    if size > 0 and jax.process_count() > 1:
+        content = multihost_utils.broadcast_one_to_all(np.frombuffer(content or bytes(size), np.uint8)).tobytes()
+    return None if size < 0 else content
 
 
 def any_process(flag: bool) -> bool:

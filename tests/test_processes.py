@@ -1,23 +1,20 @@
 """Several processes, as on several hosts: two of them on this machine, each with one device, through the real scripts."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
+from processes import ROOT, finish, one_device, start
 
 from ddpm_jax.image_set import read_images
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 TRAIN = [
     *(
         "train.py",
@@ -40,37 +37,7 @@ SAMPLE = ["--num-images", "10", "--batch-size", "4", "--steps", "5"]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("compiled")
-    # One device each, and quick to compile.
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return os.environ | flags | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
-
-
-def start(command, environment, processes):
-    """One process of the command, or several joined ones."""
-    if processes > 1:
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            address = f"localhost:{s.getsockname()[1]}"
-        command = [*command, "--distributed"]
-        environment = environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment | {"JAX_PROCESS_ID": str(i)} if processes > 1 else environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-
-
-def finish(running, code=0):
-    outputs = [p.communicate(timeout=200)[0] for p in running]
-    assert [p.returncode for p in running] == [code] * len(running), "\n".join(outputs)
-    return outputs
+    return one_device(tmp_path_factory.mktemp("processes"))
 
 
 def logged(workdir):

@@ -30,10 +30,16 @@ PIXELS = Features("pixels", flat_pixels)
 
 
 def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, batch_size: int) -> Callable:
-    """Compiles compute(constants, uint8 images) for a mesh: images split over its devices, in batches padded to one size."""
+    """Compiles compute(constants, uint8 images) for a mesh: images split over its devices, in batches padded to one size.
+
+    Of several processes all must call it, with the same images, and each is given the whole result.
+    """
     size = -(-batch_size // mesh.devices.size) * mesh.devices.size
-    split = sharding.split(mesh)
-    compiled = jax.jit(compute, in_shardings=(sharding.replicated(mesh), split), out_shardings=split)
+
+    def split(constants, images):
+        return compute(constants, jax.lax.with_sharding_constraint(images, sharding.split(mesh)))
+
+    compiled = jax.jit(split, out_shardings=sharding.replicated(mesh))
     constants = jax.device_put(constants, sharding.replicated(mesh))
 
     def over_batches(images):

@@ -4,6 +4,7 @@ Each batch normalisation is folded into its convolution.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from ddpm_jax import sharding
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import Features, on_devices
@@ -115,28 +117,32 @@ def convert_inception(
 
 
 def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
-    """The network's parameters and their checksum. Raises UsageError if they are not there or not what was converted."""
-    from safetensors import SafetensorError, safe_open
+    """The network's parameters and their checksum, on all processes as the first one finds them.
+
+    Raises UsageError if they are not there or not what was converted.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
     path = inception_path() if path is None else epath.Path(path)
-    if not path.exists():
+    content = sharding.first_reads(path)
+    if content is None:
         raise UsageError(
             f"the Inception weights are not there ({path}); {HOW_TO_GET}; without them nll, rate-distortion and nearest "
             "work, and fid, kid and prdc on --features pixels or a function of your own"
         )
     try:
-        with safe_open(str(path), "numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            expected = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
+        tensors = load(content)
+    except SafetensorError as error:
         raise UsageError(f"{path} cannot be read as safetensors ({error}); {HOW_TO_GET}") from None
     wrong = {n: s for n, s in _shapes().items() if n not in tensors or tensors[n].shape != s}
     if wrong:
         name = min(wrong)
         there = tensors[name].shape if name in tensors else "not there"
         raise UsageError(f"in {path} {name} is {there}, expected the shape {wrong[name]}; {HOW_TO_GET}")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     found = _checksum(tensors)
-    if found != expected:
+    if found != header.get("__metadata__", {}).get("sha256"):
         raise UsageError(f"the tensors of {path} are not what was converted (their checksum differs); {HOW_TO_GET}")
     return unflatten_dict(tensors, sep="."), found
 

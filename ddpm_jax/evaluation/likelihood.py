@@ -58,9 +58,10 @@ class Drawn(NamedTuple):
 
 
 def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
-    """Compiles (params, key, uint8 images (B, H, W, C), indices (B,)) -> `Drawn`'s arrays by name, split over the mesh's devices.
+    """Compiles (params, key, uint8 images (B, H, W, C), indices (B,)) -> `Drawn`'s arrays by name.
 
-    B must be a multiple of their number. What is drawn for an image depends on (key, its index) alone.
+    B must be a multiple of the mesh's devices, over which the work is split; every device ends with all of it. What is drawn
+    for an image depends on (key, its index) alone.
     """
     schedule, unet, d = build_schedule(config), build_unet(config), config.diffusion
 
@@ -68,6 +69,7 @@ def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Cal
         def model(x_t, t):
             return unet.apply({"params": params}, x_t, t)
 
+        images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
         x_0 = images.astype(jnp.float32) / 127.5 - 1.0
         ts = draw_times(key, indices, edges, schedule.T)
         terms = bound_terms(
@@ -75,8 +77,7 @@ def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Cal
         )
         return {"L_T": prior_bits(schedule, x_0), "bits": terms.bits, "mse": terms.mse}
 
-    split = sharding.split(mesh)
-    return jax.jit(bound, in_shardings=(None, None, split, split), out_shardings=split)
+    return jax.jit(bound, out_shardings=sharding.replicated(mesh))
 
 
 def mean_and_error(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax.checkpoint import write_text
@@ -115,14 +116,18 @@ WITHOUT_FEATURES = ("nll", "rate-distortion", "nearest")
 
 
 def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Computes metrics and writes each into its file; what was begun before is continued. Returns the results by metric."""
+    """Computes metrics and writes each into its file; what was begun before is continued. Returns the results by metric.
+
+    Of several processes all compute, and the first one writes.
+    """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UsageError(f"got the metric {unknown[0]!r}, expected some of {', '.join(METRICS)}")
     results = {}
     for name in metrics:
         result = {"metric": name, **METRICS[name](evaluation)}
-        evaluation.folder.mkdir(parents=True, exist_ok=True)
-        path = evaluation.folder / f"{name}-{evaluation.run.step:08d}-{digest(result['definition'])[:8]}.json"
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        if jax.process_index() == 0:
+            evaluation.folder.mkdir(parents=True, exist_ok=True)
+            path = evaluation.folder / f"{name}-{evaluation.run.step:08d}-{digest(result['definition'])[:8]}.json"
+            write_text(path, json.dumps(result, indent=2) + "\n")
         results[name] = result
     return results

@@ -2,18 +2,23 @@
 
 Parts of one definition lie in a folder named by its digest, so that what was computed under another never mixes in. A part is
 written whole or not at all; a damaged one is computed anew. So a run killed at any moment continues with the same numbers.
+
+Of several processes the first one reads and writes, and tells the others what it read: all compute the same parts together.
 """
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from ddpm_jax import sharding
 from ddpm_jax.checkpoint import write_text
 
 Arrays = dict[str, np.ndarray]
@@ -25,7 +30,9 @@ def digest(definition: Any) -> str:
 
 
 def save_arrays(path: epath.Path, arrays: Arrays) -> None:
-    """Writes an .npz file whole or not at all."""
+    """Writes an .npz file whole or not at all, on the first process."""
+    if jax.process_index() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / (path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -35,10 +42,13 @@ def save_arrays(path: epath.Path, arrays: Arrays) -> None:
 
 def load_arrays(path: epath.Path) -> Arrays | None:
     """The arrays of a file that `save_arrays` wrote, or None if it is not there or damaged (an .npz has checksums)."""
+    content = sharding.first_reads(path)
+    if content is None:
+        return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
+    except (zipfile.BadZipFile, ValueError, EOFError):
         return None
 
 
@@ -59,15 +69,16 @@ class Parts:
         arrays = load_arrays(path)
         if arrays is None:
             arrays = self.compute(part)
-            if not (self.folder / "definition.json").exists():
+            if jax.process_index() == 0 and not (self.folder / "definition.json").exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "definition.json", json.dumps(self.definition, indent=2) + "\n")
             save_arrays(path, arrays)
         return arrays
 
     def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
-        """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar."""
-        with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True) as bar:
+        """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar on the first process."""
+        hidden = jax.process_index() != 0
+        with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True, disable=hidden) as bar:
             for first in range(0, count, batch_size):
                 part = range(first, min(first + batch_size, count))
                 yield self.get(part)

@@ -3,7 +3,7 @@
     WORKDIR/evaluation/parts/     images, features and bounds, a part at a time, so that a killed evaluation continues; may be
                                   deleted
 
-The properties of an `Evaluation` are computed once, when first asked for.
+The properties of an `Evaluation` are computed once, when first asked for; of several processes all must ask.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from ddpm_jax import sharding
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
@@ -112,7 +113,9 @@ class Evaluation:
         """What defines a result that is made of these: sampling, features, reference, statistics, bound."""
         statistics = {"statistics": self.options.statistics}
         if "statistics" in parts and self.options.statistics:
-            statistics["sha256"] = hashlib.sha256(epath.Path(self.options.statistics).read_bytes()).hexdigest()
+            content = sharding.first_reads(epath.Path(self.options.statistics))
+            assert content is not None  # the statistics were read from it
+            statistics["sha256"] = hashlib.sha256(content).hexdigest()
         values = {
             "sampling": {**self.sampling, "images": self.num_images},
             "features": self.features.name,
