@@ -29,6 +29,8 @@ class Arguments:
     """Join the other processes of a multi-host run (see docs/parallelism.md)."""
     unverified: bool = False
     """Continue from the newest checkpoint even if its manifest is missing or does not match."""
+    changed_data: bool = False
+    """Continue although the data set has changed since the checkpoint, as where a bad picture was mended or left out."""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     if arguments.distributed:
         sharding.start_processes()
     try:
-        train(arguments.config, arguments.workdir, unverified=arguments.unverified)
+        train(arguments.config, arguments.workdir, unverified=arguments.unverified, changed_data=arguments.changed_data)
     except Interrupted as stop:
         by = signal.Signals(stop.signum).name
         print(f"\n{by}: {stop}; the same command continues from there.", file=sys.stderr)

@@ -153,10 +153,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-# What may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes.
+# What may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes. Where its
+# images come from and which are left out may change too, for the data set's identity is looked at by itself.
 MAY_CHANGE = frozenset(
     {
         "data.cache",
+        "data.on_bad_image",
         "data.source",
         "data.workers",
         "model.remat",

@@ -107,17 +107,26 @@ def describe(config: Config, source: Source, mesh: Mesh, params: int) -> str:
 
 
 def start_state(
-    config: Config, source: Source, mesh: Mesh, checkpoints: Checkpoints, *, unverified: bool
+    config: Config,
+    source: Source,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    *,
+    unverified: bool = False,
+    changed_data: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, with what was saved beside it: the newest intact checkpoint's, or that of step 0."""
     step = checkpoints.choose(unverified=unverified)
     if step is not None:
         meta = checkpoints.restore_meta(step)
         if meta["data"] not in (None, source.identity):  # None: imported weights, which remember no data set
-            raise UsageError(
-                f"the data set has changed since the checkpoint of step {step}: it was {meta['data']} and is "
-                f"{source.identity}; give the same data, or start in another workdir"
-            )
+            changed = f"the data set has changed since the checkpoint of step {step}"
+            changed += f": it was {meta['data']} and is {source.identity}"
+            if not changed_data:
+                raise UsageError(
+                    f"{changed}; give the same data, start in another workdir, or go on with these by --changed-data"
+                )
+            tqdm.write(f"Note: {changed}.")
         shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
         like = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -148,11 +157,14 @@ def initial_params(config: Config, state: TrainState, mesh: Mesh) -> Any:
     return jax.device_put(params, jax.tree.map(lambda a: a.sharding, state.params))
 
 
-def train(config: Config, workdir: epath.PathLike, *, unverified: bool = False) -> TrainState:
+def train(
+    config: Config, workdir: epath.PathLike, *, unverified: bool = False, changed_data: bool = False
+) -> TrainState:
     """Trains to train.steps, from where the workdir is, and returns the last state.
 
-    unverified: continue from the newest checkpoint without checking it. Raises UsageError for what the user can put right
-    (before anything is compiled), RunError when a loss is not finite or a save fails, Interrupted after SIGTERM or SIGINT.
+    unverified: continue from the newest checkpoint without checking it. changed_data: continue it also with another data
+    set. Raises UsageError for what the user can put right (before anything is compiled, but for a picture that cannot be
+    decoded when its step comes), RunError when a loss is not finite or a save fails, Interrupted after SIGTERM or SIGINT.
     """
     workdir = epath.Path(workdir)
     for warning in check(config, num_devices=jax.device_count()):
@@ -167,7 +179,9 @@ def train(config: Config, workdir: epath.PathLike, *, unverified: bool = False) 
     )
     with signals() as received:
         try:
-            state, meta = start_state(config, source, mesh, checkpoints, unverified=unverified)
+            state, meta = start_state(
+                config, source, mesh, checkpoints, unverified=unverified, changed_data=changed_data
+            )
             if int(state.step) % options.steps_per_dispatch:
                 raise UsageError(
                     f"the run stands at step {int(state.step)}, which is not a multiple of "

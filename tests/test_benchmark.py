@@ -1,7 +1,10 @@
 """benchmark.py: its rows, FLOPs against a count by hand, the collectives of compiled programs. No test asserts a time."""
 
 import importlib.util
+import io
 import json
+import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -9,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 from tiny import tiny
 
 from ddpm_jax import sharding
 from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
+from ddpm_jax.data import pictures
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training import init_state
 
@@ -120,6 +125,7 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     sampler, train, feed, gather = rows
     assert sampler["steps"] == 3  # network evaluations: Heun's method takes two a step, one in the last
     assert [row["devices"] for row in (sampler, train)] == [2, 8]
+    assert not any("host_mib" in row for row in (sampler, train, gather))
     for row in rows:
         assert len(row["repeats_s"]) == 2
         assert row["median_s"] == np.median(row["repeats_s"])
@@ -146,6 +152,46 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     assert told["config"]["model"]["ch"] == 4
     assert told["environment"]["versions"]["jax"] == jax.__version__
     assert told["environment"]["devices"] == 8
+
+
+def test_pictures_decoded_at_every_step_are_measured_beside_pillow_alone(tmp_path):
+    """The very same pictures: the run's batches, in as many threads."""
+    for i in range(3):
+        Image.new("RGB", (9 + i, 8), (i, 0, 0)).save(tmp_path / f"{i}.jpg")
+    config = tiny(data={"source": str(tmp_path), "channels": 3, "cache": "none", "workers": 2}, train={"batch_size": 8})
+    feed, alone = programs.data(config, repeats=2, num_batches=4)
+    assert [row["what"] for row in (feed, alone)] == ["data feed", "Pillow alone"]
+    for row in (feed, alone):
+        assert row["images_per_s"] == 4 * 8 / row["median_s"]
+    assert ("host_mib" in feed) == (timing.host_memory() is not None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pillow_alone_reads_every_picture_in_that_many_threads(channels):
+    buffer, read, met = io.BytesIO(), [], threading.Barrier(2)
+    Image.new("RGB", (9, 8)).save(buffer, "JPEG")
+
+    def content(i):
+        met.wait(timeout=10)  # for the other thread
+        read.append(i)
+        return buffer.getvalue()
+
+    encoded = pictures.Pictures(range(6), content, lambda: None, {}, "")
+    images = pictures.DecodedPictures(encoded, image_size=4, channels=channels, workers=1)
+    programs.pillow_alone(images, [5, 1, 1, 0], 2)
+    assert sorted(read) == [0, 1, 1, 5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell it")
+def test_memory_of_the_host_is_what_the_process_holds_without_the_files_it_maps(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones(2**26, np.uint8))
+    before = timing.host_memory()
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert mapped.sum() == 2**26  # every page is in memory
+    assert abs(timing.host_memory() - before) < 2**24
+    held = np.ones(2**26, np.uint8)
+    assert 2**25 < timing.host_memory() - before < 2**27
+    del held
 
 
 def params_of(config):

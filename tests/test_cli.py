@@ -171,7 +171,8 @@ def test_any_field_can_be_overridden(run, scripts, monkeypatch, tmp_path):
     assert run("train", DIGITS, "--workdir", tmp_path, "--train.no-flip", "--unverified") == (0, "", "")
     (((config, workdir), more), ((again, _), unverified)) = calls
     assert workdir == str(tmp_path)
-    assert (more, unverified) == ({"unverified": False}, {"unverified": True})
+    assert more == {"unverified": False, "changed_data": False}
+    assert unverified == {"unverified": True, "changed_data": False}
     changed = {"seed": 3, "train.batch_size": 64, "model.ch_mult": (1, 3), "train.lr": 1e-4, "model.dtype": "bfloat16"}
     changed["train.flip"] = True
     assert configs.flatten(config) == configs.flatten(base) | changed
@@ -201,7 +202,7 @@ def test_help_shows_every_field_with_its_text_and_this_configs_default(run, scri
         assert entry.group(1) in (shown, f"'{shown}'"), name
     sections = [type(getattr(Config(), name)) for name in ("data", "model", "diffusion", "train")]
     texts = [*helps(Config, *sections, scripts["train"].Arguments)]
-    assert len(texts) == len(values) + 3
+    assert len(texts) == len(values) + 4
     for _, name, text in texts:
         assert " ".join(text.split()) in out, name
 
@@ -344,7 +345,8 @@ def test_workdir_takes_what_may_change(tmp_path):
     values = configs.to_json(old)
     for name in MAY_CHANGE:
         section, field = name.split(".")
-        values[section][field] = {"cache": "host", "remat": True}.get(field, "mine.npy" if field == "source" else 4)
+        texts = {"cache": "host", "on_bad_image": "skip", "source": "mine.npy"}
+        values[section][field] = texts.get(field, field == "remat" or 4)
     new = configs.from_json(values)
     assert set(configs.differences(old, new)) == MAY_CHANGE
     enter(workdir, new)

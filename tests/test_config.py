@@ -345,7 +345,6 @@ def test_what_may_change_exists_and_computes_nothing():
         "seed",
         "data.image_size",
         "data.channels",
-        "data.on_bad_image",
         "model.ch",
         "model.ch_mult",
         "model.dropout",

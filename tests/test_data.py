@@ -418,9 +418,9 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_diffe
     checkpoints = SimpleNamespace(choose=lambda **_: 5, restore_meta=lambda _: {"data": before, "since_log": {}})
     with refuses(
         f"the data set has changed since the checkpoint of step 5: it was {before} and is {digits.identity}; "
-        "give the same data, or start in another workdir"
+        "give the same data, start in another workdir, or go on with these by --changed-data"
     ):
-        start_state(tiny(), digits, mesh_of(1), checkpoints, unverified=False)
+        start_state(tiny(), digits, mesh_of(1), checkpoints)
 
 
 def test_device_cache_is_sent_once(digits):

@@ -16,7 +16,7 @@ from test_pictures import COLOURS, RNG, encoded
 from tiny import tiny
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, plain_order, sources
+from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, sources
 from ddpm_jax.errors import UsageError
 
 NAMES = ["b/2.png", "b/10.png", "a/x.PNG", "B/y.webp", "a/sub/z.bmp", "é.jpeg", "a.jpg"]
@@ -163,33 +163,6 @@ def test_a_feed_begun_in_the_middle_of_an_epoch_goes_on_the_same(data_cache, mak
     again = batches.make_feed(config, open_source(config.data), mesh_of(2))
     for step in range(5, 8):  # the second epoch begins within step 3
         np.testing.assert_array_equal(images(again, step), whole[step])
-
-
-def test_pictures_are_read_ahead_in_another_thread():
-    threads, read = [], threading.Semaphore(0)
-
-    def feed(first_step, num_steps):
-        threads.append(threading.current_thread())
-        read.release()
-        return first_step, num_steps
-
-    ahead = batches.read_ahead(feed)
-    assert ahead(4, 2) == (4, 2)
-    for _ in range(1 + batches.AHEAD):
-        assert read.acquire(timeout=10)
-    assert threading.main_thread() not in threads
-    assert [ahead(step, 2) for step in (6, 8, 0, 2)] == [(6, 2), (8, 2), (0, 2), (2, 2)]
-
-
-def test_evaluation_order_has_every_image_once_and_pads_the_last_batch():
-    indices, mask = plain_order(10, 4)
-    assert indices.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
-    assert mask.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
-    for size, batch_size in ((1, 1), (1, 7), (7, 7), (8, 4), (1797, 128)):
-        indices, mask = plain_order(size, batch_size)
-        assert indices[mask].tolist() == list(range(size))
-        assert mask[:-1].all()
-        assert indices.max() == size - 1
 
 
 # ---- The cache

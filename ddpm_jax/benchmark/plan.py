@@ -35,7 +35,7 @@ class Plan:
     train: bool = False
     """Also measure the train step, at train.batch_size."""
     data: bool = False
-    """Also measure the feed of batches, beside a bare NumPy gather."""
+    """Also measure the feed of batches, beside a bare NumPy gather or, of pictures decoded at every step, Pillow alone."""
     peer: Literal["none", "torch"] = "none"
     """Run the same in PyTorch with diffusers, in turn with ours (extra `parity`)."""
     peak_tflops: float | None = None

@@ -4,20 +4,26 @@ Every function gives rows, dictionaries of plain values: what was run, seconds, 
 """
 
 import dataclasses
+import functools
+import io
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from ddpm_jax import sharding
-from ddpm_jax.benchmark.timing import Timing, peak_tflops, take_turns
+from ddpm_jax.benchmark.timing import Timing, host_memory, peak_tflops, take_turns
 from ddpm_jax.config import Config, check
 from ddpm_jax.data import batch_indices, make_feed, open_source
+from ddpm_jax.data.pictures import DecodedPictures
 from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
 from ddpm_jax.training import build_unet, init_sharded_state, init_state, make_train_step, one_step
 
@@ -39,6 +45,7 @@ COLUMNS = {
     "tflops": ("TFLOP/s", ".3f"),
     "peak_share": ("of peak", ".1%"),
     "memory_mib": ("MiB a device", ".0f"),
+    "host_mib": ("MiB of the host", ".0f"),
     "ratio_to_peer": ("time / peer's", ".2f"),
 }
 
@@ -176,13 +183,19 @@ def training(config: Config, *, repeats: int, peak: float | None = None, peer: P
 
 
 def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
-    """Measures the feed of batches until they are on the devices, beside a bare NumPy gather of the same images."""
+    """Measures the feed of batches until they are on the devices, beside the same images without it: a bare NumPy gather
+    or, of pictures that are decoded at every step, Pillow alone. The host's memory is the whole process's, after both.
+    """
     check(config, num_devices=jax.device_count())
     source, mesh = open_source(config.data), sharding.make_mesh(fsdp=config.train.fsdp)
-    feed, batch, steps = make_feed(config, source, mesh), config.train.batch_size, config.train.steps_per_dispatch
+    batch, steps = config.train.batch_size, config.train.steps_per_dispatch
     look_up = jax.jit(lambda dataset, places: dataset[places], out_shardings=sharding.split(mesh, axis=1))
     dispatches = range(0, max(num_batches, steps) // steps * steps, steps)
     wanted = [batch_indices(config.seed, first, steps, batch, len(source)) for first in dispatches]
+    times = len(wanted) * steps
+    # The end of the run, for reading ahead beyond it would take time from the other's turn.
+    ended = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=times))
+    feed = make_feed(ended, source, mesh)
 
     def ours():
         for first in dispatches:
@@ -193,8 +206,30 @@ def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
         for indices in wanted:
             source.read(indices)
 
-    times = len(wanted) * steps
-    return [
+    alone: tuple[str, Callable[[], None]] = ("NumPy gather", gather)
+    if isinstance(source.images, DecodedPictures):
+        indices = np.concatenate(wanted).reshape(-1)
+        alone = ("Pillow alone", functools.partial(pillow_alone, source.images, indices, config.data.workers))
+    rows = [
         _row({"what": what, "steps": times, "batch": batch}, timing, times=times, images=times * batch)
-        for what, timing in zip(("data feed", "NumPy gather"), take_turns([ours, gather], repeats), strict=True)
+        for what, timing in zip(("data feed", alone[0]), take_turns([ours, alone[1]], repeats), strict=True)
     ]
+    held = host_memory()
+    rows[0] |= {} if held is None else {"host_mib": held / 2**20}
+    return rows
+
+
+def pillow_alone(images: DecodedPictures, indices: Iterable[int], workers: int) -> None:
+    """Reads pictures and has Pillow decode, crop and resize them to the same size, in as many threads; no more is done."""
+    size, mode = images.shape[1], "L" if images.shape[3] == 1 else "RGB"
+
+    def one(i):
+        with Image.open(io.BytesIO(images.pictures.read(i))) as picture:
+            side = min(picture.size)
+            left, top = ((length - side) // 2 for length in picture.size)
+            box = (left, top, left + side, top + side)
+            picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for _ in pool.map(one, indices):
+            pass

@@ -56,6 +56,16 @@ def take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]
     return [Timing(first, list(rest)) for first, *rest in zip(*rounds, strict=True)]
 
 
+def host_memory() -> int | None:
+    """Bytes of RAM that this process holds itself, without the files that it maps, whose pages the system may drop at any
+    time; None where the system does not tell (it is Linux that does).
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
+    return kib[0] * 1024 if kib else None
+
+
 def peak_tflops(device: jax.Device, dtype: str) -> float | None:
     """The device's peak in this dtype, or None if it is not known. float32 runs in TF32 on GPUs, which is half of
     bfloat16's, and in one bfloat16 pass on TPUs: the defaults of JAX.

@@ -55,7 +55,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
         return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
-    return read_ahead(images)
+    return read_ahead(images, config.train.steps)
 
 
 def _put(array: np.ndarray, layout: NamedSharding) -> Array:
@@ -63,21 +63,22 @@ def _put(array: np.ndarray, layout: NamedSharding) -> Array:
     return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 
 
-def read_ahead(feed: Feed) -> Feed:
-    """The same feed, which begins with the dispatches that follow the one asked for in a thread of its own.
+def read_ahead(feed: Feed, end: int) -> Feed:
+    """The same feed, which begins with the dispatches that follow the one asked for, up to step `end`, in other threads.
 
     What they raise is raised when they are asked for.
     """
-    thread = ThreadPoolExecutor(1)
+    threads = ThreadPoolExecutor(2)  # so that the next is begun where all that is left of one is its last pictures
     waiting: dict[tuple[int, int], Future] = {}
 
     def call(first_step, num_steps):
-        wanted = [(first_step + i * num_steps, num_steps) for i in range(AHEAD + 1)]
+        following = range(first_step + num_steps, end, num_steps)[:AHEAD]
+        wanted = [(step, num_steps) for step in (first_step, *following)]
         for other in waiting.keys() - set(wanted):
             waiting.pop(other).cancel()
         for dispatch in wanted:
             if dispatch not in waiting:
-                waiting[dispatch] = thread.submit(feed, *dispatch)
+                waiting[dispatch] = threads.submit(feed, *dispatch)
         return waiting.pop(wanted[0]).result()
 
     return call

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,12 +82,11 @@ def _write(path: Path, images: DecodedPictures) -> None:
         with temporary.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            bad = []
-            for image in _all(images, "Decoding pictures"):
-                if isinstance(image, PictureError):
-                    bad.append(image)
-                elif not bad:
-                    file.write(image.tobytes())
+            bad: list[PictureError] = []
+            for block, errors in _blocks(images, "Decoding pictures"):
+                bad += errors
+                if not bad:
+                    file.write(block.data)
             if bad:
                 raise _refusal(bad, len(images))
             file.flush()
@@ -97,11 +96,11 @@ def _write(path: Path, images: DecodedPictures) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _all(images: DecodedPictures, what: str) -> Iterable[np.ndarray | PictureError]:
+def _blocks(images: DecodedPictures, what: str) -> Iterator[tuple[np.ndarray, list[PictureError]]]:
     with tqdm(total=len(images), desc=what, unit="picture", dynamic_ncols=True) as bar:
         for first in range(0, len(images), BLOCK):
             block = range(first, min(first + BLOCK, len(images)))
-            yield from images.attempts(block)
+            yield images.attempts(block)
             bar.update(len(block))
 
 
@@ -126,7 +125,7 @@ def bad_list(pictures: Pictures) -> Path:
 
 def list_bad(images: DecodedPictures) -> dict[str, str]:
     """Decodes every picture and writes the list of those that cannot be; returns it, {name: reason}."""
-    bad = {image.name: image.reason for image in _all(images, "Checking pictures") if isinstance(image, PictureError)}
+    bad = {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
     path = bad_list(images.pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

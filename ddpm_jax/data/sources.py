@@ -214,7 +214,7 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
 
 def _choose(source: str, names) -> list[str]:
     """The names that end like a picture's, sorted; hidden files and folders are left out, other files with a note."""
-    seen = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    seen = [name for name in names if not ("/." in (inside := f"/{name}") or "/__MACOSX" in inside)]
     chosen = sorted(name for name in seen if name.lower().endswith(ENDINGS))
     if not chosen:
         raise UsageError(f"data.source={source!r} has no pictures; expected files that end in {', '.join(ENDINGS)}")
