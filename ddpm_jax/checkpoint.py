@@ -26,6 +26,7 @@ from etils import epath
 
 from ddpm_jax import sharding
 from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.files import write_text
 from ddpm_jax.training import TrainState
 
 MANIFEST = "manifest.json"
@@ -44,13 +45,6 @@ def _write_small_arrays_whole() -> None:
 
 
 _write_small_arrays_whole()
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all: beside its place, then renamed into it."""
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _manifest_text(files: dict[str, list[Any]]) -> str:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt8
 from ddpm_jax import rng
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion import q_sample
+from ddpm_jax.files import whole
 from ddpm_jax.generate import sample_key, to_uint8
 from ddpm_jax.reporting import enlarge, grid, png_bytes
 from ddpm_jax.sampling.ancestral import ancestral
@@ -142,9 +143,8 @@ def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, sheet in pictures.items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(png_bytes(enlarge(sheet)))
-        temporary.replace(folder / f"{name}-{run.step:08d}.png")
+        with whole(folder / f"{name}-{run.step:08d}.png") as temporary:
+            temporary.write_bytes(png_bytes(enlarge(sheet)))
 
 
 # ---- Curves

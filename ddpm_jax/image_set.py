@@ -21,8 +21,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import write_text
 from ddpm_jax.errors import UsageError
+from ddpm_jax.files import is_remnant, whole, write_text
 from ddpm_jax.generate import SamplerOptions, batch_ranges, generate_batches, make_generator, sample_key
 from ddpm_jax.reporting import enlarge, grid, png_bytes
 from ddpm_jax.workdir import Run
@@ -64,7 +64,7 @@ class ImageSet:
                 )
             self.complete = there["complete"]
             return
-        if self.folder.exists() and any(path.name != f"{SET}.tmp" for path in self.folder.iterdir()):
+        if self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
             raise UsageError(f"--out {self.folder} has files but no {SET}; give an empty or a new folder")
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
         self._mark(complete=False)
@@ -91,11 +91,8 @@ class ImageSet:
         if self.format in ("png", "both"):
             for i, image in zip(part, images, strict=True):
                 (self.folder / f"{i:06d}.png").write_bytes(png_bytes(image))
-        path = self._part(part.start)
-        temporary = path.parent / (path.name + ".tmp")
-        with temporary.open("wb") as file:
+        with whole(self._part(part.start)) as temporary, temporary.open("wb") as file:
             np.savez(file, images=images)
-        temporary.replace(path)
 
     def wait(self) -> None:
         """Waits until everything added is on disk."""
@@ -123,10 +120,9 @@ class ImageSet:
 
     def _join(self, paths: list[epath.Path], image_shape: tuple[int, ...]) -> None:
         """images.npz, part by part, so that no more than one is in memory."""
-        path = self.folder / "images.npz"
-        temporary = path.parent / (path.name + ".tmp")
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.indices), *image_shape)}
         with (
+            whole(self.folder / "images.npz") as temporary,
             temporary.open("wb") as file,
             zipfile.ZipFile(file, "w") as archive,
             archive.open("images.npy", "w", force_zip64=True) as array,
@@ -134,7 +130,6 @@ class ImageSet:
             np.lib.format.write_array_header_1_0(array, header)
             for part in paths:
                 array.write(read_images(part).tobytes())
-        temporary.replace(path)
 
 
 def generate_set(

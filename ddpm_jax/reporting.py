@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from ddpm_jax.checkpoint import write_text
+from ddpm_jax.files import write_text
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from ddpm_jax import config as configs
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps, write_text
+from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
+from ddpm_jax.files import is_remnant, write_text
 from ddpm_jax.reporting import best_step
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.training import TrainState, build_schedule, build_unet, init_state
@@ -67,7 +68,7 @@ def _enter(workdir: epath.Path, config: Config) -> int:
             )
         if old == config:
             return 0
-    elif workdir.exists() and any(path.name != f"{CONFIG}.tmp" for path in workdir.iterdir()):
+    elif workdir.exists() and not all(is_remnant(path, CONFIG) for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     _write_config(workdir, config)
     return 0

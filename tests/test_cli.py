@@ -367,7 +367,7 @@ def test_workdir_without_a_checkpoint_takes_a_corrected_config(tmp_path):
 
 
 def test_workdir_that_was_killed_while_its_config_was_written_is_taken(tmp_path):
-    (tmp_path / "config.json.tmp").write_text('{"see')
+    (tmp_path / "config.json.123.tmp").write_text('{"see')
     enter(epath.Path(tmp_path), Config())
     assert read_config(epath.Path(tmp_path)) == Config()
 

@@ -12,9 +12,9 @@ from etils import epath
 from ddpm_jax.benchmark import programs, topology, torch_peer
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import environment
-from ddpm_jax.checkpoint import write_text
 from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.errors import UsageError
+from ddpm_jax.files import write_text
 from ddpm_jax.generate import SamplerOptions, build_sampler
 
 

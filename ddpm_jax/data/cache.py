@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 from ddpm_jax.errors import UsageError
+from ddpm_jax.files import write_text
 
 BLOCK = 256  # pictures decoded side by side before they are written
 NAMED = 5  # of many bad pictures, how many a message names
@@ -128,9 +129,7 @@ def list_bad(images: DecodedPictures) -> dict[str, str]:
     bad = {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
     path = bad_list(images.pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(bad, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(bad, indent=1) + "\n")
     return bad
 
 

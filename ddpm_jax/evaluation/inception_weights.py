@@ -20,6 +20,7 @@ from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import Features, on_devices
 from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
+from ddpm_jax.files import whole
 
 INCEPTION = "inception-2015-12-05"  # what the features' name starts with
 SOURCE = "pt_inception-2015-12-05-6726825d.pth"
@@ -110,9 +111,8 @@ def convert_inception(
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be read as PyTorch weights ({reason}); {HOW_TO_GET}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / (out.name + ".tmp")
-    temporary.write_bytes(save(tensors, {"source_sha256": found, "sha256": _checksum(tensors)}))
-    temporary.replace(out)
+    with whole(out) as temporary:
+        temporary.write_bytes(save(tensors, {"source_sha256": found, "sha256": _checksum(tensors)}))
     return out
 
 

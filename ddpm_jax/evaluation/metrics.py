@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.checkpoint import write_text
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import likelihood, scores
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import INCEPTION
 from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.evaluation.run import Evaluation
+from ddpm_jax.files import write_text
 
 NEAREST = 8
 

@@ -9,7 +9,6 @@ Of several processes the first one reads and writes, and tells the others what i
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import write_text
+from ddpm_jax.files import whole, write_text
 
 Arrays = dict[str, np.ndarray]
 
@@ -34,10 +33,8 @@ def save_arrays(path: epath.Path, arrays: Arrays) -> None:
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / (path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    temporary.replace(path)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # it takes one name for an option of its own
 
 
 def load_arrays(path: epath.Path) -> Arrays | None:
@@ -48,7 +45,7 @@ def load_arrays(path: epath.Path) -> Arrays | None:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
-    except (zipfile.BadZipFile, ValueError, EOFError):
+    except Exception:  # a damaged header raises almost anything
         return None
 
 

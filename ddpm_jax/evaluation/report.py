@@ -11,10 +11,10 @@ from typing import Any
 from etils import epath
 
 from ddpm_jax import config as configs
-from ddpm_jax.checkpoint import write_text
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.run import EVALUATION
 from ddpm_jax.figures import FOLDER, curves
+from ddpm_jax.files import write_text
 from ddpm_jax.reporting import read_metrics
 from ddpm_jax.workdir import read_config
 

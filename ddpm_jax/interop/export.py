@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from ddpm_jax import config as configs
 from ddpm_jax import rng
 from ddpm_jax.errors import UsageError
+from ddpm_jax.files import whole
 from ddpm_jax.generate import to_uint8
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.rng import Purpose
@@ -81,7 +82,6 @@ def export_run(run: Run, file: epath.PathLike, *, weights: str) -> None:
     check_file(file)
     file = epath.Path(file)
     content = parameters_file(run, weights) if file.suffix == ".safetensors" else sampler_file(run)
-    temporary = file.parent / (file.name + ".tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    temporary.replace(file)
+    with whole(file) as temporary:
+        temporary.write_bytes(content)
