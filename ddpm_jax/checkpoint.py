@@ -36,7 +36,11 @@ NO_STEP = -1
 def _write_small_arrays_whole() -> None:
     # By default each of n devices that hold the same array hands over its n-th part: thousands of small operations for a
     # state of small arrays. Only parts of 1 MiB or more are worth that.
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    default = ocp.type_handlers.get_type_handler(jax.Array)
+    handler = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=2**20,
+        array_metadata_store=getattr(default, "_array_metadata_store", None),  # what hosts compare at the end of a save
+    )
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns that there is a handler already

@@ -77,11 +77,11 @@ class Chains:
         return self._run(self._params, self.key, jnp.asarray(indices), x, first, last)
 
     def progressive(self, *, frames: int = 10) -> UInt8[np.ndarray, "N H W C"]:
-        """The x_0 predicted at equal distances along the process, one row of `frames` for each of the first images."""
+        """The x_0 predicted at equal distances along the process, a row of min(frames, T) for each of the first images."""
         T, x, columns = self.schedule.T, self.start(range(self.count)), []
-        stops = [max(1, round(T * i / frames)) for i in range(1, frames + 1)]
+        stops = sorted({max(1, round(T * i / frames)) for i in range(1, frames + 1)})
         for first, last in zip([0, *stops[:-1]], stops, strict=True):
-            x, x_0 = self.steps(range(self.count), x, first, max(last, first))
+            x, x_0 = self.steps(range(self.count), x, first, last)
             columns.append(to_uint8(x_0))
         return np.stack(columns, axis=1).reshape(-1, *self.shape)
 
@@ -130,7 +130,7 @@ def draw_figures(evaluation: "Evaluation", results: dict[str, dict[str, Any]]) -
     chains = Chains(run.config, run.params, seed=evaluation.options.seed)
     pictures = {
         "samples": grid(samples),
-        "progressive": grid(chains.progressive(frames=10), columns=10),
+        "progressive": grid(chains.progressive(frames=10), columns=min(10, chains.schedule.T)),
         "shared_latents": grid(chains.shared_latents(), columns=COLUMNS),
     }
     if evaluation.num_real >= 2:
@@ -168,7 +168,7 @@ def curves(
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend()
+        axes.legend(fontsize="x-small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

@@ -212,8 +212,14 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
         losses.fetch_all()  # nothing is saved whose losses were not finite
         if report:
             report.flush()
-        best = best_step(workdir, options.keep_best) if report and measure else None
+        best = best_step(workdir, options.keep_best, checkpoints.steps()) if report else None
         checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log}, keep=best)
+
+    def aside(work, *arguments):
+        nonlocal logged_time  # steps/s are of training alone
+        start = time.perf_counter()
+        work(*arguments)
+        logged_time += time.perf_counter() - start
 
     def sample_grid():
         images = grid_images(config, generator, state.ema_params, mesh)
@@ -240,10 +246,9 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
     try:
         # A run that stopped between a save and what follows it makes up for that.
         if step and is_due(options.sample_every) and is_missing(lambda report: report.has_samples(step)):
-            sample_grid()
+            aside(sample_grid)
         if step and measure and is_due(options.eval_every) and is_missing(lambda report: report.has("eval_loss", step)):
-            evaluate(measure)
-        logged_time = time.perf_counter()
+            aside(evaluate, measure)
         while step < options.steps:
             state, metrics = train_steps(state, *feed(step, options.steps_per_dispatch))
             losses.add(metrics)
@@ -264,9 +269,9 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
                 checkpoints.wait()
                 raise Interrupted(received[0] if received else signal.SIGTERM, step)
             if is_due(options.sample_every):
-                sample_grid()
+                aside(sample_grid)
             if measure and is_due(options.eval_every):
-                evaluate(measure)
+                aside(evaluate, measure)
         checkpoints.wait()
         return state
     finally:

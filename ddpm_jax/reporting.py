@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,14 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def best_step(workdir: epath.Path, name: str) -> int | None:
-    """The first step at which the scalar of this name was least, or None if it was never logged."""
-    logged = [(line[name], line["step"]) for line in read_metrics(workdir) if math.isfinite(line.get(name, math.nan))]
-    return min(logged)[1] if logged else None
+def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | None:
+    """The first of the steps at which the scalar of this name was least, or None if it was logged at none of them.
+
+    Only lines that measured the same as its last one are compared: those of an equal "eval_of".
+    """
+    logged = [line for line in read_metrics(workdir) if math.isfinite(line.get(name, math.nan))]
+    comparable = [line for line in logged if line.get("eval_of") == logged[-1].get("eval_of")]
+    return min(((line[name], line["step"]) for line in comparable if line["step"] in steps), default=(0, None))[1]
 
 
 def cut_metrics(path: epath.Path, last_step: int) -> None:
@@ -115,11 +120,12 @@ class Report:
         self._metrics = (workdir / METRICS).open("a")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, {"step": step, **values}, and one TensorBoard scalar for each value."""
+        """One line of metrics.jsonl, {"step": step, **values}, and one TensorBoard scalar for each number among the values."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
-            self._event(step, summary.scalar(name, value))
+            if not isinstance(value, str):
+                self._event(step, summary.scalar(name, value))
         self._events.flush()
 
     def samples(self, step: int, images: UInt8[np.ndarray, "N H W C"]) -> None:

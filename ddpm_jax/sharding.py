@@ -60,14 +60,14 @@ def first_decides(decide: Callable[[], int]) -> int:
 
 
 def first_reads(path: epath.Path) -> bytes | None:
-    """A file's content as the first process finds it, or None if it is not there: the same on all, which must all ask."""
+    """A file's content as the first process finds it, or None if no file is there: the same on all, which must all ask."""
     content = b""
 
     def look() -> int:
         nonlocal content
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return -1
         return len(content)
 

@@ -116,6 +116,7 @@ class Run:
     config: Config
     step: int
     checkpoint: str  # SHA-256 of its manifest, "" if it has none
+    weights: str  # what params are: "ema" or "raw"
     params: Any
     schedule: Schedule
     unet: UNet
@@ -145,7 +146,7 @@ def load_run(
     workdir = epath.Path(workdir)
     config = read_config(workdir)
     if step == "best":
-        step = best_step(workdir, config.train.keep_best)
+        step = best_step(workdir, config.train.keep_best, saved_steps(workdir / CHECKPOINTS))
         if step is None:
             raise UsageError(f"{workdir} has no {config.train.keep_best} yet; set train.eval_every, or give a step")
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
@@ -165,4 +166,4 @@ def load_run(
     finally:
         checkpoints.close()
     manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
-    return Run(config, chosen, manifest, params, build_schedule(config), build_unet(config), mesh)
+    return Run(config, chosen, manifest, weights, params, build_schedule(config), build_unet(config), mesh)

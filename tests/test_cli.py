@@ -253,8 +253,8 @@ WITH = "from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
         ("config = 1 / 0", "cannot be executed (ZeroDivisionError: division by zero)"),
         ("import no_such_module", "cannot be executed (ModuleNotFoundError: No module named 'no_such_module')"),
         (
-            WITH + "config = Config(train=TrainConfig(step=3))",
-            "cannot be executed (TypeError: TrainConfig.__init__() got an unexpected keyword argument 'step')",
+            WITH + "config = Config(train=TrainConfig(colour=3))",
+            "cannot be executed (TypeError: TrainConfig.__init__() got an unexpected keyword argument 'colour')",
         ),
     ],
 )
@@ -346,6 +346,7 @@ def test_workdir_takes_what_may_change(tmp_path):
     for name in MAY_CHANGE:
         section, field = name.split(".")
         texts = {"cache": "host", "on_bad_image": "skip", "source": "mine.npy"}
+        texts |= {"eval_source": "other.npy", "eval_features": "pixels", "keep_best": "eval_fid"}
         values[section][field] = texts.get(field, field == "remat" or 4)
     new = configs.from_json(values)
     assert set(configs.differences(old, new)) == MAY_CHANGE

@@ -1,6 +1,7 @@
 """What a run measures of itself while it trains, and the checkpoint that is kept for it."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from ddpm_jax import loop, sharding
 from ddpm_jax.data import open_source
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import scores
-from ddpm_jax.evaluation.during_training import make_evaluation, spread
+from ddpm_jax.evaluation.during_training import eval_of, make_evaluation, open_held_out, spread
 from ddpm_jax.evaluation.features import flat_pixels
 from ddpm_jax.generate import make_generator, sample_key
 from ddpm_jax.likelihood import bits_per_dim
@@ -41,13 +42,21 @@ CONFIG = tiny(
 
 
 @pytest.fixture(scope="module")
-def at_the_start(tmp_path_factory):
+def held_out(tmp_path_factory):
+    """The digits as negatives, which the training images are not."""
+    path = tmp_path_factory.mktemp("held_out") / "negatives.npy"
+    np.save(path, 255 - open_source(CONFIG.data).images)
+    return open_source(dataclasses.replace(CONFIG.data, source=str(path)))
+
+
+@pytest.fixture(scope="module")
+def at_the_start(tmp_path_factory, held_out):
     """The numbers of the untrained network."""
     mesh = sharding.make_mesh()
     generator, source = make_generator(CONFIG, mesh), open_source(CONFIG.data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        measure = make_evaluation(CONFIG, mesh, source, source, generator)
+        measure = make_evaluation(CONFIG, mesh, source, held_out, generator)
         params = init_sharded_state(CONFIG, mesh).params
         return measure(params), params, generator
 
@@ -67,10 +76,10 @@ def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
     assert values["eval_loss"] == pytest.approx(np.mean(quarters), rel=1e-12)
 
 
-def test_bits_per_dim_estimate_the_whole_bound(at_the_start):
+def test_bits_per_dim_estimate_the_whole_bound_of_the_held_out_images(at_the_start, held_out):
     """16 terms of the 19 between L_T and L_0, of 500 images, against all terms of all images."""
     values, _, _ = at_the_start
-    x_0 = open_source(CONFIG.data).images.astype(np.float32) / 127.5 - 1.0
+    x_0 = held_out.images.astype(np.float32) / 127.5 - 1.0
     bits = jax.jit(
         lambda x_0: (
             bits_per_dim(
@@ -168,12 +177,49 @@ def test_the_best_of_a_run_without_evaluations_is_refused(run):
         load_run(run, step="best")
 
 
+def test_the_best_checkpoint_stays_when_the_run_goes_on_without_evaluations(run):
+    loop.train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0)), run)
+    assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [4, 14, 16]
+    assert load_run(run, step="best").step == 4
+
+
 def test_what_is_not_a_number_is_never_the_best(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 2, "eval_loss": NaN}\n{"step": 4, "eval_loss": 3.0}\n{"step": 6, "l'
-    )
-    assert best_step(tmp_path, "eval_loss") == 4
-    assert best_step(tmp_path, "eval_fid") is None
+    lines = ['{"step": 2, "eval_loss": NaN}', '{"step": 4, "eval_loss": 3.0}', '{"step": 6, "l']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert best_step(tmp_path, "eval_loss", [2, 4, 6]) == 4
+    assert best_step(tmp_path, "eval_loss", [2, 6]) is None
+    assert best_step(tmp_path, "eval_fid", [2, 4, 6]) is None
+
+
+def test_only_evaluations_of_the_same_are_compared(tmp_path):
+    """An FID of pixels, then two of Inception's features: the first is less, and says nothing."""
+    lines = [
+        {"step": 2, "eval_fid": 0.4, "eval_of": "a"},
+        {"step": 4, "eval_fid": 25.0, "eval_of": "b"},
+        {"step": 6, "eval_fid": 30.0, "eval_of": "b"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_step(tmp_path, "eval_fid", [2, 4, 6]) == 4
+
+
+def test_what_can_be_compared_is_of_the_same_images_samples_and_features(held_out):
+    source = open_source(CONFIG.data)
+
+    def with_options(**options):
+        return eval_of(
+            dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **options)), source, held_out
+        )
+
+    others = [with_options(eval_images=2), with_options(eval_samples=8), with_options(eval_features="inception")]
+    assert len({with_options(), eval_of(CONFIG, source, source), *others}) == 5
+    assert with_options(eval_every=4) == with_options(keep_best="eval_fid") == with_options()
+
+
+def test_one_held_out_image_is_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8, 1), np.uint8))
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "one.npy")))
+    with pytest.raises(UsageError, match="has 1 image; give at least 2"):
+        open_held_out(config)
 
 
 def test_held_out_images_that_are_not_there_are_told_before_anything_is_made(tmp_path):

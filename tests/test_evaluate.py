@@ -25,7 +25,7 @@ from ddpm_jax.evaluation import run as evaluation_run
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
-from ddpm_jax.evaluation.run import Evaluation, Options
+from ddpm_jax.evaluation.run import Evaluation, Options, feature_statistics, real_features
 from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
 from ddpm_jax.workdir import load_run
 
@@ -212,7 +212,16 @@ def test_more_images_continue_from_those_that_are_there(evaluated, run, loaded, 
     np.testing.assert_array_equal(evaluation.generated["features"][:16], evaluated[0].generated["features"][:16])
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-200] + bytes(200), lambda b: b""])
+DAMAGES = {
+    "cut short": lambda b: b[:100],
+    "zeros at its end": lambda b: b[:-200] + bytes(200),
+    "empty": lambda b: b"",
+    "a bit of the header": lambda b: b.replace(b"{'descr'", b"{\xa7descr'"),
+    "an open bracket": lambda b: b.replace(b"(4,), }", b"(4,(, }"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_part_is_computed_anew(tmp_path, damage):
     def compute(part):
         return {"x": np.arange(part.start, part.stop) ** 2}
@@ -221,9 +230,26 @@ def test_a_damaged_part_is_computed_anew(tmp_path, damage):
     expected = parts.all(10, 4, title="x")["x"]
     np.testing.assert_array_equal(expected, np.arange(10) ** 2)
     path = sorted(parts.folder.glob("*.npz"))[1]
-    path.write_bytes(damage(path.read_bytes()))
+    damaged = damage(path.read_bytes())
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
     np.testing.assert_array_equal(Parts(tmp_path, {"a": 1}, compute).all(10, 4, title="x")["x"], expected)
     assert load_arrays(path)["x"].tolist() == [16, 25, 36, 49]
+
+
+def test_features_of_one_data_set_at_two_sizes_never_mix(loaded):
+    """A folder of pictures has one identity, of names and bytes, whatever size they are brought to."""
+    whole = open_source(CONFIG.data)
+    brightness = Features("brightness", lambda images: {"features": images.mean(axis=(1, 2))})
+    for source in (whole, dataclasses.replace(whole, images=whole.images[:, :4])):
+        parts = real_features(source, brightness, batch_size=8, mesh=loaded.mesh)
+        mu = feature_statistics(parts, count=16, batch_size=8).mu
+        np.testing.assert_allclose(mu, source.images[:16].mean(), rtol=1e-12)
+
+
+def test_results_of_raw_parameters_say_so(run):
+    raw = load_run(run, weights="raw")
+    assert Evaluation(raw, run, PIXELS, OPTIONS).model["weights"] == "raw"
 
 
 def test_parts_of_another_definition_never_mix_in(tmp_path):
@@ -315,7 +341,14 @@ def test_too_few_images_for_the_covariance_are_refused(run, loaded):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "got statistics of 5 and of 3 features, expected as many"),
+        (
+            {"mu": np.zeros(3), "sigma": np.eye(3)},
+            "are of 3 features, but five sums has 5; give statistics of the same",
+        ),
+        (
+            {"mu": np.zeros(5), "sigma": np.full((5, 5), np.nan)},
+            "has numbers that are not finite; give other statistics",
+        ),
         ({"mu": np.zeros(5), "sigma": np.eye(4)}, "has mu (5,) and sigma (4, 4), expected (D,) and (D, D)"),
         ({"mean": np.zeros(5)}, "is not an .npz file with the arrays mu and sigma; give such a file"),
         ({"mu": np.array([{}] * 5), "sigma": np.eye(5)}, "is not an .npz file with the arrays mu and sigma"),
@@ -325,6 +358,18 @@ def test_statistics_that_do_not_fit_are_refused(run, loaded, tmp_path, arrays, m
     np.savez(tmp_path / "s.npz", **arrays)
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "s.npz"))
     assert message in refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+
+
+def test_a_folder_in_the_place_of_statistics_is_refused(run, loaded, tmp_path):
+    options = dataclasses.replace(OPTIONS, statistics=str(tmp_path))
+    message = refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+    assert message.endswith("is not an .npz file with the arrays mu and sigma; give such a file")
+
+
+def test_the_best_checkpoint_of_a_run_without_evaluations_is_refused(command, run):
+    code, _, err = command(str(run), "--step", "best")
+    assert code == 2
+    assert err.startswith(f"{run} has no eval_loss yet; set train.eval_every, or give a step")
 
 
 def test_the_inception_score_needs_logits(run, loaded):
@@ -372,7 +417,7 @@ def test_inception_metrics_without_weights_are_told_in_one_sentence(command, run
     assert (code, out) == (2, "")
     assert err.startswith("the Inception weights are not there")
     assert "download pt_inception-2015-12-05-6726825d.pth" in err
-    assert "without them nll, rate-distortion and nearest work, and fid, kid and prdc on --features pixels" in err
+    assert "without them nll, rate-distortion and nearest work, and fid, kid and prdc of pixels (--features pixels," in err
     assert "\n" not in err
 
 

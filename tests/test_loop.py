@@ -13,9 +13,10 @@ from tiny import tiny
 from ddpm_jax import loop, sharding, training
 from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.evaluation.during_training import make_evaluation
 from ddpm_jax.generate import make_generator, sample_key
 from ddpm_jax.loop import Losses, train
-from ddpm_jax.reporting import enlarge, grid
+from ddpm_jax.reporting import enlarge, grid, read_metrics
 from ddpm_jax.workdir import load_run
 
 # What other tests of resuming leave out: a history of losses, data fed by the host, grids and evaluations.
@@ -78,7 +79,7 @@ def test_a_grid_that_was_lost_between_the_save_and_the_stop_is_made_up_for(finis
     assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
 
 
-def test_samples_come_from_the_moving_average(finished):
+def test_samples_and_evaluations_are_of_the_moving_average(finished):
     """load_run gives the EMA unless told otherwise, and the grids are drawn from it; never the raw parameters."""
     workdir, state = finished
     ema, raw = (load_run(workdir, weights=weights).params for weights in ("ema", "raw"))
@@ -87,7 +88,12 @@ def test_samples_come_from_the_moving_average(finished):
         assert not np.array_equal(a, c)
     for a, b in zip(*map(jax.tree.leaves, (raw, state.params)), strict=True):
         np.testing.assert_array_equal(a, b)
-    generator = make_generator(CONFIG, sharding.make_mesh())
+    mesh, source = sharding.make_mesh(), loop.open_source(CONFIG.data)
+    generator = make_generator(CONFIG, mesh)
+    measure = make_evaluation(CONFIG, mesh, source, source, generator)
+    logged = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    assert logged["eval_loss"] == pytest.approx(measure(ema)["eval_loss"], rel=1e-5)
+    assert logged["eval_loss"] != pytest.approx(measure(raw)["eval_loss"], rel=1e-4)
     images = np.asarray(generator(ema, sample_key(CONFIG.seed), np.arange(8, dtype=np.int32)))[:2]
     sheet = np.asarray(Image.open(workdir / "samples" / "step_00000008.png"), int)
     assert np.abs(sheet - enlarge(grid(images))[..., 0]).max() <= 1

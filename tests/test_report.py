@@ -37,6 +37,11 @@ def reported(tmp_path_factory):
     later = json.loads(json.dumps(results["fid"]))
     later["definition"]["sampling"]["step"], later["value"] = 80, 1.25
     (workdir / "evaluation" / "fid-00000080-00000000.json").write_text(json.dumps(later))
+    later["definition"]["sampling"]["images"] = 50  # another way to take it, at one step only
+    (workdir / "evaluation" / "fid-00000080-11111111.json").write_text(json.dumps(later))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        for step, fid in ((10, 8.0), (20, 4.0)):
+            file.write(json.dumps({"step": step, "eval_loss": 1.0, "eval_fid": fid, "eval_of": "0123abcd"}) + "\n")
     return workdir, evaluation, results, write_report(workdir).read_text()
 
 
@@ -77,6 +82,15 @@ def test_the_report_holds_config_curves_and_figures(reported):
         assert content.startswith(b"\x89PNG") if kind == "png" else b"<svg" in content
 
 
+def test_the_curves_have_a_line_for_each_way_a_number_was_taken(reported):
+    curves = {caption: content.decode() for caption, (kind, content) in pictures(reported[3]).items() if "svg" in kind}
+    fid, loss = curves["FID against training steps."], curves["The training loss."]
+    assert "12 samples, ancestral, 10 steps, seed 0" in fid
+    assert "while training (0123abcd)" in fid
+    assert "50 samples" not in fid
+    assert "held-out images, EMA parameters" in loss
+
+
 def test_the_report_asks_for_nothing_from_a_network(reported):
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*"?(?!data:)([^">)]+)', reported[3])
     assert outside == []
@@ -111,12 +125,38 @@ def test_the_papers_numbers_stand_beside_those_of_a_paper_config_and_no_other(re
         ({"model": {"ch": 64}}, None),
         ({"diffusion": {"schedule": "cosine"}}, None),
         ({"data": {"source": "pictures.zip"}}, None),
+        ({"data": {"source": "tfds:cifar100:train"}}, None),
+        ({"data": {"source": "CIFAR-10_train.zip"}}, "3.17 (train set), 5.24 (test set)"),
+        ({"diffusion": {"loss_weighting": "min_snr"}}, None),
+        ({"diffusion": {"t_sampler": "loss_history"}}, None),
+        ({"model": {"num_res_blocks": 1}}, None),
+        ({"train": {"lr": 1e-2}}, None),
+        ({"train": {"flip": False}}, None),
+        ({"model": {"dtype": "bfloat16"}}, "3.17 (train set), 5.24 (test set)"),
     ],
 )
 def test_paper_configs_are_told_by_every_field_that_matters(changes, fid):
     config = load_config("configs/cifar10.py")
     for section, fields in changes.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+    assert papers_numbers(configs.flatten(config), config.data.source).get("fid") == fid
+
+
+@pytest.mark.parametrize(
+    ("name", "fid"),
+    [
+        ("cifar10_eps_l", "13.51"),
+        ("cifar10_mean_l", "13.22"),
+        ("cifar10_mean_l_learned", "23.69"),
+        ("lsun_bedroom256", "6.36"),
+        ("lsun_bedroom256_large", "4.90"),
+        ("lsun_church256", "7.89"),
+        ("lsun_cat256", "19.75"),
+        ("celebahq256", None),
+    ],
+)
+def test_every_config_of_the_paper_has_its_numbers(name, fid):
+    config = load_config(f"configs/{name}.py")
     assert papers_numbers(configs.flatten(config), config.data.source).get("fid") == fid
 
 

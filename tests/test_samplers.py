@@ -244,7 +244,7 @@ def test_what_is_watched_is_the_chain_and_its_predictions():
     end, seen = reverse(sampler, model, *draws, x_T, watch=[19, 4])
     np.testing.assert_array_equal(seen.x[0], end)
     x_5, _ = reverse(sampler, model, *draws, x_T, rows=slice(5))
-    np.testing.assert_array_equal(seen.x[1], x_5)
+    np.testing.assert_allclose(seen.x[1], x_5, rtol=1e-5, atol=1e-6)  # another program, which may round otherwise
     before, _ = reverse(sampler, model, *draws, x_T, rows=slice(4))
     expected = jnp.clip(mixture_x_0(schedule, before, jnp.full(3, 15)), -1, 1)
     np.testing.assert_allclose(seen.x_0[1], expected, atol=1e-5)

@@ -200,3 +200,15 @@ def test_too_few_images_or_features_of_another_kind_are_refused(call, message):
     with pytest.raises(UsageError) as error:
         call()
     assert str(error.value).startswith(message)
+
+
+def test_statistics_of_parts_are_those_of_the_whole():
+    features = np.random.default_rng(0).normal(5, 2, (50, 4)) @ np.random.default_rng(1).normal(size=(4, 4))
+    got = scores.statistics_of_parts([features[:1], features[1:20], features[20:]])
+    np.testing.assert_allclose(got.mu, features.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(got.sigma, np.cov(features, rowvar=False), rtol=1e-12)
+
+
+def test_features_whose_covariance_would_not_fit_are_refused():
+    with pytest.raises(UsageError, match=r"got 16,385 features, whose covariance is too large; take at most 16,384"):
+        scores.statistics(np.zeros((2, 16_385)))

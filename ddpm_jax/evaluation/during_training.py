@@ -16,10 +16,12 @@ from jaxtyping import Array, Float
 from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
 from ddpm_jax.data import Source, open_source
+from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.likelihood import Drawn, bound_key, draw_times, make_bound, mean_and_error, strata
+from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.evaluation.run import Options, feature_statistics, real_features
 from ddpm_jax.generate import Generator, batch_ranges, generate_batches, sample_key
 from ddpm_jax.training import build_schedule, build_unet, image_losses
@@ -27,18 +29,28 @@ from ddpm_jax.training import build_schedule, build_unet, image_losses
 QUARTERS = 4
 TERMS = 16  # of the bound between L_T and L_0, for each image
 
-Measure = Callable[[Any], dict[str, float]]
+Measure = Callable[[Any], dict[str, Any]]
 
 
 def open_held_out(config: Config) -> Source:
-    """The images of train.eval_source, made as the training images are. Raises UsageError if they cannot be had."""
-    return open_source(dataclasses.replace(config.data, source=config.train.eval_source))
+    """The images of train.eval_source, made as the training images are. Raises UsageError if they, or two, cannot be had."""
+    source = open_source(dataclasses.replace(config.data, source=config.train.eval_source))
+    if len(source) < 2:
+        raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
+    return source
 
 
 def spread(source: Source, count: int) -> np.ndarray:
     """At most `count` images of a source, uint8 (n, H, W, C), at equal distances: a source may be sorted by class."""
     count = min(count, len(source))
     return source.read(np.arange(count) * len(source) // count)
+
+
+def eval_of(config: Config, source: Source, held_out: Source) -> str:
+    """A text that is equal for evaluations of the same images, samples and features: their numbers can be compared."""
+    options = config.train
+    of_samples = [source.identity, options.eval_samples, options.eval_features] if options.eval_samples else []
+    return digest([held_out.identity, min(options.eval_images, len(held_out)), *of_samples])[:8]
 
 
 def make_quarter_losses(config: Config, mesh: Mesh) -> Callable[..., Float[Array, "B 4"]]:
@@ -54,6 +66,7 @@ def make_quarter_losses(config: Config, mesh: Mesh) -> Callable[..., Float[Array
         def model(x_t, t):
             return unet.apply({"params": params}, x_t, t)
 
+        images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
         x_0, keys = images.astype(jnp.float32) / 127.5 - 1.0, rng.image_keys(key, indices)
 
         def body(carry, t):
@@ -62,8 +75,7 @@ def make_quarter_losses(config: Config, mesh: Mesh) -> Callable[..., Float[Array
         _, losses = jax.lax.scan(body, None, draw_times(key, indices, edges, schedule.T)[:, 1:].T)
         return losses.T
 
-    split = sharding.split(mesh)
-    return jax.jit(quarter_losses, in_shardings=(None, None, split, split), out_shardings=sharding.replicated(mesh))
+    return jax.jit(quarter_losses, out_shardings=sharding.replicated(mesh))
 
 
 def make_fid(config: Config, mesh: Mesh, source: Source, generator: Generator) -> Callable[[Any], float]:
@@ -95,6 +107,8 @@ def make_evaluation(config: Config, mesh: Mesh, source: Source, held_out: Source
     eval_bits_per_dim and its standard error over them: an unbiased estimate of the bound from 16 terms between L_T and L_0;
     eval_fid, if train.eval_samples: between so many samples and the training images (source).
 
+    eval_of: see there.
+
     generator: what the run's grids are drawn with. Raises UsageError if the Inception weights are needed and not there.
     """
     options, T = config.train, config.diffusion.T
@@ -119,6 +133,6 @@ def make_evaluation(config: Config, mesh: Mesh, source: Source, held_out: Source
         values |= {"eval_bits_per_dim": bits["value"], "eval_bits_per_dim_error": bits["standard_error"]}
         if fid:
             values["eval_fid"] = fid(params)
-        return {name: float(value) for name, value in values.items()}
+        return {name: float(value) for name, value in values.items()} | {"eval_of": eval_of(config, source, held_out)}
 
     return measure

@@ -129,7 +129,8 @@ def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
     if content is None:
         raise UsageError(
             f"the Inception weights are not there ({path}); {HOW_TO_GET}; without them nll, rate-distortion and nearest "
-            "work, and fid, kid and prdc on --features pixels or a function of your own"
+            "work, and fid, kid and prdc of pixels (--features pixels, in training train.eval_features=pixels) or of a function "
+            "of your own"
         )
     try:
         tensors = load(content)

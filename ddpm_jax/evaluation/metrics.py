@@ -20,6 +20,7 @@ from ddpm_jax.evaluation.run import Evaluation
 from ddpm_jax.files import write_text
 
 NEAREST = 8
+BLOCK_BYTES = 2**24  # of real images that are compared at a time
 
 
 def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
@@ -92,8 +93,9 @@ def rate_distortion(e: Evaluation) -> dict[str, Any]:
 def nearest(e: Evaluation) -> dict[str, Any]:
     """The real images nearest to each of the first samples, by pixels and by features: whether they were learned by heart."""
     samples, result = e.first_samples[:NEAREST], {}
-    starts = range(0, e.num_real, 4096)
-    blocks = (PIXELS.compute(e.read(range(i, min(i + 4096, e.num_real))))["features"] for i in starts)
+    block = max(1, BLOCK_BYTES // samples[0].nbytes)
+    starts = range(0, e.num_real, block)
+    blocks = (PIXELS.compute(e.read(range(i, min(i + block, e.num_real))))["features"] for i in starts)
     found = {"pixels": scores.nearest(PIXELS.compute(samples)["features"], blocks, count=NEAREST)}
     if e.features.name != PIXELS.name:
         queries = e.features.compute(samples)["features"]

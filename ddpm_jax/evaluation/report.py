@@ -125,14 +125,16 @@ def _training_curve(workdir: epath.Path) -> str:
     return _figure(curves(lines, x="step", y="loss", log=True), "svg", "The training loss.") if lines else ""
 
 
-def _fid_curve(results: list[dict[str, Any]]) -> str:
-    lines: dict[str, tuple[list[float], list[float]]] = {}
+def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
+    """FIDs against steps, a line for each way to take them; ways that have one step alone are left out."""
+    lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
-            steps, values = lines.setdefault(result["definition"]["features"], ([], []))
-            steps.append(_step(result))
-            values.append(result["value"])
-    several = {name: points for name, points in lines.items() if len(set(points[0])) > 1}
+            lines.setdefault(_made_of(result["definition"]), {})[_step(result)] = result["value"]
+    for line in read_metrics(workdir):
+        if "eval_fid" in line:
+            lines.setdefault(f"while training ({line['eval_of']})", {})[line["step"]] = line["eval_fid"]
+    several = {name: (list(points), list(points.values())) for name, points in sorted(lines.items()) if len(points) > 1}
     return (
         _figure(curves(several, x="step", y="FID", marks=True), "svg", "FID against training steps.") if several else ""
     )
@@ -158,7 +160,8 @@ def _rate_distortion(results: list[dict[str, Any]]) -> str:
             (rate, distortion, "Distortion against rate"),
         )
     ]
-    return "<h2>Rate and distortion</h2>" + _table([time, rate, distortion], rows) + "".join(figures)
+    of = f"<p><small>{html.escape(_made_of(newest['definition']))}</small></p>"
+    return "<h2>Rate and distortion</h2>" + of + _table([time, rate, distortion], rows) + "".join(figures)
 
 
 def _pictures(workdir: epath.Path) -> str:
@@ -195,7 +198,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(workdir.name)}</h1>"
         f"<h2>Results</h2>{_table(head, rows)}{of_paper if paper else ''}"
-        f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(results)}"
+        f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(workdir, results)}"
         + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
         + _pictures(workdir)
         + f"<h2>Config</h2>{_table(['field', 'value'], [[name, str(value)] for name, value in flat.items()])}"

@@ -91,7 +91,7 @@ class Evaluation:
         self.T = run.schedule.T
         self.edges = likelihood.strata(self.T, options.terms or self.T - 1)
         self.software = software(run.mesh)
-        self.model = {"step": run.step, "weights": "ema", "weights_sha256": weights_checksum(run.params)}
+        self.model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
 
     # ---- What defines the numbers
 
@@ -178,7 +178,14 @@ class Evaluation:
     def real_statistics(self) -> Statistics:
         """Mean and covariance of the real images' features: from --statistics, or computed once and kept in the cache."""
         if self.options.statistics:
-            return read_statistics(epath.Path(self.options.statistics))
+            given = read_statistics(epath.Path(self.options.statistics))
+            D = self.features.compute(self.read(range(1)))["features"].shape[1]
+            if given.mu.shape != (D,):
+                raise UsageError(
+                    f"--statistics {self.options.statistics} are of {len(given.mu):,} features, but {self.features.name} "
+                    f"has {D:,}; give statistics of the same function"
+                )
+            return given
         return feature_statistics(self._real_features, count=self.num_real, batch_size=self.batch_size)
 
     @functools.cached_property
@@ -214,6 +221,7 @@ def real_features(source: Source, features: Features, *, batch_size: int, mesh: 
     """The features of a source's images, kept in the machine's cache by the data's fingerprint."""
     definition = {
         "identity": source.identity,
+        "image_shape": list(source.images.shape[1:]),  # one folder gives images of many sizes
         "features": features.name,
         "batch_size": batch_size,
         "software": software(mesh),
@@ -230,7 +238,8 @@ def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Stati
     path = features.folder / f"statistics-{count}.npz"
     kept = load_arrays(path)
     if kept is None:
-        computed = scores.statistics(features.all(count, batch_size, title="real images")["features"])
+        parts = features.each(count, batch_size, title="real images")
+        computed = scores.statistics_of_parts(part["features"] for part in parts)
         save_arrays(path, computed._asdict())
         return computed
     return Statistics(**kept)
@@ -251,6 +260,8 @@ def read_statistics(path: epath.Path) -> Statistics:
     if arrays is None or not {"mu", "sigma"} <= set(arrays):
         raise UsageError(f"--statistics {path} is not an .npz file with the arrays mu and sigma; give such a file")
     mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UsageError(f"--statistics {path} has numbers that are not finite; give other statistics")
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
         raise UsageError(f"--statistics {path} has mu {mu.shape} and sigma {sigma.shape}, expected (D,) and (D, D)")
     return Statistics(mu, sigma)

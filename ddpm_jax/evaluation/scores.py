@@ -16,6 +16,7 @@ from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 from ddpm_jax.errors import UsageError
 
 SEED = 2020
+MOST_FEATURES = 2**14  # 2 GiB of covariance
 MIN_COMPARABLE = 10_000  # images below which the FID's bias is larger than what papers compare
 
 
@@ -34,19 +35,34 @@ class Estimate(NamedTuple):
 
 
 def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
-    """Mean and unbiased covariance of features.
+    """Mean and unbiased covariance of features. Raises as `statistics_of_parts`."""
+    return statistics_of_parts([features])
 
-    Raises UsageError for fewer than 2 images, which have no covariance, and for features that are not finite.
+
+def statistics_of_parts(parts: Iterable[Float[np.ndarray, "n D"]]) -> Statistics:
+    """Mean and unbiased covariance of features that come in parts, of which no more than one is held (Chan et al. 1983).
+
+    Raises UsageError for fewer than 2 images, which have no covariance, for features that are not finite, and for so many
+    features that their covariance would not fit.
     """
-    if len(features) < 2:
-        raise UsageError(f"got {len(features)} image(s), but a covariance needs at least 2; take more images")
-    features = np.asarray(features, np.float64)
-    if not np.isfinite(features).all():
-        raise UsageError(
-            f"the features of image {np.argmin(np.isfinite(features).all(axis=1))} are not finite; look at that image, and at "
-            "the function that they are of"
-        )
-    return Statistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+    count, mu, scatter = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        part = np.asarray(part, np.float64)
+        n, D = part.shape
+        if D > MOST_FEATURES:
+            raise UsageError(f"got {D:,} features, whose covariance is too large; take at most {MOST_FEATURES:,}")
+        if not np.isfinite(part).all():
+            raise UsageError(
+                f"the features of image {count + np.argmin(np.isfinite(part).all(axis=1))} are not finite; look at that "
+                "image, and at the function that they are of"
+            )
+        mean = part.mean(axis=0)
+        centred, away, total = part - mean, mean - mu, count + n
+        scatter = scatter + centred.T @ centred + np.outer(away, away) * (count * n / total)
+        mu, count = mu + away * (n / total), total
+    if count < 2:
+        raise UsageError(f"got {count} image(s), but a covariance needs at least 2; take more images")
+    return Statistics(mu, scatter / (count - 1))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
