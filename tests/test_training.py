@@ -65,11 +65,13 @@ def test_where_the_data_are_cached_changes_no_bit(reference):
     assert equal(run(tiny(model=ONE_LEVEL, data={"cache": "host"}), STEPS), reference)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_memory_only(reference):
     _, metrics = run(tiny(model=ONE_LEVEL, train={"accumulation": 4}), STEPS)
     assert_metrics_agree(metrics, reference[1])
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_only(reference):
     _, metrics = run(tiny(model=ONE_LEVEL | {"remat": True}), STEPS)
     assert_metrics_agree(metrics, reference[1])
@@ -196,6 +198,7 @@ def test_every_kind_of_loss_trains(diffusion):
         assert state.loss_history.count.sum() == 30 * 16
 
 
+@pytest.mark.slow
 def test_loss_falls_on_digits():
     config = tiny(train={"lr": 3e-3, "flip": False}, model=SMALLER)
     _, metrics = run(config, 60, dispatch=20)
