@@ -101,16 +101,23 @@ class ImageSet:
             pending.result()
 
     def finish(self) -> None:
-        """Joins the parts into what the format says, draws the grid and marks the set complete."""
+        """Joins the parts into what the format says, draws the grid and marks the set complete.
+
+        Raises UsageError if the parts are not the set's images.
+        """
         self.wait()
         self._writer.shutdown()
         parts = self.folder / "parts"
         if not self.complete:
             paths = sorted((p for p in parts.iterdir() if p.suffix == ".npz"), key=lambda p: int(p.stem))
             first: list[np.ndarray] = []
-            for path in paths:
-                if sum(map(len, first)) < GRID_IMAGES:
-                    first.append(read_images(path))
+            count = 0
+            for images in map(read_images, paths):
+                if count < GRID_IMAGES:
+                    first.append(images)
+                count += len(images)
+            if count != len(self.indices):
+                raise UsageError(f"{parts} has {count} images of {len(self.indices)}; give another --out")
             (self.folder / "grid.png").write_bytes(png_bytes(enlarge(grid(np.concatenate(first)[:GRID_IMAGES]))))
             if self.format in ("npz", "both"):
                 self._join(paths, first[0].shape[1:])
@@ -152,7 +159,8 @@ def generate_set(
     devices = run.mesh.devices.size
     ranges = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": weights, "seed": seed}
-    definition |= {"batch_size": batch_size, **dataclasses.asdict(options)}
+    # Of the parts, which the devices round up: on others that do not, they would overlap.
+    definition |= {"batch_size": len(ranges[0]), **dataclasses.asdict(options)}
     images: ImageSet | None = None
 
     def open_set() -> int:

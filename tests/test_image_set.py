@@ -157,6 +157,31 @@ def test_another_set_in_the_folder_is_refused(change, field, run, whole):
     assert content(whole) == before
 
 
+def test_a_set_is_not_continued_on_devices_that_make_other_parts(run, tmp_path, monkeypatch):
+    """Eight devices round batches of 4 up to 8; what one device would add to them overlaps."""
+
+    def first_alone(generator, params, key, ranges, **_):
+        yield ranges[0], np.zeros((len(ranges[0]), 8, 8, 1), np.uint8)
+
+    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", first_alone)
+    monkeypatch.setattr(ImageSet, "finish", ImageSet.wait)
+    generate(dataclasses.replace(run, mesh=sharding.make_mesh()), tmp_path / "out")
+    before = content(tmp_path / "out")
+    assert "parts/000000.npz" in before
+    with pytest.raises(UsageError, match=r"differs in batch_size \(there 8, here 4\)"):
+        generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+def test_a_set_without_all_of_its_images_is_not_complete(tmp_path):
+    images = ImageSet(epath.Path(tmp_path / "out"), range(10), {}, format="npz")
+    images.add(range(8), np.zeros((8, 8, 8, 1), np.uint8))
+    with pytest.raises(UsageError, match="has 8 images of 10; give another --out"):
+        images.finish()
+    assert not json.loads((tmp_path / "out" / "set.json").read_text())["complete"]
+    assert not (tmp_path / "out" / "images.npz").exists()
+
+
 def test_a_folder_with_other_files_is_refused(run, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UsageError, match=r"has files but no set\.json"):
