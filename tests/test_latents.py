@@ -33,6 +33,14 @@ def test_progressive_generation_shows_predictions_and_ends_with_the_images(image
     assert away[0] > away[2] > away[3]  # the prediction closes in on the image
 
 
+def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
+    sampler = make_sampler(SCHEDULE, "ddim", steps=5)
+    seen = progressive_generation(sampler, MODEL, KEY, jnp.arange(2), image_shape=SHAPE)
+    np.testing.assert_array_equal(seen.t, [39, 29, 20, 10, 0])
+    np.testing.assert_allclose(seen.x_0[-1], seen.images, atol=1e-6)
+    assert all(jnp.abs(x_0).max() > 0 for x_0 in seen.x_0)
+
+
 def test_shared_latents_begin_with_the_image_itself_and_share_more_the_later_they_part(images):
     spread = []
     for t in (39, 20, 5, 1):

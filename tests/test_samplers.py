@@ -261,6 +261,8 @@ def test_what_is_watched_is_the_chain_and_its_predictions():
     np.testing.assert_allclose(seen.x_0[1], expected, atol=1e-5)
     with pytest.raises(ValueError, match="got rows"):
         reverse(sampler, model, *draws, x_T, rows=slice(5), watch=[5])
+    with pytest.raises(ValueError, match="each once"):
+        reverse(sampler, model, *draws, x_T, watch=[4, 4])
 
 
 def test_heun_takes_two_evaluations_a_step_and_one_at_the_last():
