@@ -63,11 +63,13 @@ class ImageSet:
                     f"--out {self.folder} holds another set of images, which differs in {fields}; give another"
                 )
             self.complete = there["complete"]
-            return
-        if self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
+        elif self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
             raise UsageError(f"--out {self.folder} has files but no {SET}; give an empty or a new folder")
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        self._mark(complete=False)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._mark(complete=False)
+        if not self.complete:  # after the mark: killed in between, the folder is still this set's
+            (self.folder / "parts").mkdir(exist_ok=True)
 
     def _mark(self, *, complete: bool) -> None:
         self.complete = complete

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,27 @@ def test_a_set_broken_off_after_any_batch_continues(batches, run, whole, tmp_pat
     generate(run, tmp_path / "out")
     assert len(written) == 3 - batches  # nothing is made twice
     assert content(tmp_path / "out") == content(whole)
+
+
+def test_a_set_killed_before_its_first_batch_continues(tmp_path, monkeypatch):
+    """At any of the steps that its folder is begun in."""
+
+    def begin():
+        images = ImageSet(epath.Path(tmp_path / "out"), range(1), {}, format="npz")
+        images.add(range(1), np.zeros((1, 8, 8, 1), np.uint8))
+        images.finish()
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("write_text", "whole"):
+        monkeypatch.setattr(f"ddpm_jax.image_set.{name}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "parts")
+    begin()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"images.npz", "grid.png", "set.json"}
 
 
 def test_a_complete_set_is_left_alone(run, whole):
