@@ -52,17 +52,14 @@ class ImageSet:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder} is a file; give a folder")
         if (self.folder / SET).exists():
-            there = json.loads((self.folder / SET).read_text())
-            names = sorted(there["set"].keys() | self.definition.keys())
-            different = [n for n in names if there["set"].get(n) != json.loads(json.dumps(self.definition.get(n)))]
+            there, self.complete = self._read_mark()
+            names = sorted(there.keys() | self.definition.keys())
+            different = [n for n in names if there.get(n) != json.loads(json.dumps(self.definition.get(n)))]
             if different:
-                fields = ", ".join(
-                    f"{n} (there {there['set'].get(n)}, here {self.definition.get(n)})" for n in different
-                )
+                fields = ", ".join(f"{n} (there {there.get(n)}, here {self.definition.get(n)})" for n in different)
                 raise UsageError(
                     f"--out {self.folder} holds another set of images, which differs in {fields}; give another"
                 )
-            self.complete = there["complete"]
         elif self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
             raise UsageError(f"--out {self.folder} has files but no {SET}; give an empty or a new folder")
         else:
@@ -70,6 +67,14 @@ class ImageSet:
             self._mark(complete=False)
         if not self.complete:  # after the mark: killed in between, the folder is still this set's
             (self.folder / "parts").mkdir(exist_ok=True)
+
+    def _read_mark(self) -> tuple[dict[str, Any], bool]:
+        path = self.folder / SET
+        try:
+            content = json.loads(path.read_text())
+            return dict(content["set"]), bool(content["complete"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged or no set of images ({error!r}); give another --out") from None
 
     def _mark(self, *, complete: bool) -> None:
         self.complete = complete

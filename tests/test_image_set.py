@@ -211,6 +211,14 @@ def test_a_folder_with_other_files_is_refused(run, tmp_path):
     assert content(tmp_path) == {"mine.txt": b"keep"}
 
 
+@pytest.mark.parametrize("there", [b"", b'{"set": {"seed"', b"\xff", b"[]", b"{}", b'{"set": [1], "complete": true}'])
+def test_a_folder_with_a_damaged_or_foreign_set_json_is_refused(there, tmp_path):
+    (tmp_path / "set.json").write_bytes(there)
+    with pytest.raises(UsageError, match=r"set\.json is damaged or no set of images \(.*\); give another --out$"):
+        ImageSet(epath.Path(tmp_path), range(1), {}, format="npz")
+    assert content(tmp_path) == {"set.json": there}
+
+
 def test_options_that_do_not_go_together_are_told(run, tmp_path):
     with pytest.raises(UsageError, match="which has none; leave it out or use ddim"):
         generate(run, tmp_path / "out", options=SamplerOptions(eta=0.5))
