@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interop import drawn, run_script, write_drawn_run
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tiny import tiny
@@ -214,6 +215,64 @@ def params_of(config):
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         plan.refuse(SMALL, Plan(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"data": True}, "--data"), ({"peer": "torch"}, "--peer"), ({"repeats": 3}, "--repeats")],
+)
+def test_what_asks_for_running_is_refused_where_one_only_compiles(changes, option):
+    with pytest.raises(UsageError, match=f"{option} has no meaning for --compile-for, which runs nothing"):
+        plan.refuse(SMALL, Plan(**changes), compiling=True)
+
+
+def test_batches_that_the_chips_do_not_share_are_refused_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(topology, "describe_topology", lambda name: jax.devices())
+    monkeypatch.setattr(topology, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(UsageError, match="--batch-sizes 1 is not divisible by the 8 chips; use 8"):
+        next(plan.compile_for(SMALL, Plan(train=True), "v5e:2x4"))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run of the small network."""
+    write_drawn_run(tmp_path / "run", SMALL)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, workdir):
+    """Runs benchmark.py on the run, in this process, whose settings of JAX stay as they are."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return lambda *arguments: run_script("benchmark", workdir, *arguments)
+
+
+def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, monkeypatch, capsys):
+    """And a run in the place of a config is measured with its parameters."""
+    seen = []
+
+    def sampling(config, params, options, batch, **_):
+        if batch == 16:
+            raise MemoryError
+        seen.append(params)
+        return [{"what": options.sampler, "batch": batch, "median_s": 0.25}]
+
+    monkeypatch.setattr(programs, "sampling", sampling)
+    with pytest.raises(MemoryError):
+        benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, 16, "--json", workdir / "rows.json")
+    rows = [{"what": "ddim", "batch": 1, "median_s": 0.25}]
+    assert json.loads((workdir / "rows.json").read_text())["rows"] == rows
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in told[:2]] == [["what", "batch", "median", "s"], ["ddim", "1", "0.2500"]]
+    assert any(line.startswith("versions: ") for line in told)
+    jax.tree.map(np.testing.assert_array_equal, seen, [drawn(SMALL, seed=1)])
+
+
+@pytest.mark.parametrize("option", [("--model.ch", 8), ("--diffusion.variance", "learned_range")])
+def test_a_run_is_measured_as_it_is(option, benchmark):
+    with pytest.raises(UsageError, match="whose network, images and process are fixed; leave out --model, --data and"):
+        benchmark(*option)
 
 
 def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():

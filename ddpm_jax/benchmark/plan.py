@@ -42,9 +42,15 @@ class Plan:
     """Peak of one device, where it is not known here."""
 
 
-def refuse(config: Config, plan: Plan) -> None:
-    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out."""
+def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
+    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out.
+
+    compiling: the plan is for `compile_for`, where what asks for running has no meaning.
+    """
     check(config)
+    for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
+        if getattr(plan, name) != getattr(Plan(), name):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
     for name, values in (("steps", plan.steps), ("batch_sizes", plan.batch_sizes), ("repeats", (plan.repeats,))):
         for value in values:
             if value < 1:
@@ -90,8 +96,13 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
 
 
 def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
-    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run."""
+    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run.
+
+    Raises UsageError, before anything is compiled, if the devices do not divide the batches.
+    """
     devices = topology.describe_topology(name)
+    for _, batch in _sampling(plan):
+        topology.check_batch(batch, len(devices))
     for one in _configs(config, plan):
         if plan.train:
             yield topology.compile_training(one, devices)

@@ -116,12 +116,16 @@ def compile_training(config: Config, devices: list[jax.Device]) -> Row:
     return labels | _compile(make_train_step(config, mesh=mesh), mesh, state, image_shapes(config, steps), None)
 
 
-def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
-    """The row of sample.py's program for batches of so many images. Raises UsageError if the devices do not divide them."""
-    if batch % len(devices):
+def check_batch(batch: int, chips: int) -> None:
+    """Raises UsageError if so many chips do not share a batch equally."""
+    if batch % chips:
         raise UsageError(
-            f"--batch-sizes {batch} is not divisible by the {len(devices)} chips; use {-(-batch // len(devices)) * len(devices)}"
+            f"--batch-sizes {batch} is not divisible by the {chips} chips; use {-(-batch // chips) * chips}"
         )
+
+
+def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
+    """The row of sample.py's program for batches of so many images, which the devices must share equally."""
     mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(config, options))
     params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
     everywhere = sharding.replicated(mesh)
