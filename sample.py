@@ -30,7 +30,7 @@ class Arguments:
     format: Format = "both"
     """Single PNGs, one images.npz, both, or the npz shards of single batches, for sets too large for one file."""
     animation: Literal["none", "gif", "webp"] = "none"
-    """Also write OUT/process.gif or .webp: the reverse process of the first 64 images."""
+    """Also write OUT/process.gif or .webp: the reverse process of the first images, 64 or --batch-size."""
     options: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the parameters, or the parameters themselves."""
@@ -76,7 +76,12 @@ def main() -> None:
     )
     if arguments.animation != "none":
         write_animation(
-            run, out / f"process.{arguments.animation}", indices, seed=arguments.seed, options=arguments.options
+            run,
+            out / f"process.{arguments.animation}",
+            indices,
+            seed=arguments.seed,
+            options=arguments.options,
+            batch_size=arguments.batch_size,
         )
     print(f"{len(indices)} images of step {run.step} are in {out}; the first ones side by side: {out}/grid.png")
 

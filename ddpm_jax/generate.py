@@ -70,8 +70,8 @@ def make_generator(
     """Compiles (params, key, indices int (B,)) -> uint8 images (B, H, W, C): the whole reverse chain, one program for each B.
 
     B must be a multiple of the mesh's devices, over which the work is split; every device ends with all images. watch: rows
-    of the sampler after which to look: then it gives (images, x_t, x_0), the latter two (len(watch), B, H, W, C). Raises
-    UsageError for options that do not go together.
+    of the sampler after which to look: then it gives (images, x_t), the latter (len(watch), B, H, W, C). Raises UsageError
+    for options that do not go together.
     """
     options = SamplerOptions() if options is None else options
     sampler, unet = build_sampler(config, options), build_unet(config)
@@ -83,7 +83,7 @@ def make_generator(
 
         indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
         x, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=watch)
-        return (to_uint8(x), to_uint8(seen.x), to_uint8(seen.x_0)) if len(watch) else to_uint8(x)
+        return (to_uint8(x), to_uint8(seen.x)) if len(watch) else to_uint8(x)
 
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from interop import run_script
 from PIL import Image
 from tiny import tiny
 
@@ -237,13 +238,47 @@ def test_a_failed_write_is_told(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_the_animation_ends_with_the_images(ending, run, whole, tmp_path):
     path = epath.Path(tmp_path / f"process.{ending}")
-    write_animation(run, path, range(10), seed=3, options=FEW)
+    write_animation(run, path, range(10), seed=3, options=FEW, batch_size=64)
     with Image.open(path) as film:
         assert film.n_frames == 3
         film.seek(2)
         last = np.asarray(film.convert("L"), int)
     with Image.open(whole / "grid.png") as picture:
         assert np.abs(last - np.asarray(picture, int)).max() <= 1
+
+
+def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, tmp_path, monkeypatch):
+    """Whole or not at all: a write that fails leaves nothing, and the file that is there stays."""
+    made, path = [], epath.Path(tmp_path / "process.gif")
+
+    def generator(params, key, places):
+        made.append(places.tolist())
+        return None, np.zeros((3, len(places), 8, 8, 1), np.uint8)
+
+    def fail(self, content):
+        self.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ddpm_jax.animation.make_generator", lambda *_, **__: generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
+    assert made == [[5, 6, 7, 8]] * 2
+    with Image.open(path) as film:
+        assert film.n_frames >= 1
+
+
+def test_sample_writes_a_set_and_its_animation(workdir, tmp_path):
+    options = ("--num-images", 2, "--sampler", "ddim", "--steps", 3, "--animation", "gif", "--out", tmp_path / "out")
+    run_script("sample", workdir, *options)
+    names = {"000000.png", "000001.png", "images.npz", "grid.png", "set.json", "process.gif"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    with Image.open(tmp_path / "out" / "process.gif") as film:
+        assert film.n_frames == 3
 
 
 @pytest.mark.slow
