@@ -208,6 +208,16 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(config, tmp_path):
         assert np.asarray(array).tobytes() == np.asarray(by_path(back.params)[name]).tobytes()
 
 
+@pytest.mark.parametrize("schedule", BETAS)
+def test_a_model_is_taken_back_with_the_config_that_it_came_from(schedule, tiny_run, tmp_path):
+    """Whatever fields of the schedule its betas do not depend on."""
+    config = tiny(diffusion={"schedule": schedule, "prediction": "x_0"}, train={"lr": 0.5})
+    write_pipeline(dataclasses.replace(load_run(tiny_run), config=config), tmp_path / "model", "")
+    assert read_model(str(tmp_path / "model"), config)[0] == config
+    with pytest.raises(UsageError, match=r"it differs in .*diffusion\.T \(20 there, 21 in the config\)"):
+        read_model(str(tmp_path / "model"), tiny(diffusion={"T": 21, "schedule": schedule, "prediction": "x_0"}))
+
+
 def test_diffusers_is_given_the_ema_unless_raw_is_asked_for(tiny_run, model, tmp_path):
     convert("to-diffusers", tiny_run, tmp_path / "raw", "--weights", "raw")
     for folder, seed in [(model, 1), (tmp_path / "raw", 0)]:

@@ -15,20 +15,21 @@ import safetensors
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax.config import Config, differences
+from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
+from ddpm_jax.training import build_schedule
 from ddpm_jax.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
 OF_THE_MODEL = {  # the other fields are the user's choice
     *("data.image_size", "data.channels"),
     *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
-    *("diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"),
     *("diffusion.prediction", "diffusion.variance"),
 }
+OF_THE_SCHEDULE = {"diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"}
 
 
 def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
@@ -96,7 +97,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _with_options_of(base: Config, config: Config, source: str) -> Config:
-    differ = [name for name in differences(base, config) if name in OF_THE_MODEL]
+    check(base)
+    betas, others = build_schedule(base).betas, build_schedule(config).betas
+    # Equal betas may have other names: those of const are a linear schedule's as well.
+    same = betas.shape == others.shape and np.allclose(betas, others, rtol=1e-5, atol=0)
+    names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
+    differ = [name for name in differences(base, config) if name in names]
     if differ:
         was, now = flatten_config(base), flatten_config(config)
         fields = ", ".join(f"{name} ({now[name]!r} there, {was[name]!r} in the config)" for name in differ)
