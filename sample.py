@@ -14,6 +14,8 @@ from ddpm_jax.generate import SamplerOptions
 from ddpm_jax.image_set import Format, generate_set
 from ddpm_jax.workdir import load_run
 
+LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -56,6 +58,8 @@ def main() -> None:
         if getattr(arguments, name) < smallest:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} {getattr(arguments, name)} is too small; use {smallest} or more")
+    if arguments.first_image + arguments.num_images > LAST_IMAGE:
+        raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed {arguments.seed} is outside of 0 .. 4294967295; choose another")
     if arguments.distributed:

@@ -300,6 +300,16 @@ def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):
         topology.describe_topology("v5e:2x4")
 
 
+def test_what_libtpu_refuses_without_a_word_is_told_by_its_kind(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", refuse)
+    with pytest.raises(UsageError, match="--compile-for v9 cannot be compiled for; libtpu says: RuntimeError; give"):
+        topology.describe_topology("v9")
+
+
 def test_compiling_for_a_tpu_topology():
     pytest.importorskip("libtpu", reason="the TPU compiler: install the extra `tpu`")
     rows = list(plan.compile_for(SMALL, Plan(samplers=("ddim",), steps=(3,), batch_sizes=(8,), train=True), "v5e:2x4"))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, first_line
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
 from ddpm_jax.training import build_schedule
@@ -78,9 +78,9 @@ def _find_folder(source: str) -> Path:
             folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
         return folder
     except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{source} is not a folder and could not be had from the hub ({reason}); check the name and the network"
+            f"{source} is not a folder and could not be had from the hub ({first_line(error)}); "
+            "check the name and the network"
         ) from None
 
 
@@ -139,6 +139,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
+    except AttributeError as error:  # of numpy, which is asked for the type by name
+        raise UsageError(f"{path} holds numbers that NumPy has not ({error}); get the weights unquantised") from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -178,6 +180,8 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
         p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
     }
     check_empty(epath.Path(folder))
+    if not folder.name:
+        raise UsageError(f"{folder} cannot be replaced by a folder; give the name of a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / folder.name
