@@ -26,7 +26,7 @@ class SamplerOptions:
 
     sampler: str = "ancestral"
     """One of ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] | None = None
     """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
     spacing: str = "linspace"
     """Which steps: linspace, leading, trailing, quadratic or logsnr."""
@@ -39,11 +39,13 @@ class SamplerOptions:
 def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
     """The sampler of these options for a run's schedule and network output. Raises UsageError if there is none."""
     d = config.diffusion
+    if options.steps == ():
+        raise UsageError("--steps has no value; give one, or leave it out for all steps")
     try:
         return make_sampler(
             build_schedule(config),
             options.sampler,
-            steps=options.steps,
+            steps=options.steps or (),
             spacing=options.spacing,
             eta=options.eta,
             prediction=d.prediction,

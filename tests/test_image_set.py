@@ -226,6 +226,13 @@ def test_options_that_do_not_go_together_are_told(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_steps_without_a_value_are_refused(workdir, tmp_path):
+    """They are not all T steps, which leaving the option out asks for."""
+    with pytest.raises(UsageError, match="--steps has no value; give one, or leave it out for all steps"):
+        run_script("sample", workdir, "--steps", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_write_is_told(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

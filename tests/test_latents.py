@@ -143,3 +143,7 @@ def test_inpainting_of_a_part_of_the_steps_takes_the_known_pixels_too():
     assert jnp.isfinite(x).all()
     with pytest.raises(ValueError, match="got jump = 0"):
         inpaint(SCHEDULE, np.arange(40), known, mask, jump=0)
+    with pytest.raises(ValueError, match="got jump = 10 with 10 steps, expected less, or times = 1"):
+        inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask)
+    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, times=1)) == 10
+    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, jump=9)) == 10 + 9 * 9

@@ -61,7 +61,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
         raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
     if plan.peak_tflops is not None and plan.peak_tflops <= 0:
         raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
-    for options, _ in _sampling(plan):
+    for options, _, _ in _sampling(plan):
         build_sampler(config, options)
         if plan.peer == "torch":
             torch_peer.find_scheduler(config, options.sampler)
@@ -69,9 +69,9 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
         torch_peer.libraries()
 
 
-def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int]]:
+def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int, int]]:
     for sampler, steps, batch in itertools.product(plan.samplers, plan.steps, plan.batch_sizes):
-        yield SamplerOptions(sampler=sampler, steps=(steps,)), batch
+        yield SamplerOptions(sampler=sampler, steps=(steps,)), steps, batch
 
 
 def _configs(config: Config, plan: Plan) -> Iterator[Config]:
@@ -85,8 +85,8 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
     torch = plan.peer == "torch"
     params = load_params() if plan.samplers else None
     for one in _configs(config, plan):
-        for options, batch in _sampling(plan):
-            peer = torch_peer.sampling(one, options.sampler, options.steps[0], batch) if torch else None
+        for options, steps, batch in _sampling(plan):
+            peer = torch_peer.sampling(one, options.sampler, steps, batch) if torch else None
             yield from programs.sampling(one, params, options, batch, peer=peer, **timing)
         if plan.train:
             peer = torch_peer.training(one) if torch else None
@@ -101,12 +101,12 @@ def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
     Raises UsageError, before anything is compiled, if the devices do not divide the batches.
     """
     devices = topology.describe_topology(name)
-    for _, batch in _sampling(plan):
+    for _, _, batch in _sampling(plan):
         topology.check_batch(batch, len(devices))
     for one in _configs(config, plan):
         if plan.train:
             yield topology.compile_training(one, devices)
-        for options, batch in _sampling(plan):
+        for options, _, batch in _sampling(plan):
             yield topology.compile_sampling(one, options, batch, devices)
 
 
