@@ -281,6 +281,8 @@ def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
     assert [timing.peak_tflops(h100, dtype) for dtype in ("bfloat16", "float32")] == [989.0, 494.5]
     assert [timing.peak_tflops(v5e, dtype) for dtype in ("bfloat16", "float32")] == [197.0, 197.0]
     assert timing.peak_tflops(jax.devices()[0], "float32") is None
+    for kind, other in (("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")):
+        assert timing.PEAK_TFLOPS[kind] == timing.PEAK_TFLOPS[other]  # one chip, by both of JAX's names
 
 
 @pytest.mark.filterwarnings("ignore")
