@@ -1,5 +1,6 @@
 """benchmark.py: its rows, FLOPs against a count by hand, the collectives of compiled programs. No test asserts a time."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -249,13 +250,9 @@ def benchmark(monkeypatch, workdir):
 
 
 def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, monkeypatch, capsys):
-    """And a run in the place of a config is measured with its parameters."""
-    seen = []
-
     def sampling(config, params, options, batch, **_):
         if batch == 16:
             raise MemoryError
-        seen.append(params)
         return [{"what": options.sampler, "batch": batch, "median_s": 0.25}]
 
     monkeypatch.setattr(programs, "sampling", sampling)
@@ -266,7 +263,34 @@ def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, mon
     told = capsys.readouterr().out.splitlines()
     assert [line.split() for line in told[:2]] == [["what", "batch", "median", "s"], ["ddim", "1", "0.2500"]]
     assert any(line.startswith("versions: ") for line in told)
-    jax.tree.map(np.testing.assert_array_equal, seen, [drawn(SMALL, seed=1)])
+
+
+def test_a_workdir_in_the_place_of_a_config_is_measured_with_its_parameters(benchmark, monkeypatch):
+    seen = []
+    monkeypatch.setattr(programs, "sampling", lambda config, params, *_, **__: seen.append((config, params)) or [])
+    benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, "--dtypes", "bfloat16")
+    [(config, params)] = seen
+    assert config == dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="bfloat16"))
+    jax.tree.map(np.testing.assert_array_equal, params, drawn(SMALL, seed=1))  # the EMA
+
+
+def test_a_peer_runs_in_turn_and_has_a_row_and_the_ratio():
+    order, labels = [], {"what": "ddim", "steps": 5, "batch": 2, "dtype": "float32", "compile_s": 1.0}
+    calls = [lambda name=name: order.append(name) for name in ("ours", "theirs")]
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    ours, theirs = programs._measure(labels, *calls, mesh, 2.0, 3, times=5, images=2, flops=1e6)
+    assert order == ["ours", "theirs"] * 4
+    assert ours["ratio_to_peer"] == ours["median_s"] / theirs["median_s"]
+    assert {n: theirs[n] for n in ("what", "steps", "batch", "dtype", "devices")} == {
+        "what": "ddim, torch",
+        "steps": 5,
+        "batch": 2,
+        "dtype": "float32",
+        "devices": 1,
+    }
+    assert "compile_s" not in theirs
+    for row in (ours, theirs):
+        assert row["peak_share"] == pytest.approx(1e6 / row["median_s"] / (row["devices"] * 2e12))
 
 
 @pytest.mark.parametrize("option", [("--model.ch", 8), ("--diffusion.variance", "learned_range")])

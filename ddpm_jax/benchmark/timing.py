@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind, of which some chips have two; the makers'
-# figures. A device of the first two is one of a chip's two cores.
+# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind (some chips go by two); the makers' figures.
+# A device of the first two TPUs is a core, half a chip.
 PEAK_TFLOPS = {
     "TPU v2": 22.5,
     "TPU v3": 61.5,
