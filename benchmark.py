@@ -47,9 +47,10 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if arguments.compile_for:
         jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
-    if is_run and (config.model, config.data) != (given.model, given.data):
-        raise UsageError(f"{name} is a run, whose network and images are fixed; leave out --model and --data options")
-    refuse(config, arguments.plan)
+    if is_run and (config.model, config.data, config.diffusion) != (given.model, given.data, given.diffusion):
+        fixed = "--model, --data and --diffusion options"
+        raise UsageError(f"{name} is a run, whose network, images and process are fixed; leave out {fixed}")
+    refuse(config, arguments.plan, compiling=bool(arguments.compile_for))
 
     def load_params():
         if is_run:
@@ -60,11 +61,16 @@ def main() -> None:
         rows, columns = compile_for(config, arguments.plan, arguments.compile_for), topology.COLUMNS
     else:
         rows = measure(config, arguments.plan, load_params)
-    done = list(tqdm(rows, unit="row", leave=False))
-    print(timing.table(done, columns))
-    print("\n".join(f"{key}: {value}" for key, value in timing.environment().items()))
-    if arguments.json:
-        write_json(arguments.json, config, done)
+    done = []
+    try:
+        for row in tqdm(rows, unit="row", leave=False):
+            done.append(row)
+            if arguments.json:
+                write_json(arguments.json, config, done)
+    finally:  # the rows before one that fails, for want of memory say, are told too
+        if done:
+            print(timing.table(done, columns))
+            print("\n".join(f"{key}: {value}" for key, value in timing.environment().items()))
 
 
 if __name__ == "__main__":

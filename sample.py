@@ -14,6 +14,8 @@ from ddpm_jax.generate import SamplerOptions
 from ddpm_jax.image_set import Format, generate_set
 from ddpm_jax.workdir import load_run
 
+LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -30,7 +32,7 @@ class Arguments:
     format: Format = "both"
     """Single PNGs, one images.npz, both, or the npz shards of single batches, for sets too large for one file."""
     animation: Literal["none", "gif", "webp"] = "none"
-    """Also write OUT/process.gif or .webp: the reverse process of the first 64 images."""
+    """Also write OUT/process.gif or .webp: the reverse process of the first images, 64 or --batch-size."""
     options: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the parameters, or the parameters themselves."""
@@ -56,6 +58,8 @@ def main() -> None:
         if getattr(arguments, name) < smallest:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} {getattr(arguments, name)} is too small; use {smallest} or more")
+    if arguments.first_image + arguments.num_images > LAST_IMAGE:
+        raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed {arguments.seed} is outside of 0 .. 4294967295; choose another")
     if arguments.distributed:
@@ -76,7 +80,12 @@ def main() -> None:
     )
     if arguments.animation != "none":
         write_animation(
-            run, out / f"process.{arguments.animation}", indices, seed=arguments.seed, options=arguments.options
+            run,
+            out / f"process.{arguments.animation}",
+            indices,
+            seed=arguments.seed,
+            options=arguments.options,
+            batch_size=arguments.batch_size,
         )
     print(f"{len(indices)} images of step {run.step} are in {out}; the first ones side by side: {out}/grid.png")
 

@@ -7,3 +7,8 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on: a loss that is not finite, a full disk. The scripts end with exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

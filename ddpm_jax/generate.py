@@ -26,7 +26,7 @@ class SamplerOptions:
 
     sampler: str = "ancestral"
     """One of ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] | None = None
     """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
     spacing: str = "linspace"
     """Which steps: linspace, leading, trailing, quadratic or logsnr."""
@@ -39,11 +39,13 @@ class SamplerOptions:
 def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
     """The sampler of these options for a run's schedule and network output. Raises UsageError if there is none."""
     d = config.diffusion
+    if options.steps == ():
+        raise UsageError("--steps has no value; give one, or leave it out for all steps")
     try:
         return make_sampler(
             build_schedule(config),
             options.sampler,
-            steps=options.steps,
+            steps=options.steps or (),
             spacing=options.spacing,
             eta=options.eta,
             prediction=d.prediction,
@@ -70,8 +72,8 @@ def make_generator(
     """Compiles (params, key, indices int (B,)) -> uint8 images (B, H, W, C): the whole reverse chain, one program for each B.
 
     B must be a multiple of the mesh's devices, over which the work is split; every device ends with all images. watch: rows
-    of the sampler after which to look: then it gives (images, x_t, x_0), the latter two (len(watch), B, H, W, C). Raises
-    UsageError for options that do not go together.
+    of the sampler after which to look: then it gives (images, x_t), the latter (len(watch), B, H, W, C). Raises UsageError
+    for options that do not go together.
     """
     options = SamplerOptions() if options is None else options
     sampler, unet = build_sampler(config, options), build_unet(config)
@@ -83,7 +85,7 @@ def make_generator(
 
         indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
         x, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=watch)
-        return (to_uint8(x), to_uint8(seen.x), to_uint8(seen.x_0)) if len(watch) else to_uint8(x)
+        return (to_uint8(x), to_uint8(seen.x)) if len(watch) else to_uint8(x)
 
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
 

@@ -52,22 +52,29 @@ class ImageSet:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder} is a file; give a folder")
         if (self.folder / SET).exists():
-            there = json.loads((self.folder / SET).read_text())
-            names = sorted(there["set"].keys() | self.definition.keys())
-            different = [n for n in names if there["set"].get(n) != json.loads(json.dumps(self.definition.get(n)))]
+            there, self.complete = self._read_mark()
+            names = sorted(there.keys() | self.definition.keys())
+            different = [n for n in names if there.get(n) != json.loads(json.dumps(self.definition.get(n)))]
             if different:
-                fields = ", ".join(
-                    f"{n} (there {there['set'].get(n)}, here {self.definition.get(n)})" for n in different
-                )
+                fields = ", ".join(f"{n} (there {there.get(n)}, here {self.definition.get(n)})" for n in different)
                 raise UsageError(
                     f"--out {self.folder} holds another set of images, which differs in {fields}; give another"
                 )
-            self.complete = there["complete"]
-            return
-        if self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
+        elif self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
             raise UsageError(f"--out {self.folder} has files but no {SET}; give an empty or a new folder")
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        self._mark(complete=False)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._mark(complete=False)
+        if not self.complete:  # after the mark: killed in between, the folder is still this set's
+            (self.folder / "parts").mkdir(exist_ok=True)
+
+    def _read_mark(self) -> tuple[dict[str, Any], bool]:
+        path = self.folder / SET
+        try:
+            content = json.loads(path.read_text())
+            return dict(content["set"]), bool(content["complete"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged or no set of images ({error!r}); give another --out") from None
 
     def _mark(self, *, complete: bool) -> None:
         self.complete = complete
@@ -101,16 +108,23 @@ class ImageSet:
             pending.result()
 
     def finish(self) -> None:
-        """Joins the parts into what the format says, draws the grid and marks the set complete."""
+        """Joins the parts into what the format says, draws the grid and marks the set complete.
+
+        Raises UsageError if the parts are not the set's images.
+        """
         self.wait()
         self._writer.shutdown()
         parts = self.folder / "parts"
         if not self.complete:
             paths = sorted((p for p in parts.iterdir() if p.suffix == ".npz"), key=lambda p: int(p.stem))
             first: list[np.ndarray] = []
-            for path in paths:
-                if sum(map(len, first)) < GRID_IMAGES:
-                    first.append(read_images(path))
+            count = 0
+            for images in map(read_images, paths):
+                if count < GRID_IMAGES:
+                    first.append(images)
+                count += len(images)
+            if count != len(self.indices):
+                raise UsageError(f"{parts} has {count} images of {len(self.indices)}; give another --out")
             (self.folder / "grid.png").write_bytes(png_bytes(enlarge(grid(np.concatenate(first)[:GRID_IMAGES]))))
             if self.format in ("npz", "both"):
                 self._join(paths, first[0].shape[1:])
@@ -152,7 +166,8 @@ def generate_set(
     devices = run.mesh.devices.size
     ranges = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": weights, "seed": seed}
-    definition |= {"batch_size": batch_size, **dataclasses.asdict(options)}
+    # Of the parts, which the devices round up: on others that do not, they would overlap.
+    definition |= {"batch_size": len(ranges[0]), **dataclasses.asdict(options)}
     images: ImageSet | None = None
 
     def open_set() -> int:

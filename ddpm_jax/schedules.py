@@ -151,17 +151,22 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
     )
 
 
+def betas_between(schedule: Schedule, steps: np.ndarray) -> Float[np.ndarray, " S"]:
+    """1 - alpha-bar(steps[i]) / alpha-bar(steps[i-1]) of increasing t's, float64; before the first alpha-bar is 1."""
+    starts = np.append(0, np.asarray(steps)[:-1] + 1)
+    with np.errstate(divide="ignore"):  # a beta of 1
+        # From the product of the alphas between two steps: the ratio of their alpha-bars would round.
+        log_alphas = np.add.reduceat(np.log1p(-schedule.betas[: steps[-1] + 1]), starts)
+    return -np.expm1(log_alphas)
+
+
 def respace(schedule: Schedule, steps: np.ndarray) -> Schedule:
-    """The process that visits only the given steps: beta'_i = 1 - alpha-bar(steps[i]) / alpha-bar(steps[i-1]).
+    """The process that visits only the given steps, whose betas are `betas_between` them.
 
     steps: increasing t's, at least 2, int (S,); entry i of the new tables belongs to t = steps[i]. With all steps nothing
     changes.
     """
-    starts = np.append(0, np.asarray(steps[:-1]) + 1)
-    with np.errstate(divide="ignore"):  # a beta of 1
-        # From the product of the alphas between two steps: the ratio of their alpha-bars would round.
-        log_alphas = np.add.reduceat(np.log1p(-schedule.betas[: steps[-1] + 1]), starts)
-    return schedule_from_betas(-np.expm1(log_alphas))
+    return schedule_from_betas(betas_between(schedule, steps))
 
 
 def snr(schedule: Schedule) -> Float[np.ndarray, " T"]:

@@ -1,5 +1,6 @@
 """benchmark.py: its rows, FLOPs against a count by hand, the collectives of compiled programs. No test asserts a time."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interop import drawn, run_script, write_drawn_run
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tiny import tiny
@@ -216,12 +218,95 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
         plan.refuse(SMALL, Plan(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"data": True}, "--data"), ({"peer": "torch"}, "--peer"), ({"repeats": 3}, "--repeats")],
+)
+def test_what_asks_for_running_is_refused_where_one_only_compiles(changes, option):
+    with pytest.raises(UsageError, match=f"{option} has no meaning for --compile-for, which runs nothing"):
+        plan.refuse(SMALL, Plan(**changes), compiling=True)
+
+
+def test_batches_that_the_chips_do_not_share_are_refused_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(topology, "describe_topology", lambda name: jax.devices())
+    monkeypatch.setattr(topology, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(UsageError, match="--batch-sizes 1 is not divisible by the 8 chips; use 8"):
+        next(plan.compile_for(SMALL, Plan(train=True), "v5e:2x4"))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run of the small network."""
+    write_drawn_run(tmp_path / "run", SMALL)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, workdir):
+    """Runs benchmark.py on the run, in this process, whose settings of JAX stay as they are."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return lambda *arguments: run_script("benchmark", workdir, *arguments)
+
+
+def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, monkeypatch, capsys):
+    def sampling(config, params, options, batch, **_):
+        if batch == 16:
+            raise MemoryError
+        return [{"what": options.sampler, "batch": batch, "median_s": 0.25}]
+
+    monkeypatch.setattr(programs, "sampling", sampling)
+    with pytest.raises(MemoryError):
+        benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, 16, "--json", workdir / "rows.json")
+    rows = [{"what": "ddim", "batch": 1, "median_s": 0.25}]
+    assert json.loads((workdir / "rows.json").read_text())["rows"] == rows
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in told[:2]] == [["what", "batch", "median", "s"], ["ddim", "1", "0.2500"]]
+    assert any(line.startswith("versions: ") for line in told)
+
+
+def test_a_workdir_in_the_place_of_a_config_is_measured_with_its_parameters(benchmark, monkeypatch):
+    seen = []
+    monkeypatch.setattr(programs, "sampling", lambda config, params, *_, **__: seen.append((config, params)) or [])
+    benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, "--dtypes", "bfloat16")
+    [(config, params)] = seen
+    assert config == dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="bfloat16"))
+    jax.tree.map(np.testing.assert_array_equal, params, drawn(SMALL, seed=1))  # the EMA
+
+
+def test_a_peer_runs_in_turn_and_has_a_row_and_the_ratio():
+    order, labels = [], {"what": "ddim", "steps": 5, "batch": 2, "dtype": "float32", "compile_s": 1.0}
+    calls = [lambda name=name: order.append(name) for name in ("ours", "theirs")]
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    ours, theirs = programs._measure(labels, *calls, mesh, 2.0, 3, times=5, images=2, flops=1e6)
+    assert order == ["ours", "theirs"] * 4
+    assert ours["ratio_to_peer"] == ours["median_s"] / theirs["median_s"]
+    assert {n: theirs[n] for n in ("what", "steps", "batch", "dtype", "devices")} == {
+        "what": "ddim, torch",
+        "steps": 5,
+        "batch": 2,
+        "dtype": "float32",
+        "devices": 1,
+    }
+    assert "compile_s" not in theirs
+    for row in (ours, theirs):
+        assert row["peak_share"] == pytest.approx(1e6 / row["median_s"] / (row["devices"] * 2e12))
+
+
+@pytest.mark.parametrize("option", [("--model.ch", 8), ("--diffusion.variance", "learned_range")])
+def test_a_run_is_measured_as_it_is(option, benchmark):
+    with pytest.raises(UsageError, match="whose network, images and process are fixed; leave out --model, --data and"):
+        benchmark(*option)
+
+
 def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
     h100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
     v5e = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
     assert [timing.peak_tflops(h100, dtype) for dtype in ("bfloat16", "float32")] == [989.0, 494.5]
     assert [timing.peak_tflops(v5e, dtype) for dtype in ("bfloat16", "float32")] == [197.0, 197.0]
     assert timing.peak_tflops(jax.devices()[0], "float32") is None
+    for kind, other in (("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")):
+        assert timing.PEAK_TFLOPS[kind] == timing.PEAK_TFLOPS[other]  # one chip, by both of JAX's names
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -239,6 +324,16 @@ def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs libtpu, the TPU compiler; install it"):
         topology.describe_topology("v5e:2x4")
+
+
+def test_what_libtpu_refuses_without_a_word_is_told_by_its_kind(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", refuse)
+    with pytest.raises(UsageError, match="--compile-for v9 cannot be compiled for; libtpu says: RuntimeError; give"):
+        topology.describe_topology("v9")
 
 
 def test_compiling_for_a_tpu_topology():

@@ -416,6 +416,8 @@ def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
     refused("--batch-size -1 is too small; use 1 or more", "sample", tmp_path, "--batch-size", -1)
     refused("--seed -1 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", -1)
     refused("--seed 4294967296 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", 2**32)
+    beyond = "--first-image and --num-images go beyond image 2000000000; choose smaller ones"
+    refused(beyond, "sample", tmp_path, "--first-image", 3 * 10**9)
     assert "--num-images INT How many images" in boxed("sample", tmp_path, "--num-image", 3)
     assert "'ema', 'raw'" in boxed("sample", tmp_path, "--weights", "best")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from interop import run_script
 from PIL import Image
 from tiny import tiny
 
@@ -133,6 +135,27 @@ def test_a_set_broken_off_after_any_batch_continues(batches, run, whole, tmp_pat
     assert content(tmp_path / "out") == content(whole)
 
 
+def test_a_set_killed_before_its_first_batch_continues(tmp_path, monkeypatch):
+    """At any of the steps that its folder is begun in."""
+
+    def begin():
+        images = ImageSet(epath.Path(tmp_path / "out"), range(1), {}, format="npz")
+        images.add(range(1), np.zeros((1, 8, 8, 1), np.uint8))
+        images.finish()
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("write_text", "whole"):
+        monkeypatch.setattr(f"ddpm_jax.image_set.{name}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "parts")
+    begin()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"images.npz", "grid.png", "set.json"}
+
+
 def test_a_complete_set_is_left_alone(run, whole):
     before = {p: p.stat().st_mtime_ns for p in whole.iterdir()}
     generate(run, whole)
@@ -157,6 +180,31 @@ def test_another_set_in_the_folder_is_refused(change, field, run, whole):
     assert content(whole) == before
 
 
+def test_a_set_is_not_continued_on_devices_that_make_other_parts(run, tmp_path, monkeypatch):
+    """Eight devices round batches of 4 up to 8; what one device would add to them overlaps."""
+
+    def first_alone(generator, params, key, ranges, **_):
+        yield ranges[0], np.zeros((len(ranges[0]), 8, 8, 1), np.uint8)
+
+    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", first_alone)
+    monkeypatch.setattr(ImageSet, "finish", ImageSet.wait)
+    generate(dataclasses.replace(run, mesh=sharding.make_mesh()), tmp_path / "out")
+    before = content(tmp_path / "out")
+    assert "parts/000000.npz" in before
+    with pytest.raises(UsageError, match=r"differs in batch_size \(there 8, here 4\)"):
+        generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+def test_a_set_without_all_of_its_images_is_not_complete(tmp_path):
+    images = ImageSet(epath.Path(tmp_path / "out"), range(10), {}, format="npz")
+    images.add(range(8), np.zeros((8, 8, 8, 1), np.uint8))
+    with pytest.raises(UsageError, match="has 8 images of 10; give another --out"):
+        images.finish()
+    assert not json.loads((tmp_path / "out" / "set.json").read_text())["complete"]
+    assert not (tmp_path / "out" / "images.npz").exists()
+
+
 def test_a_folder_with_other_files_is_refused(run, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UsageError, match=r"has files but no set\.json"):
@@ -164,9 +212,24 @@ def test_a_folder_with_other_files_is_refused(run, tmp_path):
     assert content(tmp_path) == {"mine.txt": b"keep"}
 
 
+@pytest.mark.parametrize("there", [b"", b'{"set": {"seed"', b"\xff", b"[]", b"{}", b'{"set": [1], "complete": true}'])
+def test_a_folder_with_a_damaged_or_foreign_set_json_is_refused(there, tmp_path):
+    (tmp_path / "set.json").write_bytes(there)
+    with pytest.raises(UsageError, match=r"set\.json is damaged or no set of images \(.*\); give another --out$"):
+        ImageSet(epath.Path(tmp_path), range(1), {}, format="npz")
+    assert content(tmp_path) == {"set.json": there}
+
+
 def test_options_that_do_not_go_together_are_told(run, tmp_path):
     with pytest.raises(UsageError, match="which has none; leave it out or use ddim"):
         generate(run, tmp_path / "out", options=SamplerOptions(eta=0.5))
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_without_a_value_are_refused(workdir, tmp_path):
+    """They are not all T steps, which leaving the option out asks for."""
+    with pytest.raises(UsageError, match="--steps has no value; give one, or leave it out for all steps"):
+        run_script("sample", workdir, "--steps", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -182,13 +245,47 @@ def test_a_failed_write_is_told(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_the_animation_ends_with_the_images(ending, run, whole, tmp_path):
     path = epath.Path(tmp_path / f"process.{ending}")
-    write_animation(run, path, range(10), seed=3, options=FEW)
+    write_animation(run, path, range(10), seed=3, options=FEW, batch_size=64)
     with Image.open(path) as film:
         assert film.n_frames == 3
         film.seek(2)
         last = np.asarray(film.convert("L"), int)
     with Image.open(whole / "grid.png") as picture:
         assert np.abs(last - np.asarray(picture, int)).max() <= 1
+
+
+def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, tmp_path, monkeypatch):
+    """Whole or not at all: a write that fails leaves nothing, and the file that is there stays."""
+    made, path = [], epath.Path(tmp_path / "process.gif")
+
+    def generator(params, key, places):
+        made.append(places.tolist())
+        return None, np.zeros((3, len(places), 8, 8, 1), np.uint8)
+
+    def fail(self, content):
+        self.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ddpm_jax.animation.make_generator", lambda *_, **__: generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
+    assert made == [[5, 6, 7, 8]] * 2
+    with Image.open(path) as film:
+        assert film.n_frames >= 1
+
+
+def test_sample_writes_a_set_and_its_animation(workdir, tmp_path):
+    options = ("--num-images", 2, "--sampler", "ddim", "--steps", 3, "--animation", "gif", "--out", tmp_path / "out")
+    run_script("sample", workdir, *options)
+    names = {"000000.png", "000001.png", "images.npz", "grid.png", "set.json", "process.gif"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    with Image.open(tmp_path / "out" / "process.gif") as film:
+        assert film.n_frames == 3
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from interop import ROOT, convert, drawn, write_drawn_run
 from test_unet import by_path, jit
 from test_unet_parity import peer_of
@@ -23,10 +24,15 @@ from ddpm_jax import rng
 from ddpm_jax.cli import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.metrics import evaluate
+from ddpm_jax.evaluation.report import describe
+from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.interop.diffusers import read_model, write_pipeline
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.sampling import sample
 from ddpm_jax.schedules import BETAS
+from ddpm_jax.sharding import make_mesh
 from ddpm_jax.training import build_schedule, build_unet
 from ddpm_jax.workdir import load_run
 
@@ -202,6 +208,16 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(config, tmp_path):
         assert np.asarray(array).tobytes() == np.asarray(by_path(back.params)[name]).tobytes()
 
 
+@pytest.mark.parametrize("schedule", BETAS)
+def test_a_model_is_taken_back_with_the_config_that_it_came_from(schedule, tiny_run, tmp_path):
+    """Whatever fields of the schedule its betas do not depend on."""
+    config = tiny(diffusion={"schedule": schedule, "prediction": "x_0"}, train={"lr": 0.5})
+    write_pipeline(dataclasses.replace(load_run(tiny_run), config=config), tmp_path / "model", "")
+    assert read_model(str(tmp_path / "model"), config)[0] == config
+    with pytest.raises(UsageError, match=r"it differs in .*diffusion\.T \(20 there, 21 in the config\)"):
+        read_model(str(tmp_path / "model"), tiny(diffusion={"T": 21, "schedule": schedule, "prediction": "x_0"}))
+
+
 def test_diffusers_is_given_the_ema_unless_raw_is_asked_for(tiny_run, model, tmp_path):
     convert("to-diffusers", tiny_run, tmp_path / "raw", "--weights", "raw")
     for folder, seed in [(model, 1), (tmp_path / "raw", 0)]:
@@ -245,21 +261,30 @@ def test_diffusers_pipeline_samples_what_ancestral_sampling_does(diffusion, diff
     np.testing.assert_allclose(2 * theirs - 1, np.clip(ours, -1, 1), rtol=0, atol=1e-4)
 
 
-def test_model_card_has_config_step_and_evaluation(tiny_run, tmp_path):
-    workdir = shutil.copytree(tiny_run, tmp_path / "run")
-    (workdir / "evaluation").mkdir()
-    for name, step, fid in [("fid", 0, 3.25), ("old", 7, 9.75)]:
-        (workdir / f"evaluation/{name}.json").write_text(json.dumps({"step": step, "fid": fid, "per_t": [1, 2]}))
+def test_model_card_has_config_step_and_evaluation(tiny_run, tmp_path, monkeypatch):
+    """The very files that evaluate.py writes."""
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
+    workdir = epath.Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    options = Options(num_images=12, num_real=20, batch_size=12, bootstrap=0)
+    run = load_run(workdir, mesh=make_mesh(devices=jax.devices()[:1]))
+    result = evaluate(Evaluation(run, workdir, PIXELS, options), ("fid",))["fid"]
+    later = json.loads(json.dumps(result | {"value": 9.75}))
+    later["definition"]["sampling"]["step"] = 7
+    (workdir / "evaluation/fid-00000007-00000000.json").write_text(json.dumps(later))
     convert("to-diffusers", workdir, tmp_path / "model")
     card = (tmp_path / "model/README.md").read_text()
     assert "the moving average of the parameters of step 0" in card
-    assert "| fid.fid | 3.25 |" in card
+    assert "trained with" not in card  # which this was not, nor is what was imported
+    of = "12 samples, ancestral, 20 steps, seed 0; pixels; 20 images of digits"
+    assert f"| fid | {describe(result)} | {of} |" in card
     assert "9.75" not in card  # of another step
-    assert "per_t" not in card
     assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])["model"]["ch"] == TINY.model.ch
     assert f"num_inference_steps={TINY.diffusion.T}" in card
     convert("to-diffusers", workdir, tmp_path / "raw", "--weights", "raw")
     assert "Not evaluated" in (tmp_path / "raw/README.md").read_text()  # what was evaluated is the EMA
+    (workdir / "evaluation/fid-00000007-00000000.json").write_text("{")
+    with pytest.raises(UsageError, match=r"00000000\.json cannot be read \(.*\); evaluate again, or move it away"):
+        convert("to-diffusers", workdir, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

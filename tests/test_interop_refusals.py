@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import safetensors.numpy
-from interop import ROOT, convert, drawn
+from interop import ROOT, convert, drawn, write_drawn_run
 from tiny import TINY, tiny
 
 from ddpm_jax import workdir as workdirs
@@ -20,6 +20,7 @@ from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import flatten, parameters
+from ddpm_jax.interop.tensorflow import _told
 from ddpm_jax.training import state_from_params
 from ddpm_jax.workdir import write_run
 
@@ -121,6 +122,28 @@ def test_tensors_that_do_not_fit_are_named(model, refused):
     whole = tensors | {"conv_in.bias": np.zeros(8, np.int8)}
     safetensors.numpy.save_file(whole, model / SAFETENSORS)
     refused(f"MODEL/{SAFETENSORS} holds conv_in.bias as int8, expected floating point; get the weights unquantised")
+
+
+def test_numbers_of_a_kind_that_numpy_has_not_are_refused(model, tmp_path):
+    header = json.dumps({"conv_in.bias": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (model / SAFETENSORS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(
+        UsageError, match=r"holds numbers that NumPy has not \(.*float8.*\); get the weights unquantised"
+    ):
+        convert("from-diffusers", model, tmp_path / "run")
+
+
+def test_an_error_of_tensorflow_without_a_word_is_told_by_its_kind():
+    with pytest.raises(UsageError, match=r"cannot be read as a TensorFlow checkpoint \(RuntimeError\)"), _told("x"):
+        raise RuntimeError
+
+
+def test_the_current_folder_is_not_replaced_by_a_model(tmp_path, monkeypatch):
+    write_drawn_run(tmp_path / "run", TINY)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match=r"^\. cannot be replaced by a folder; give the name of a new one"):
+        convert("to-diffusers", "../run", ".")
 
 
 def test_no_source_is_told_from_a_hub_id(tmp_path):

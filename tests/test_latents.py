@@ -33,6 +33,14 @@ def test_progressive_generation_shows_predictions_and_ends_with_the_images(image
     assert away[0] > away[2] > away[3]  # the prediction closes in on the image
 
 
+def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
+    sampler = make_sampler(SCHEDULE, "ddim", steps=5)
+    seen = progressive_generation(sampler, MODEL, KEY, jnp.arange(2), image_shape=SHAPE)
+    np.testing.assert_array_equal(seen.t, [39, 29, 20, 10, 0])
+    np.testing.assert_allclose(seen.x_0[-1], seen.images, atol=1e-6)
+    assert all(jnp.abs(x_0).max() > 0 for x_0 in seen.x_0)
+
+
 def test_shared_latents_begin_with_the_image_itself_and_share_more_the_later_they_part(images):
     spread = []
     for t in (39, 20, 5, 1):
@@ -135,3 +143,7 @@ def test_inpainting_of_a_part_of_the_steps_takes_the_known_pixels_too():
     assert jnp.isfinite(x).all()
     with pytest.raises(ValueError, match="got jump = 0"):
         inpaint(SCHEDULE, np.arange(40), known, mask, jump=0)
+    with pytest.raises(ValueError, match="got jump = 10 with 10 steps, expected less, or times = 1"):
+        inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask)
+    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, times=1)) == 10
+    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, jump=9)) == 10 + 9 * 9

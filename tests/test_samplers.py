@@ -165,6 +165,17 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_fixed_small(x64):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-11)
 
 
+def test_ddim_with_eta_1_is_the_posterior_where_hardly_any_signal_is_left():
+    """alpha-bar falls to 1e-18, where the noise of two levels is 1 to the last digit."""
+    schedule = make_schedule("linear", T=4000)
+    rows = ddim(schedule, np.arange(4000), eta=1.0).rows
+    np.testing.assert_allclose(rows["x"], schedule.posterior_mean_coef2[::-1], rtol=1e-6)
+    np.testing.assert_allclose(rows["x_0"][:, 0], schedule.posterior_mean_coef1[::-1], rtol=1e-6)
+    np.testing.assert_allclose(rows["noise"] ** 2, schedule.posterior_variance[::-1], rtol=1e-6)
+    few = ddim(schedule, np.array([0, 3999]), eta=1.0).rows
+    assert all(np.isfinite(few[name]).all() for name in ("x", "x_0", "noise"))
+
+
 def test_ddim_with_eta_between_draws_noise_and_keeps_the_mean():
     schedule = make_schedule("linear", T=1000)
     sampler = ddim(schedule, choose_steps(schedule, 100), eta=0.5, clip=False)
@@ -250,6 +261,8 @@ def test_what_is_watched_is_the_chain_and_its_predictions():
     np.testing.assert_allclose(seen.x_0[1], expected, atol=1e-5)
     with pytest.raises(ValueError, match="got rows"):
         reverse(sampler, model, *draws, x_T, rows=slice(5), watch=[5])
+    with pytest.raises(ValueError, match="each once"):
+        reverse(sampler, model, *draws, x_T, watch=[4, 4])
 
 
 def test_heun_takes_two_evaluations_a_step_and_one_at_the_last():

@@ -42,9 +42,15 @@ class Plan:
     """Peak of one device, where it is not known here."""
 
 
-def refuse(config: Config, plan: Plan) -> None:
-    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out."""
+def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
+    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out.
+
+    compiling: the plan is for `compile_for`, where what asks for running has no meaning.
+    """
     check(config)
+    for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
+        if getattr(plan, name) != getattr(Plan(), name):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
     for name, values in (("steps", plan.steps), ("batch_sizes", plan.batch_sizes), ("repeats", (plan.repeats,))):
         for value in values:
             if value < 1:
@@ -55,7 +61,7 @@ def refuse(config: Config, plan: Plan) -> None:
         raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
     if plan.peak_tflops is not None and plan.peak_tflops <= 0:
         raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
-    for options, _ in _sampling(plan):
+    for options, _, _ in _sampling(plan):
         build_sampler(config, options)
         if plan.peer == "torch":
             torch_peer.find_scheduler(config, options.sampler)
@@ -63,9 +69,9 @@ def refuse(config: Config, plan: Plan) -> None:
         torch_peer.libraries()
 
 
-def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int]]:
+def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int, int]]:
     for sampler, steps, batch in itertools.product(plan.samplers, plan.steps, plan.batch_sizes):
-        yield SamplerOptions(sampler=sampler, steps=(steps,)), batch
+        yield SamplerOptions(sampler=sampler, steps=(steps,)), steps, batch
 
 
 def _configs(config: Config, plan: Plan) -> Iterator[Config]:
@@ -79,8 +85,8 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
     torch = plan.peer == "torch"
     params = load_params() if plan.samplers else None
     for one in _configs(config, plan):
-        for options, batch in _sampling(plan):
-            peer = torch_peer.sampling(one, options.sampler, options.steps[0], batch) if torch else None
+        for options, steps, batch in _sampling(plan):
+            peer = torch_peer.sampling(one, options.sampler, steps, batch) if torch else None
             yield from programs.sampling(one, params, options, batch, peer=peer, **timing)
         if plan.train:
             peer = torch_peer.training(one) if torch else None
@@ -90,12 +96,17 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
 
 
 def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
-    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run."""
+    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run.
+
+    Raises UsageError, before anything is compiled, if the devices do not divide the batches.
+    """
     devices = topology.describe_topology(name)
+    for _, _, batch in _sampling(plan):
+        topology.check_batch(batch, len(devices))
     for one in _configs(config, plan):
         if plan.train:
             yield topology.compile_training(one, devices)
-        for options, batch in _sampling(plan):
+        for options, _, batch in _sampling(plan):
             yield topology.compile_sampling(one, options, batch, devices)
 
 

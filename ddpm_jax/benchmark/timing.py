@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind; the makers' figures.
+# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind (some chips go by two); the makers' figures.
+# A device of the first two TPUs is a core, half a chip.
 PEAK_TFLOPS = {
     "TPU v2": 22.5,
     "TPU v3": 61.5,
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
     "TPU v5": 459.0,
+    "TPU v5p": 459.0,
     "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
     "NVIDIA H100 80GB HBM3": 989.0,

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ddpm_jax import sharding
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
 from ddpm_jax.config import Config, check
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, first_line
 from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
 from ddpm_jax.training import init_state, make_train_step
 
@@ -100,7 +100,7 @@ def describe_topology(name: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # what libtpu says of a wrong name is of many types
         raise UsageError(
-            f"--compile-for {name} cannot be compiled for; libtpu says: {str(error).splitlines()[0]}; "
+            f"--compile-for {name} cannot be compiled for; libtpu says: {first_line(error)}; "
             "give a topology such as v5e:2x4, v4:2x2x1 or v5p:2x2x2"
         ) from None
 
@@ -116,12 +116,16 @@ def compile_training(config: Config, devices: list[jax.Device]) -> Row:
     return labels | _compile(make_train_step(config, mesh=mesh), mesh, state, image_shapes(config, steps), None)
 
 
-def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
-    """The row of sample.py's program for batches of so many images. Raises UsageError if the devices do not divide them."""
-    if batch % len(devices):
+def check_batch(batch: int, chips: int) -> None:
+    """Raises UsageError if so many chips do not share a batch equally."""
+    if batch % chips:
         raise UsageError(
-            f"--batch-sizes {batch} is not divisible by the {len(devices)} chips; use {-(-batch // len(devices)) * len(devices)}"
+            f"--batch-sizes {batch} is not divisible by the {chips} chips; use {-(-batch // chips) * chips}"
         )
+
+
+def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
+    """The row of sample.py's program for batches of so many images, which the devices must share equally."""
     mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(config, options))
     params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
     everywhere = sharding.replicated(mesh)

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from ddpm_jax import config as configs
+from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.run import EVALUATION
 from ddpm_jax.figures import FOLDER, curves
@@ -69,11 +70,24 @@ def _number(estimate: dict[str, Any]) -> str:
 
 
 def read_results(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The results of a workdir's evaluations, by metric and step."""
+    """The results of a workdir's evaluations, by metric and step. Raises UsageError for a damaged file."""
     folder = workdir / EVALUATION
-    paths = sorted(folder.glob("*.json")) if folder.exists() else []
-    results = [json.loads(path.read_text()) for path in paths]
+    results = []
+    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+        try:
+            results.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UsageError(f"{path} cannot be read ({error}); evaluate again, or move it away") from None
     return sorted(results, key=lambda result: (result["metric"], _step(result)))
+
+
+def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
+    """What was measured of a step: the metric, its value in a line, and what it is of."""
+    return [
+        (result["metric"], describe(result), _made_of(result["definition"]))
+        for result in read_results(workdir)
+        if _step(result) == step
+    ]
 
 
 def _step(result: dict[str, Any]) -> int:

@@ -15,20 +15,21 @@ import safetensors
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax.config import Config, differences
+from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, first_line
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
+from ddpm_jax.training import build_schedule
 from ddpm_jax.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
 OF_THE_MODEL = {  # the other fields are the user's choice
     *("data.image_size", "data.channels"),
     *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
-    *("diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"),
     *("diffusion.prediction", "diffusion.variance"),
 }
+OF_THE_SCHEDULE = {"diffusion.T", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end"}
 
 
 def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
@@ -77,9 +78,9 @@ def _find_folder(source: str) -> Path:
             folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
         return folder
     except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{source} is not a folder and could not be had from the hub ({reason}); check the name and the network"
+            f"{source} is not a folder and could not be had from the hub ({first_line(error)}); "
+            "check the name and the network"
         ) from None
 
 
@@ -96,7 +97,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _with_options_of(base: Config, config: Config, source: str) -> Config:
-    differ = [name for name in differences(base, config) if name in OF_THE_MODEL]
+    check(base)
+    betas, others = build_schedule(base).betas, build_schedule(config).betas
+    # Equal betas may have other names: those of const are a linear schedule's as well.
+    same = betas.shape == others.shape and np.allclose(betas, others, rtol=1e-5, atol=0)
+    names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
+    differ = [name for name in differences(base, config) if name in names]
     if differ:
         was, now = flatten_config(base), flatten_config(config)
         fields = ", ".join(f"{name} ({now[name]!r} there, {was[name]!r} in the config)" for name in differ)
@@ -133,6 +139,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
+    except AttributeError as error:  # of numpy, which is asked for the type by name
+        raise UsageError(f"{path} holds numbers that NumPy has not ({error}); get the weights unquantised") from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -172,6 +180,8 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
         p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
     }
     check_empty(epath.Path(folder))
+    if not folder.name:
+        raise UsageError(f"{folder} cannot be replaced by a folder; give the name of a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / folder.name

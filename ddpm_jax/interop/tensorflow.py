@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax.config import Config, check
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, first_line
 from ddpm_jax.interop.names import check_fit, parameters, unflatten
 from ddpm_jax.training import TrainState, state_from_params
 
@@ -77,6 +77,6 @@ def _told(prefix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(
-            f"{prefix} cannot be read as a TensorFlow checkpoint ({str(error).splitlines()[0]}); give the path of its files "
+            f"{prefix} cannot be read as a TensorFlow checkpoint ({first_line(error)}); give the path of its files "
             "without .index or .data, all of them whole"
         ) from None

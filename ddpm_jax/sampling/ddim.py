@@ -5,7 +5,7 @@ import numpy as np
 from ddpm_jax.diffusion import Clip, Prediction, Variance
 from ddpm_jax.sampling.linear import levels, linear
 from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.schedules import Schedule, betas_between
 
 
 def ddim(
@@ -26,10 +26,8 @@ def ddim(
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"got eta = {eta:g}, expected from 0 (no noise) to 1 (ancestral)")
     at = levels(schedule, steps)
-    # 1 - alpha-bar_t / alpha-bar_s, from the noises, since a difference of nearly equal signals would round.
-    fraction = (at.noise**2 - at.next_noise**2) / at.next_signal**2
-    sigma = eta * at.next_noise / at.noise * np.sqrt(fraction)
-    x = np.sqrt(at.next_noise**2 - sigma**2) / at.noise
+    sigma = eta * at.next_noise / at.noise * np.sqrt(betas_between(schedule, steps)[::-1])
+    x = np.sqrt(np.maximum(0.0, at.next_noise**2 - sigma**2)) / at.noise  # rounding may leave less than 0
     return linear(
         schedule,
         at.t,

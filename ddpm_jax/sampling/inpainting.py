@@ -22,16 +22,18 @@ def inpaint(
     variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
-    """A sampler of images that agree with `known` where the mask is 1: after each step x is put together from q(x_s | known)
-    there and the ancestral x_s elsewhere (Algorithm 1 of the paper).
+    """A sampler of images that agree with `known` where the mask is above 0 (any value, there is no mixing): after each step x
+    is put together from q(x_s | known) there and the ancestral x_s elsewhere (Algorithm 1 of the paper).
 
     steps: increasing t's, at least 2. So that both parts fit together, every `jump` steps the chain is noised `jump` steps
     back and run again, until it has been run `times` times. What is filled in follows its distribution given the rest
     approximately, the better the more often. One row is one network evaluation. Raises ValueError for a jump
-    or times below 1.
+    or times below 1, or a jump so long that the chain would never be run again.
     """
     if jump < 1 or times < 1:
         raise ValueError(f"got jump = {jump} and times = {times}, expected at least 1 of each")
+    if times > 1 and jump >= len(steps):
+        raise ValueError(f"got jump = {jump} with {len(steps)} steps, expected less, or times = 1")
     base = ancestral(schedule, steps, prediction=prediction, variance=variance, clip=clip)
     alphas_cumprod = np.append(respace(schedule, steps).alphas_cumprod, 1.0)  # the last, [-1], is the clean image's
     i, back = _walk(len(steps), jump, times)

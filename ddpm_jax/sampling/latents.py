@@ -33,8 +33,11 @@ def progressive_generation(
     image_shape: tuple[int, int, int],
     count: int = 10,
 ) -> Progressive:
-    """The predictions of x_0, Eq. (15), at `count` equally spaced rows of a chain from noise to images (Figure 6)."""
-    rows = np.linspace(0, len(sampler) - 1, count).round().astype(int).tolist()
+    """The predictions of x_0, Eq. (15), at `count` equally spaced rows of a chain from noise to images (Figure 6).
+
+    At all rows, n of them, of a chain that has fewer.
+    """
+    rows = np.unique(np.linspace(0, len(sampler) - 1, count).round().astype(int)).tolist()
     images, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=rows)
     return Progressive(np.asarray(sampler.rows["t"])[rows], seen.x_0, images)
 

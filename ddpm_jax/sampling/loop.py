@@ -63,15 +63,17 @@ def reverse(
 
     indices: the images' global places, int (B,), which their noise depends on. A row's noise is the same in any part, so a
     chain run in two parts is the same chain. Raises ValueError if a part leaves out rows that the sampler has to remember, or
-    a row to watch is not run.
+    a row to watch is not run, or is there twice.
     """
     numbers = np.arange(len(sampler))[rows]
     if sampler.memory and len(numbers) and numbers[0] != 0:
         raise ValueError(f"got a part from row {numbers[0]} on, but this sampler looks back: start at row 0")
     slots = np.full(len(sampler), len(watch))  # one past the last: written nowhere
     slots[list(watch)] = np.arange(len(watch))
-    if not set(watch) <= set(numbers.tolist()):
-        raise ValueError(f"got rows {list(watch)} to watch, expected some of the {len(numbers)} that are run")
+    if len({*watch} & {*numbers.tolist()}) < len(watch):
+        raise ValueError(
+            f"got rows {list(watch)} to watch, expected some of the {len(numbers)} that are run, each once"
+        )
     keys = rng.image_keys(key, indices)
 
     def body(carry, number_slot_row):
