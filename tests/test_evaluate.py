@@ -417,7 +417,9 @@ def test_inception_metrics_without_weights_are_told_in_one_sentence(command, run
     assert (code, out) == (2, "")
     assert err.startswith("the Inception weights are not there")
     assert "download pt_inception-2015-12-05-6726825d.pth" in err
-    assert "without them nll, rate-distortion and nearest work, and fid, kid and prdc of pixels (--features pixels," in err
+    assert (
+        "without them nll, rate-distortion and nearest work, and fid, kid and prdc of pixels (--features pixels," in err
+    )
     assert "\n" not in err
 
 
