@@ -1,6 +1,5 @@
 """Several processes, as on several hosts: two of them on this machine, each with one device, through the real scripts."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from etils import epath
 from processes import ROOT, finish, one_device, start
 
 from ddpm_jax.image_set import read_images
+from ddpm_jax.reporting import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,8 @@ TRAIN = [
     ),
     *("--model.dropout", "0.1", "--diffusion.T", "10", "--train.batch-size", "16", "--train.steps-per-dispatch", "2"),
     *("--train.steps", "24", "--train.log-every", "4", "--train.save-every", "8", "--train.sample-every", "8"),
-    *("--train.num-samples", "4"),
+    *("--train.num-samples", "4", "--train.eval-every", "8", "--train.eval-source", "digits"),
+    *("--train.eval-images", "20", "--train.eval-samples", "6", "--train.eval-features", "pixels"),
 ]
 SAMPLE = ["--num-images", "10", "--batch-size", "4", "--steps", "5"]
 
@@ -40,9 +41,10 @@ def environment(tmp_path_factory):
     return one_device(tmp_path_factory.mktemp("processes"))
 
 
-def logged(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines], np.array([[line["loss"], line["grad_norm"]] for line in lines])
+def logged(workdir, *names):
+    """The steps at which scalars were logged, and these."""
+    lines = [line for line in read_metrics(epath.Path(workdir)) if names[0] in line]
+    return [line["step"] for line in lines], np.array([[line[name] for name in names] for line in lines])
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,20 @@ def together(tmp_path_factory, environment):
 
 def test_two_processes_train_the_same_run_and_stop_together(alone, together):
     """Draws and data do not depend on the processes, so the losses agree; every step and grid is there once."""
-    steps, values = logged(alone)
-    steps_together, values_together = logged(together)
+    steps, values = logged(alone, "loss", "grad_norm")
+    steps_together, values_together = logged(together, "loss", "grad_norm")
     assert steps_together == steps == [4, 8, 12, 16, 20, 24]
     np.testing.assert_allclose(values_together, values, rtol=1e-5)
     grids = [sorted(p.name for p in (w / "samples").iterdir()) for w in (alone, together)]
     assert grids[0] == grids[1] == [f"step_{step:08d}.png" for step in (8, 16, 24)]
+
+
+def test_two_processes_measure_the_same_on_held_out_images(alone, together):
+    for names, tolerance in ((("eval_loss", "eval_loss_quarter_1", "eval_bits_per_dim"), 1e-5), (("eval_fid",), 1e-3)):
+        steps, values = logged(alone, *names)
+        steps_together, values_together = logged(together, *names)
+        assert steps_together == steps == [8, 16, 24]
+        np.testing.assert_allclose(values_together, values, rtol=tolerance)
 
 
 def test_two_processes_sample_the_same_images(alone, environment, tmp_path):
