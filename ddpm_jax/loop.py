@@ -216,7 +216,8 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
         checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log}, keep=best)
 
     def aside(work, *arguments):
-        nonlocal logged_time  # steps/s are of training alone
+        nonlocal logged_time  # steps/s are of training alone, the steps still under way among it
+        losses.fetch_all()
         start = time.perf_counter()
         work(*arguments)
         logged_time += time.perf_counter() - start

@@ -107,7 +107,7 @@ def make_evaluation(config: Config, mesh: Mesh, source: Source, held_out: Source
     eval_bits_per_dim and its standard error over them: an unbiased estimate of the bound from 16 terms between L_T and L_0;
     eval_fid, if train.eval_samples: between so many samples and the training images (source).
 
-    eval_of: see there.
+    eval_of: what these numbers are of, by the function of that name.
 
     generator: what the run's grids are drawn with. Raises UsageError if the Inception weights are needed and not there.
     """
