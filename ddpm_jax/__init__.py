@@ -1,14 +1,34 @@
-"""Denoising diffusion probabilistic models (Ho, Jain & Abbeel 2020) in JAX and Flax."""
+"""Denoising diffusion probabilistic models (Ho, Jain & Abbeel 2020) in JAX and Flax.
 
-from ddpm_jax.config import Config
-from ddpm_jax.diffusion import p_mean_logvar, predict_x_0, q_posterior, q_sample
-from ddpm_jax.likelihood import bits_per_dim
-from ddpm_jax.losses import simple_loss
-from ddpm_jax.sampling import sample
-from ddpm_jax.schedules import Schedule, make_schedule
-from ddpm_jax.training import TrainState, init_state, make_train_step
-from ddpm_jax.unet import UNet
-from ddpm_jax.workdir import Run, load_run
+Names are imported when they are first asked for, so that importing the package is quick and has no effect on JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm_jax.config import Config
+    from ddpm_jax.diffusion import p_mean_logvar, predict_x_0, q_posterior, q_sample
+    from ddpm_jax.likelihood import bits_per_dim
+    from ddpm_jax.losses import simple_loss
+    from ddpm_jax.sampling import sample
+    from ddpm_jax.schedules import Schedule, make_schedule
+    from ddpm_jax.training import TrainState, init_state, make_train_step
+    from ddpm_jax.unet import UNet
+    from ddpm_jax.workdir import Run, load_run
+
+_MODULES = {
+    "config": ["Config"],
+    "diffusion": ["p_mean_logvar", "predict_x_0", "q_posterior", "q_sample"],
+    "likelihood": ["bits_per_dim"],
+    "losses": ["simple_loss"],
+    "sampling": ["sample"],
+    "schedules": ["Schedule", "make_schedule"],
+    "training": ["TrainState", "init_state", "make_train_step"],
+    "unet": ["UNet"],
+    "workdir": ["Run", "load_run"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Config",
@@ -28,3 +48,13 @@ __all__ = [
     "sample",
     "simple_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ddpm_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ddpm_jax.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

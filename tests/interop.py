@@ -1,7 +1,7 @@
 """What the tests of weights in and out share: the script, runs with drawn parameters, and networks of diffusers."""
 
 import functools
-import importlib.util
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def run_script(name, *arguments):
     """Runs a script of the root in this process; its errors come out as they are."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro reads the help in its source
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"ddpm_jax.commands.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         module.main()

@@ -1,7 +1,6 @@
 """evaluate.py: numbers from a workdir, with all that defines them, that survive any kill."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from evaluated import CONFIG, make_workdir
 from scipy.spatial.distance import cdist
 from tiny import tiny
 
+from ddpm_jax.commands import evaluate as commands_evaluate
 from ddpm_jax.config import to_json
 from ddpm_jax.data import open_source
 from ddpm_jax.errors import UsageError
@@ -392,15 +392,12 @@ def test_an_unknown_metric_is_refused(evaluated):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs evaluate.py as its command line would: (exit code, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location("script_evaluate", ROOT / "evaluate.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro reads the help in its source
-    spec.loader.exec_module(module)
     monkeypatch.setenv("COLUMNS", "1000")
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         try:
-            module.main()
+            commands_evaluate.main()
             code = 0
         except UsageError as error:
             return 2, "", str(error)
@@ -408,8 +405,7 @@ def command(monkeypatch, capsys):
             code = stop.code
         return code, *capsys.readouterr()
 
-    yield command
-    del sys.modules[spec.name]
+    return command
 
 
 def test_inception_metrics_without_weights_are_told_in_one_sentence(command, run):

@@ -120,7 +120,7 @@ import resource, sys, time
 sys.argv = ["convert.py", "from-diffusers", {str(tmp_path / "model")!r}, {str(tmp_path / "run")!r}]
 sys.path.insert(0, {str(ROOT)!r})
 start = time.perf_counter()
-import convert
+from ddpm_jax.commands import convert
 convert.main()
 gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(time.perf_counter() - start, time.process_time(), gigabytes)

@@ -1,6 +1,5 @@
 """prepare_data.py: it prepares what needs it, and finds every picture that cannot be decoded."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
 
+from ddpm_jax.commands import prepare_data as command
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import cache, open_source, sources
 from ddpm_jax.errors import UsageError
@@ -27,16 +27,12 @@ def cache_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def prepare_data(monkeypatch, capsys):
     """Runs the script's main function with these arguments: (exit code, standard output)."""
-    spec = importlib.util.spec_from_file_location("script_prepare_data", ROOT / "prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the help in its source
-    spec.loader.exec_module(module)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
         code = 0
         try:
-            module.main()
+            command.main()
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""Evaluates a run: python evaluate.py WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
+
+Killed at any moment, the same command continues. Results, figures and report.html go into the workdir.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import tyro
+
+from ddpm_jax import sharding
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.inception import Preprocessing
+from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
+from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
+from ddpm_jax.evaluation.report import describe, write_report
+from ddpm_jax.evaluation.run import Evaluation, Options
+from ddpm_jax.figures import draw_figures
+from ddpm_jax.generate import SamplerOptions
+from ddpm_jax.workdir import load_run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a run on its EMA parameters."""
+
+    metrics: tuple[Literal["fid", "is", "kid", "prdc", "nll", "rate-distortion", "nearest"], ...] = ()
+    """What is computed; default all that the features allow, or nll, rate-distortion and nearest without Inception weights."""
+    features: Literal["inception", "pixels"] = "inception"
+    """What images are compared by: Inception-v3, as papers do, or their bare pixels."""
+    preprocessing: Preprocessing = "tensorflow"
+    """How images are resized and scaled for Inception: as the original FID does, or as pytorch-fid."""
+    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
+    step: int | Literal["best"] | None = None
+    """The checkpoint's step, or best, by train.keep_best; default the newest."""
+    figures: bool = True
+    """Draw the figures of the report as well."""
+    distributed: bool = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    unverified: bool = False
+    """Use the checkpoint even if its manifest is missing or does not match."""
+
+
+def main() -> None:
+    """Parses the command line, computes what is asked for, and writes the report."""
+    if {"-h", "--help"} & set(sys.argv):
+        tyro.cli(Arguments, prog="evaluate.py WORKDIR", args=["--help"])
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UsageError("no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options")
+    workdir = sys.argv[1]
+    arguments = tyro.cli(Arguments, prog=f"evaluate.py {workdir}", args=sys.argv[2:])
+    if "--metrics" in sys.argv and not arguments.metrics:
+        raise UsageError(f"--metrics is empty; give some of {', '.join(METRICS)}")
+    if arguments.distributed:
+        sharding.start_processes()
+    first = jax.process_index() == 0
+    run = load_run(workdir, step=arguments.step, unverified=arguments.unverified)
+    metrics: tuple[str, ...] = arguments.metrics
+    features = PIXELS
+    if arguments.features == "inception":
+        if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
+            features = inception_features(
+                run.mesh, preprocessing=arguments.preprocessing, batch_size=arguments.options.batch_size
+            )
+        elif not metrics:
+            metrics = WITHOUT_FEATURES
+            if first:
+                print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
+    if not metrics:
+        metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
+    evaluation = Evaluation(run, workdir, features, arguments.options, arguments.sampler)
+    results = evaluate(evaluation, metrics)
+    if arguments.figures:
+        draw_figures(evaluation, results)
+    if first:
+        for name, result in results.items():
+            print(f"{name}: {describe(result)}")
+        print(f"The report: {write_report(workdir)}")

@@ -1,0 +1,51 @@
+"""Prepares or checks a data set: python prepare_data.py tfds:cifar10; python prepare_data.py SOURCE --check
+
+SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NAME[:split].
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import cache, sources, tfds
+from ddpm_jax.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Download and write a data set of tensorflow-datasets as array_record, or check the pictures of any source."""
+
+    check: bool = False
+    """Decode every picture, and list those that cannot be, for --data.on-bad-image skip."""
+    workers: int = 0
+    """Threads that decode pictures; 0: one for each CPU core."""
+
+
+def main() -> None:
+    """Parses the command line, prepares or checks."""
+    if {"-h", "--help"} & set(sys.argv):
+        tyro.cli(Arguments, prog="prepare_data.py SOURCE", args=["--help"])
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UsageError("no source was given; run prepare_data.py SOURCE, and prepare_data.py --help for the options")
+    source = sys.argv[1]
+    arguments = tyro.cli(Arguments, prog=f"prepare_data.py {source}", args=sys.argv[2:])
+    if arguments.workers < 0:
+        raise UsageError(f"--workers {arguments.workers} is too small; use 0 or more")
+    if arguments.check:
+        check(source, arguments.workers)
+    elif source.startswith(tfds.PREFIX):
+        print(f"{source} is prepared: {tfds.prepare(source)}")
+    else:
+        raise UsageError(f"{source} needs no preparation; add --check to look for pictures that cannot be decoded")
+
+
+def check(source: str, workers: int) -> None:
+    """Names the pictures of a source that cannot be decoded and writes their list; exit code 1 if there are any."""
+    pictures = sources.open_pictures(source)
+    bad = cache.list_bad(sources.decoded(pictures, DataConfig(source=source, workers=workers)))
+    for name, reason in bad.items():
+        print(f"{name}: {reason}")
+    print(f"{len(bad)} of {len(pictures.names)} pictures cannot be decoded; their list: {cache.bad_list(pictures)}")
+    raise SystemExit(1 if bad else 0)

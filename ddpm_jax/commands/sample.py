@@ -1,0 +1,90 @@
+"""Samples images from a run: python sample.py WORKDIR --num-images 64 --seed 0 --out samples"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+from etils import epath
+
+from ddpm_jax import sharding
+from ddpm_jax.animation import write_animation
+from ddpm_jax.errors import UsageError
+from ddpm_jax.generate import SamplerOptions
+from ddpm_jax.image_set import Format, generate_set
+from ddpm_jax.workdir import load_run
+
+LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Sample images from a run. The same command again continues where it stopped."""
+
+    num_images: int = 64
+    """How many images; image i of a seed is the same in any number of them."""
+    first_image: int = 0
+    """Index of the first one, so that a set can be made in several pieces."""
+    seed: int = 0
+    """Seed of every draw, 0 to 4294967295."""
+    out: str = ""
+    """Folder that the images are written to; default WORKDIR/generated/ and what defines them."""
+    format: Format = "both"
+    """Single PNGs, one images.npz, both, or the npz shards of single batches, for sets too large for one file."""
+    animation: Literal["none", "gif", "webp"] = "none"
+    """Also write OUT/process.gif or .webp: the reverse process of the first images, 64 or --batch-size."""
+    options: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters themselves."""
+    step: int | Literal["best"] | None = None
+    """The checkpoint's step, or best, by train.keep_best; default the newest."""
+    batch_size: int = 64
+    """Images computed together; changes speed only."""
+    distributed: bool = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    unverified: bool = False
+    """Use the checkpoint even if its manifest is missing or does not match."""
+
+
+def main() -> None:
+    """Parses the command line, samples and writes."""
+    if {"-h", "--help"} & set(sys.argv):
+        tyro.cli(Arguments, prog="sample.py WORKDIR", args=["--help"])
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UsageError("no workdir was given; run sample.py WORKDIR, and sample.py --help for the options")
+    workdir = sys.argv[1]
+    arguments = tyro.cli(Arguments, prog=f"sample.py {workdir}", args=sys.argv[2:])
+    for name, smallest in (("num_images", 1), ("batch_size", 1), ("first_image", 0)):
+        if getattr(arguments, name) < smallest:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} {getattr(arguments, name)} is too small; use {smallest} or more")
+    if arguments.first_image + arguments.num_images > LAST_IMAGE:
+        raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
+    if not 0 <= arguments.seed < 2**32:
+        raise UsageError(f"--seed {arguments.seed} is outside of 0 .. 4294967295; choose another")
+    if arguments.distributed:
+        sharding.start_processes()
+    run = load_run(workdir, step=arguments.step, weights=arguments.weights, unverified=arguments.unverified)
+    name = f"step_{run.step}_{arguments.weights}_{arguments.options.sampler}_seed_{arguments.seed}"
+    out = epath.Path(arguments.out or f"{workdir}/generated/{name}")
+    indices = range(arguments.first_image, arguments.first_image + arguments.num_images)
+    generate_set(
+        run,
+        out,
+        indices,
+        seed=arguments.seed,
+        options=arguments.options,
+        weights=arguments.weights,
+        batch_size=arguments.batch_size,
+        format=arguments.format,
+    )
+    if arguments.animation != "none":
+        write_animation(
+            run,
+            out / f"process.{arguments.animation}",
+            indices,
+            seed=arguments.seed,
+            options=arguments.options,
+            batch_size=arguments.batch_size,
+        )
+    print(f"{len(indices)} images of step {run.step} are in {out}; the first ones side by side: {out}/grid.png")
