@@ -8,30 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpm_jax.config import Config
-    from ddpm_jax.diffusion import p_mean_logvar, predict_x_0, q_posterior, q_sample
-    from ddpm_jax.likelihood import bits_per_dim
-    from ddpm_jax.losses import simple_loss
+    from ddpm_jax.diffusion.bound import bits_per_dim
+    from ddpm_jax.diffusion.losses import simple_loss
+    from ddpm_jax.diffusion.process import Process, p_mean_logvar, predict_x_0, q_posterior, q_sample
+    from ddpm_jax.diffusion.schedules import Schedule, make_schedule
+    from ddpm_jax.models.unet import UNet
     from ddpm_jax.sampling import sample
-    from ddpm_jax.schedules import Schedule, make_schedule
     from ddpm_jax.training import TrainState, init_state, make_train_step
-    from ddpm_jax.unet import UNet
     from ddpm_jax.workdir import Run, load_run
 
 _MODULES = {
     "config": ["Config"],
-    "diffusion": ["p_mean_logvar", "predict_x_0", "q_posterior", "q_sample"],
-    "likelihood": ["bits_per_dim"],
-    "losses": ["simple_loss"],
+    "diffusion.process": ["Process", "p_mean_logvar", "predict_x_0", "q_posterior", "q_sample"],
+    "diffusion.bound": ["bits_per_dim"],
+    "diffusion.losses": ["simple_loss"],
     "sampling": ["sample"],
-    "schedules": ["Schedule", "make_schedule"],
+    "diffusion.schedules": ["Schedule", "make_schedule"],
     "training": ["TrainState", "init_state", "make_train_step"],
-    "unet": ["UNet"],
+    "models.unet": ["UNet"],
     "workdir": ["Run", "load_run"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Config",
+    "Process",
     "Run",
     "Schedule",
     "TrainState",

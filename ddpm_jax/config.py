@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ddpm_jax.diffusion import Prediction, Variance
+from ddpm_jax.diffusion.process import Prediction, Variance
+from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UsageError
-from ddpm_jax.schedules import make_schedule
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, UInt8
 
 from ddpm_jax import rng
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion import q_sample
+from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.files import whole
 from ddpm_jax.generate import sample_key, to_uint8
 from ddpm_jax.reporting import enlarge, grid, png_bytes
 from ddpm_jax.sampling.ancestral import ancestral
-from ddpm_jax.training import build_schedule, build_unet
+from ddpm_jax.training import build_process, build_schedule, build_unet
 
 if TYPE_CHECKING:
     from ddpm_jax.evaluation.run import Evaluation
@@ -38,8 +38,8 @@ def make_chain(config: Config) -> Callable[..., tuple[Float[Array, "B H W C"], F
     The noise is that of `sample`, so that steps 0 .. T-1 from its x_T give its images; x_0 is the last step's prediction.
     first and last may be traced, unlike the parts of `sampling.reverse`: one program, compiled once, draws all figures.
     """
-    schedule, unet, d = build_schedule(config), build_unet(config), config.diffusion
-    sampler = ancestral(schedule, np.arange(schedule.T), prediction=d.prediction, variance=d.variance)
+    process, unet = build_process(config), build_unet(config)
+    sampler = ancestral(process, np.arange(process.schedule.T))
 
     def chain(params, key, indices, x, first, last):
         keys = rng.image_keys(key, indices)

@@ -15,7 +15,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
 from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
-from ddpm_jax.training import build_schedule, build_unet
+from ddpm_jax.training import build_process, build_unet
 
 Generator = Callable[..., Any]  # (params, key, indices) -> images
 
@@ -38,18 +38,15 @@ class SamplerOptions:
 
 def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
     """The sampler of these options for a run's schedule and network output. Raises UsageError if there is none."""
-    d = config.diffusion
     if options.steps == ():
         raise UsageError("--steps has no value; give one, or leave it out for all steps")
     try:
         return make_sampler(
-            build_schedule(config),
+            build_process(config),
             options.sampler,
             steps=options.steps or (),
             spacing=options.spacing,
             eta=options.eta,
-            prediction=d.prediction,
-            variance=d.variance,
             clip={"static": True, "none": False, "dynamic": 0.995}[options.clip],
         )
     except ValueError as error:

@@ -14,11 +14,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from ddpm_jax import losses, rng, sharding
+from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion import losses
+from ddpm_jax.diffusion.process import Process
+from ddpm_jax.diffusion.schedules import Schedule, make_schedule
+from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import Purpose
-from ddpm_jax.schedules import Schedule, make_schedule
-from ddpm_jax.unet import UNet
 
 Params = Any
 
@@ -38,6 +40,11 @@ def build_schedule(config: Config) -> Schedule:
     """The schedule that the config describes."""
     d = config.diffusion
     return make_schedule(d.schedule, T=d.T, beta_start=d.beta_start, beta_end=d.beta_end)
+
+
+def build_process(config: Config) -> Process:
+    """The process that the config describes."""
+    return Process(build_schedule(config), config.diffusion.prediction, config.diffusion.variance)
 
 
 def build_unet(config: Config) -> UNet:
@@ -102,16 +109,16 @@ def init_sharded_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(config, key), out_shardings=sharding.state_sharding(mesh, shapes))()
 
 
-def image_losses(config: Config, schedule: Schedule) -> Callable[..., Float[Array, " B"]]:
+def image_losses(config: Config) -> Callable[..., Float[Array, " B"]]:
     """The config's loss of each image, (model, x_0, t, eps) -> (B,), with its weight of t."""
-    d = config.diffusion
+    d, process = config.diffusion, build_process(config)
     loss = losses.LOSSES[d.loss]
     weights = None
     if d.loss_weighting == "min_snr":
-        weights = losses.min_snr_weights(schedule, d.min_snr_gamma, prediction=d.prediction)
+        weights = losses.min_snr_weights(process, d.min_snr_gamma)
 
     def weighted(model, x_0, t, eps):
-        values = loss(schedule, model, x_0, t, eps, prediction=d.prediction, variance=d.variance)
+        values = loss(process, model, x_0, t, eps)
         return values if weights is None else values * jnp.asarray(weights, values.dtype)[t]
 
     return weighted
@@ -158,8 +165,8 @@ def one_step(config: Config) -> Callable[[TrainState, UInt8[Array, "B H W C"]], 
 
     images: uint8 (B, H, W, C). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
     """
-    schedule, unet, optimizer = build_schedule(config), build_unet(config), build_optimizer(config)
-    loss_of_images = image_losses(config, schedule)
+    unet, optimizer = build_unet(config), build_optimizer(config)
+    loss_of_images = image_losses(config)
     n = config.train.accumulation
 
     def mean_loss(params, x_0, t, eps, weights, dropout_keys):

@@ -20,12 +20,12 @@ from ddpm_jax import config as configs
 from ddpm_jax import sharding
 from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import is_remnant, write_text
+from ddpm_jax.models.unet import UNet
 from ddpm_jax.reporting import best_step
-from ddpm_jax.schedules import Schedule
 from ddpm_jax.training import TrainState, build_schedule, build_unet, init_state
-from ddpm_jax.unet import UNet
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

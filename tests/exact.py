@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion import predict_from_x_0
+from ddpm_jax.diffusion.process import Process, predict_from_x_0
 
 SHAPE = (2, 2, 1)
 MEAN, STD = 0.3, 0.2  # Gaussian data
@@ -38,7 +38,7 @@ def model_of(x_0, schedule, prediction="eps", spread=None):
     """The network that predicts this x_0, as any kind of prediction; spread fills the channels of a learned variance."""
 
     def model(x_t, t):
-        output = predict_from_x_0(schedule, x_0(schedule, x_t, t), x_t, t, prediction=prediction)
+        output = predict_from_x_0(Process(schedule, prediction=prediction), x_0(schedule, x_t, t), x_t, t)
         if spread is None:
             return output
         return jnp.concatenate([output, jnp.full_like(output, spread)], axis=-1)

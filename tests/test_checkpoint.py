@@ -18,8 +18,8 @@ from tiny import tiny
 
 from ddpm_jax import checkpoint, sharding
 from ddpm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
+from ddpm_jax.diffusion.losses import init_loss_history
 from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.losses import init_loss_history
 from ddpm_jax.training import TrainState, init_state
 
 META = {"data": {"images": 1797, "sha256": "00ff"}, "since_log": {"loss": [0.1 + 0.2, 1e-45, -0.0]}}

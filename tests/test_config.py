@@ -16,7 +16,7 @@ from tiny import TINY, tiny
 
 from ddpm_jax import config as configs
 from ddpm_jax.config import MAY_CHANGE, Config, ConfigError, check, differences, flatten, from_json, to_json
-from ddpm_jax.diffusion import predict_x_0
+from ddpm_jax.diffusion.process import Process, predict_x_0
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training import build_schedule, init_state
 
@@ -200,7 +200,7 @@ def test_eps_is_allowed_just_where_x_0_is_finite_in_float32(T):
     else:
         check(config)
         x_t, t = jnp.full((1, 1, 1, 1), 0.5), jnp.array([T - 1])
-        assert jnp.isfinite(predict_x_0(build_schedule(config), x_t, x_t, t, prediction="eps")).all()
+        assert jnp.isfinite(predict_x_0(Process(build_schedule(config)), x_t, x_t, t)).all()
 
 
 @pytest.mark.parametrize(

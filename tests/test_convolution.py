@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax.convolution import conv
+from ddpm_jax.models.convolution import conv
 
 # height, width, kernel size, stride
 CASES = [

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion import (
+from ddpm_jax.diffusion.process import (
     Prediction,
+    Process,
     Variance,
     at,
     p_mean_logvar,
@@ -22,7 +23,7 @@ from ddpm_jax.diffusion import (
     split_output,
     target,
 )
-from ddpm_jax.schedules import BETAS, make_schedule
+from ddpm_jax.diffusion.schedules import BETAS, make_schedule
 
 T = 12
 SHAPE = (T, 2, 2, 3)  # one image for every t
@@ -98,7 +99,6 @@ def test_q_has_the_moments_of_the_steps_composed(name, x64):
     x_0, eps = images(draw(0), draw(1))
     q = q_mean_logvar(schedule, x_0, jnp.asarray(t_all))
     close(q.mean, factor * x_0)
-    close(q.variance, variance)
     close(q.logvar, np.log(variance))
     close(q_sample(schedule, x_0, jnp.asarray(t_all), eps), factor * x_0 + np.sqrt(variance) * eps)
 
@@ -122,7 +122,7 @@ def test_variance_keeps_its_precision_where_the_schedule_is_an_argument():
     x_0, t = jnp.zeros((2, 1, 1, 1)), jnp.array([0, 1])
     q = jax.jit(q_mean_logvar)(schedule, x_0, t)  # the tables are float32 inside
     beta_1, beta_2 = 1e-4, 1e-4 + 0.0199 / 999
-    np.testing.assert_allclose(q.variance.ravel(), [beta_1, beta_1 + beta_2 - beta_1 * beta_2], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(q.logvar.ravel()), [beta_1, beta_1 + beta_2 - beta_1 * beta_2], rtol=1e-6)
 
 
 def test_tables_are_cast_to_the_images_dtype():
@@ -143,7 +143,6 @@ def test_posterior_matches_bayes_rule(name, x64):
     mean, variance = bayes_posterior(schedule.betas, x_0, x_t)
     q = q_posterior(schedule, x_0, x_t, jnp.asarray(t_all))
     close(q.mean, mean)
-    close(q.variance, variance)
     close(q.logvar[1:], np.log(variance[1:]))
     close(q.logvar[:1], np.log(variance[1:2]))
 
@@ -152,7 +151,6 @@ def test_posterior_of_t_0_is_x_0(x64):
     x_0, x_t = images(draw(0, 2, 2, 2, 1), draw(1, 2, 2, 2, 1))
     q = q_posterior(make_schedule("linear"), x_0, x_t, jnp.zeros(2, jnp.int32))
     close(q.mean, x_0)
-    close(q.variance, np.zeros((2, 1, 1, 1)))
 
 
 # ---- Predictions
@@ -168,17 +166,17 @@ def test_output_stands_for_x_0(name, prediction, x64):
     possible = slice(None)
     if prediction == "eps":
         possible = schedule.alphas_cumprod > 0  # jsd's last x_t holds no x_0, and eps alone cannot give it back
-    x_0_hat = predict_x_0(schedule, output[possible], x_t[possible], t[possible], prediction=prediction)
+    x_0_hat = predict_x_0(Process(schedule, prediction=prediction), output[possible], x_t[possible], t[possible])
     close(x_0_hat, x_0[possible])
-    close(predict_from_x_0(schedule, x_0, x_t, t, prediction=prediction), output)
+    close(predict_from_x_0(Process(schedule, prediction=prediction), x_0, x_t, t), output)
 
 
 @predictions
 def test_conversions_round_trip_for_any_output(prediction, x64):
     schedule = short()
     output, x_t, t = images(draw(0), draw(1), t_all)
-    x_0 = predict_x_0(schedule, output, x_t, t, prediction=prediction)
-    close(predict_from_x_0(schedule, x_0, x_t, t, prediction=prediction), output)
+    x_0 = predict_x_0(Process(schedule, prediction=prediction), output, x_t, t)
+    close(predict_from_x_0(Process(schedule, prediction=prediction), x_0, x_t, t), output)
 
 
 @predictions
@@ -187,7 +185,7 @@ def test_target_is_what_a_perfect_network_puts_out(prediction, x64):
     x_0, eps, t = images(draw(0), draw(1), t_all)
     x_t = q_sample(schedule, x_0, t, eps)
     expected = outputs_for(schedule.betas, x_0, eps)[prediction]
-    close(target(schedule, x_0, x_t, t, eps, prediction=prediction), expected)
+    close(target(Process(schedule, prediction=prediction), x_0, x_t, t, eps), expected)
 
 
 def test_targets_stay_finite_where_no_signal_is_left():
@@ -195,9 +193,9 @@ def test_targets_stay_finite_where_no_signal_is_left():
     x_0, eps = images(draw(0, 1, 2, 2, 1).astype(np.float32), draw(1, 1, 2, 2, 1).astype(np.float32))
     t = jnp.array([3])
     for prediction in get_args(Prediction):
-        assert np.all(np.isfinite(target(schedule, x_0, eps, t, eps, prediction=prediction))), prediction
-        assert np.all(np.isfinite(predict_from_x_0(schedule, x_0, eps, t, prediction=prediction))), prediction
-    close(predict_x_0(schedule, -x_0, eps, t, prediction="v"), x_0)
+        assert np.all(np.isfinite(target(Process(schedule, prediction=prediction), x_0, eps, t, eps))), prediction
+        assert np.all(np.isfinite(predict_from_x_0(Process(schedule, prediction=prediction), x_0, eps, t))), prediction
+    close(predict_x_0(Process(schedule, prediction="v"), -x_0, eps, t), x_0)
 
 
 # ---- p(x_{t-1} | x_t)
@@ -226,7 +224,9 @@ def test_p_mean_logvar_follows_from_the_x_0_that_the_output_stands_for(predictio
     mean_part = outputs_for(schedule.betas, x_0, eps)[prediction]
     output = mean_part if "fixed" in variance else np.concatenate([mean_part, var_part], axis=-1)
 
-    p = p_mean_logvar(schedule, *images(output, x_t, t_all), prediction=prediction, variance=variance, clip=clip)
+    p = p_mean_logvar(
+        Process(schedule, prediction=prediction, variance=variance), *images(output, x_t, t_all), clip=clip
+    )
 
     x_0_hat = np.clip(x_0, -1, 1) if clip else x_0
     close(p.x_0, x_0_hat)
@@ -240,14 +240,14 @@ def test_eps_mean_is_eq_11(x64):
     x_t, eps_hat, t = images(draw(0), draw(1), t_all)
     beta, alphas_cumprod = column(schedule.betas), column(np.cumprod(1 - schedule.betas))
     expected = (x_t - beta / np.sqrt(1 - alphas_cumprod) * eps_hat) / np.sqrt(1 - beta)
-    close(p_mean_logvar(schedule, eps_hat, x_t, t, clip=False).mean, expected)
+    close(p_mean_logvar(Process(schedule), eps_hat, x_t, t, clip=False).mean, expected)
 
 
 def test_clipping_x_0_is_not_clipping_the_mean(x64):
     schedule = short()
     x_t = jnp.full((1, 1, 1, 1), 5.0)
     output = jnp.full((1, 1, 1, 1), 3.0)
-    mean = p_mean_logvar(schedule, output, x_t, jnp.array([T - 1]), prediction="x_0").mean
+    mean = p_mean_logvar(Process(schedule, prediction="x_0"), output, x_t, jnp.array([T - 1])).mean
     expected = bayes_posterior(schedule.betas, 1.0, 5.0)[0][T - 1]
     assert expected > 1.5  # so a mean clipped afterwards would be 1, and one of an unclipped x_0 larger
     close(mean[0], expected)
@@ -260,7 +260,7 @@ def test_learned_range_ends_at_the_posterior_and_at_beta(name, x64):
     posterior = bayes_posterior(schedule.betas, 0, 0)[1]
     for v, expected in ((-1, np.concatenate([posterior[1:2], posterior[1:]])), (1, column(schedule.betas))):
         output = np.concatenate([zeros, zeros + v], axis=-1)
-        p = p_mean_logvar(schedule, *images(output, zeros, t_all), prediction="x_0", variance="learned_range")
+        p = p_mean_logvar(Process(schedule, prediction="x_0", variance="learned_range"), *images(output, zeros, t_all))
         close(p.logvar, np.broadcast_to(np.log(expected), SHAPE))
 
 
@@ -268,20 +268,35 @@ def test_learned_range_ends_at_the_posterior_and_at_beta(name, x64):
 def test_fixed_logvars_of_t_0_are_t_1s_posterior(variance, x64):
     schedule = make_schedule("linear")
     x = jnp.zeros((1, 1, 1, 1))
-    p = p_mean_logvar(schedule, x, x, jnp.array([0]), variance=variance)
+    p = p_mean_logvar(Process(schedule, variance=variance), x, x, jnp.array([0]))
     beta_1, beta_2 = 1e-4, 1e-4 + 0.0199 / 999
     close(p.logvar.ravel(), [np.log(beta_2 * beta_1 / (beta_1 + beta_2 - beta_1 * beta_2))])
 
 
 @predictions
-def test_schedule_may_be_an_argument_of_jit(prediction):
-    schedule = short()
+def test_process_may_be_an_argument_of_jit(prediction):
+    process = Process(short(), prediction=prediction, variance="learned_range")
     output, x_t = draw(0, T, 2, 2, 6).astype(np.float32), draw(1).astype(np.float32)
-    options = {"prediction": prediction, "variance": "learned_range"}
-    traced = jax.jit(lambda *args: p_mean_logvar(*args, **options))(schedule, output, x_t, t_all)
-    eager = p_mean_logvar(schedule, *images(output, x_t, t_all), **options)
+    traced = jax.jit(p_mean_logvar)(process, output, x_t, t_all)
+    eager = p_mean_logvar(process, *images(output, x_t, t_all))
     for a, b in zip(traced, eager, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_words_of_a_process_are_part_of_what_is_compiled():
+    """Two processes that differ in a word alone do not share a compiled program; two equal ones do."""
+    traced = []
+
+    @jax.jit
+    def mean(process, output, x_t, t):
+        traced.append(process.prediction)
+        return p_mean_logvar(process, output, x_t, t).mean
+
+    arguments = draw(0).astype(np.float32), draw(1).astype(np.float32), t_all
+    eps, x_0, again = (mean(Process(short(), prediction=word), *arguments) for word in ("eps", "x_0", "eps"))
+    assert traced == ["eps", "x_0"]
+    assert np.array_equal(eps, again)
+    assert not np.allclose(eps, x_0)
 
 
 # ---- Outputs and errors
@@ -294,7 +309,7 @@ def refuses(message):
 @variances
 def test_output_splits_into_mean_and_variance(variance):
     output = jnp.arange(8.0).reshape(1, 1, 2, 4)
-    mean_part, var_part = split_output(output, variance=variance)
+    mean_part, var_part = split_output(Process(short(), variance=variance), output)
     if "fixed" in variance:
         assert var_part is None
         np.testing.assert_array_equal(mean_part, output)
@@ -306,14 +321,16 @@ def test_output_splits_into_mean_and_variance(variance):
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_odd_channels_hold_no_learned_variance(variance):
     with refuses(f"got 3 output channels, expected an even number for variance {variance!r}"):
-        split_output(jnp.zeros((1, 2, 2, 3)), variance=variance)
+        split_output(Process(short(), variance=variance), jnp.zeros((1, 2, 2, 3)))
 
 
 def test_unknown_words_are_refused_with_the_known_ones():
-    schedule, x, t = short(), jnp.zeros((1, 2, 2, 2)), jnp.array([3])
+    process, x, t = Process(short()), jnp.zeros((1, 2, 2, 2)), jnp.array([3])
+    object.__setattr__(process, "prediction", "noise")
+    object.__setattr__(process, "variance", "fixed")
     # Unwrapped, since the checks of the tests' own would refuse them first.
     for function in map(inspect.unwrap, (predict_x_0, predict_from_x_0)):
         with refuses("got prediction 'noise', expected one of eps, x_0, x_prev, v"):
-            function(schedule, x, x, t, prediction="noise")
+            function(process, x, x, t)
     with refuses("got variance 'fixed', expected one of fixed_small, fixed_large, learned, learned_range"):
-        inspect.unwrap(split_output)(x, variance="fixed")
+        inspect.unwrap(split_output)(process, x)

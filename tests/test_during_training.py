@@ -12,13 +12,14 @@ from tiny import tiny
 
 from ddpm_jax import loop, sharding
 from ddpm_jax.data import open_source
+from ddpm_jax.diffusion.bound import bits_per_dim
+from ddpm_jax.diffusion.losses import min_snr_weights
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.during_training import eval_of, make_evaluation, open_held_out, spread
 from ddpm_jax.evaluation.features import flat_pixels
 from ddpm_jax.generate import make_generator, sample_key
-from ddpm_jax.likelihood import bits_per_dim
-from ddpm_jax.losses import min_snr_weights
 from ddpm_jax.reporting import best_step, read_metrics
 from ddpm_jax.training import build_schedule, init_sharded_state
 from ddpm_jax.workdir import CHECKPOINTS, load_run
@@ -65,7 +66,7 @@ def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
     """Where eps is predicted as 0, the weighted loss at t is the weight times a mean of eps^2."""
     values, _, _ = at_the_start
     schedule = build_schedule(CONFIG)
-    weights = min_snr_weights(schedule, 0.5, prediction="eps").reshape(4, -1)
+    weights = min_snr_weights(Process(schedule, prediction="eps"), 0.5).reshape(4, -1)
     assert (np.diff(weights.mean(axis=1)[:3]) > 0.1).all()  # the quarters can be told apart
     N, D = 500, 64
     for i, quarter in enumerate(weights, 1):
@@ -83,7 +84,11 @@ def test_bits_per_dim_estimate_the_whole_bound_of_the_held_out_images(at_the_sta
     bits = jax.jit(
         lambda x_0: (
             bits_per_dim(
-                build_schedule(CONFIG), lambda x, t: jnp.zeros_like(x), jax.random.key(1), x_0, jnp.arange(len(x_0))
+                Process(build_schedule(CONFIG)),
+                lambda x, t: jnp.zeros_like(x),
+                jax.random.key(1),
+                x_0,
+                jnp.arange(len(x_0)),
             ).total
         )
     )(x_0)

@@ -11,11 +11,12 @@ from evaluated import CONFIG, random_params
 from scipy import integrate, stats
 
 from ddpm_jax import sharding, training
+from ddpm_jax.diffusion.bound import bits_per_dim, bound_terms, prior_bits
+from ddpm_jax.diffusion.process import Process
+from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.likelihood import Drawn, draw_times, make_bound, rate_distortion, strata, summarize_bound
-from ddpm_jax.likelihood import bits_per_dim, bound_terms, prior_bits
-from ddpm_jax.schedules import make_schedule
 
 LN2 = math.log(2)
 MEAN, STD = 0.2, 0.15
@@ -65,8 +66,8 @@ def gaussian():
 
     def compute(x_0):
         ts = draw_times(key, jnp.arange(4), edges, T)
-        options = {"variance": "fixed_small", "clip": False}
-        terms = bound_terms(SCHEDULE, exact_eps, key, x_0, jnp.arange(4), ts, **options)
+        process = Process(SCHEDULE, variance="fixed_small")
+        terms = bound_terms(process, exact_eps, key, x_0, jnp.arange(4), ts, clip=False)
         return Drawn(prior_bits(SCHEDULE, x_0), terms.bits, terms.mse)
 
     drawn = jax.device_get(jax.jit(compute)(jnp.asarray(x_0, jnp.float32)))
@@ -97,7 +98,7 @@ def test_the_estimate_from_a_random_subset_of_terms_is_unbiased():
 
     def compute(key, edges):
         ts = draw_times(key, jnp.arange(2), edges, T)
-        return bound_terms(SCHEDULE, exact_eps, key, x_0, jnp.arange(2), ts).bits
+        return bound_terms(Process(SCHEDULE), exact_eps, key, x_0, jnp.arange(2), ts).bits
 
     keys = jax.vmap(jax.random.key)(jnp.arange(500))
     totals = []
@@ -164,12 +165,11 @@ def test_all_terms_are_bits_per_dims_and_the_sum_of_the_parts_equals_the_total(n
     params = random_params(CONFIG)
     whole = jax.jit(
         lambda images: bits_per_dim(
-            training.build_schedule(CONFIG),
+            Process(training.build_schedule(CONFIG), variance=CONFIG.diffusion.variance),
             lambda x_t, t: unet.apply({"params": params}, x_t, t),
             likelihood.bound_key(3),
             images.astype(jnp.float32) / 127.5 - 1,
             jnp.arange(8),
-            variance=CONFIG.diffusion.variance,
         )
     )(IMAGES)
     drawn = network(11)

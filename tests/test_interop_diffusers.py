@@ -21,8 +21,10 @@ from test_unet_parity import peer_of
 from tiny import TINY, tiny
 
 from ddpm_jax import rng
-from ddpm_jax.cli import load_config
+from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ddpm_jax.diffusion.process import Process
+from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import evaluate
@@ -31,7 +33,6 @@ from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.interop.diffusers import read_model, write_pipeline
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.sampling import sample
-from ddpm_jax.schedules import BETAS
 from ddpm_jax.sharding import make_mesh
 from ddpm_jax.training import build_schedule, build_unet
 from ddpm_jax.workdir import load_run
@@ -241,10 +242,10 @@ def test_diffusers_pipeline_samples_what_ancestral_sampling_does(diffusion, diff
     B, shape, T = 2, (8, 8, 3), config.diffusion.T
     key = jax.random.key(0)
     d = config.diffusion
-    given = {"image_shape": shape, "prediction": d.prediction, "variance": d.variance}
+    process = Process(run.schedule, prediction=d.prediction, variance=d.variance)
 
     def generate(params, indices):
-        return sample(run.schedule, dataclasses.replace(run, params=params).model, key, indices, **given)
+        return sample(process, dataclasses.replace(run, params=params).model, key, indices, image_shape=shape)
 
     ours = jit(generate)(run.params, jnp.arange(B))
 

@@ -9,6 +9,7 @@ import pytest
 from exact import SHAPE, mixture_x_0, model_of
 
 from ddpm_jax import make_schedule, q_sample, rng
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import choose_steps, make_sampler, reverse, sample_loop
 from ddpm_jax.sampling.inpainting import _walk, inpaint
 from ddpm_jax.sampling.latents import from_noised, interpolate, progressive_generation, shared_latents, start_row
@@ -20,11 +21,13 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def images():
-    return sample_loop(make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(5), image_shape=SHAPE)
+    return sample_loop(make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(5), image_shape=SHAPE)
 
 
 def test_progressive_generation_shows_predictions_and_ends_with_the_images(images):
-    seen = progressive_generation(make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(5), image_shape=SHAPE, count=4)
+    seen = progressive_generation(
+        make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(5), image_shape=SHAPE, count=4
+    )
     np.testing.assert_array_equal(seen.t, [39, 26, 13, 0])
     np.testing.assert_allclose(seen.images, images, atol=1e-6)
     x_T = rng.image_normal(rng.image_keys(KEY, jnp.arange(5)), 0, SHAPE)
@@ -34,7 +37,7 @@ def test_progressive_generation_shows_predictions_and_ends_with_the_images(image
 
 
 def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
-    sampler = make_sampler(SCHEDULE, "ddim", steps=5)
+    sampler = make_sampler(Process(SCHEDULE), "ddim", steps=5)
     seen = progressive_generation(sampler, MODEL, KEY, jnp.arange(2), image_shape=SHAPE)
     np.testing.assert_array_equal(seen.t, [39, 29, 20, 10, 0])
     np.testing.assert_allclose(seen.x_0[-1], seen.images, atol=1e-6)
@@ -44,7 +47,7 @@ def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
 def test_shared_latents_begin_with_the_image_itself_and_share_more_the_later_they_part(images):
     spread = []
     for t in (39, 20, 5, 1):
-        together = shared_latents(make_sampler(SCHEDULE), MODEL, KEY, 2, image_shape=SHAPE, t=t, count=40)
+        together = shared_latents(make_sampler(Process(SCHEDULE)), MODEL, KEY, 2, image_shape=SHAPE, t=t, count=40)
         np.testing.assert_allclose(together[0], images[2], atol=1e-5)
         spread.append(float(together.std(axis=0).mean()))
     assert spread == sorted(spread, reverse=True)
@@ -55,7 +58,7 @@ def test_a_noised_image_comes_back_like_itself_from_little_noise():
     x_0 = jnp.asarray([-0.6, 0.1, 0.7, 0.1]).reshape(1, *SHAPE) * jnp.ones((30, 1, 1, 1))
     away = []
     for t in (2, 15, 39):
-        back = from_noised(SCHEDULE, make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(30), x_0, t=t)
+        back = from_noised(SCHEDULE, make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(30), x_0, t=t)
         away.append(float(jnp.abs(back - x_0).mean()))
     assert away == sorted(away)
     assert away[0] < 0.2
@@ -65,21 +68,29 @@ def test_a_noised_image_comes_back_like_itself_from_little_noise():
 def test_interpolation_goes_from_one_image_to_the_other_in_x_t():
     x_0, other = (jnp.full((2, *SHAPE), v) for v in (-0.6, 0.7))
     images = interpolate(
-        SCHEDULE, make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(2), x_0, other, t=15, fractions=(0.0, 0.5, 1.0)
+        SCHEDULE,
+        make_sampler(Process(SCHEDULE)),
+        MODEL,
+        KEY,
+        jnp.arange(2),
+        x_0,
+        other,
+        t=15,
+        fractions=(0.0, 0.5, 1.0),
     )
     assert images.shape == (3, 2, *SHAPE)
-    start = from_noised(SCHEDULE, make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(2), x_0, t=15)
+    start = from_noised(SCHEDULE, make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(2), x_0, t=15)
     np.testing.assert_allclose(images[0], start, atol=1e-5)
     # By hand: the middle of both x_t, decoded over the last rows with the noise of images 0 and 1.
     level = jnp.full(2, 15)
     noises = [rng.image_normal(rng.image_keys(KEY, jnp.arange(i, i + 2)), 0, SHAPE) for i in (0, 2)]
     x_t = sum(0.5 * q_sample(SCHEDULE, x, level, eps) for x, eps in zip((x_0, other), noises, strict=True))
-    by_hand, _ = reverse(make_sampler(SCHEDULE), MODEL, KEY, jnp.arange(2), x_t, rows=slice(24, None))
+    by_hand, _ = reverse(make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(2), x_t, rows=slice(24, None))
     np.testing.assert_allclose(images[1], by_hand, atol=1e-5)
 
 
 def test_a_chain_starts_at_the_noisiest_step_that_is_at_most_t():
-    sampler = make_sampler(SCHEDULE, "ddim", steps=5)
+    sampler = make_sampler(Process(SCHEDULE), "ddim", steps=5)
     np.testing.assert_array_equal(sampler.rows["t"], [39, 29, 20, 10, 0])
     assert [start_row(sampler, t) for t in (39, 38, 20, 0)] == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="got t = 4, expected at least 10"):
@@ -126,7 +137,13 @@ def test_inpainting_keeps_what_is_known_and_fills_in_what_belongs_to_it():
     errors = []
     for times in (1, 5):
         sampler = inpaint(
-            SCHEDULE, np.arange(SCHEDULE.T), known, mask, jump=1, times=times, variance="fixed_small", clip=False
+            Process(SCHEDULE, variance="fixed_small"),
+            np.arange(SCHEDULE.T),
+            known,
+            mask,
+            jump=1,
+            times=times,
+            clip=False,
         )
         x = sample_loop(sampler, correlated_model(rho, std), KEY, jnp.arange(n), image_shape=(2, 1, 1))
         np.testing.assert_array_equal(x[:, 0], known[:, 0])
@@ -137,13 +154,13 @@ def test_inpainting_keeps_what_is_known_and_fills_in_what_belongs_to_it():
 
 def test_inpainting_of_a_part_of_the_steps_takes_the_known_pixels_too():
     known, mask = jnp.full((3, *SHAPE), 0.7), jnp.zeros((3, 2, 2, 1)).at[:, 0].set(1.0)
-    sampler = inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, jump=2, times=2)
+    sampler = inpaint(Process(SCHEDULE), choose_steps(SCHEDULE, 10), known, mask, jump=2, times=2)
     x = sample_loop(sampler, MODEL, KEY, jnp.arange(3), image_shape=SHAPE)
     np.testing.assert_array_equal(x[:, 0], known[:, 0])
     assert jnp.isfinite(x).all()
     with pytest.raises(ValueError, match="got jump = 0"):
-        inpaint(SCHEDULE, np.arange(40), known, mask, jump=0)
+        inpaint(Process(SCHEDULE), np.arange(40), known, mask, jump=0)
     with pytest.raises(ValueError, match="got jump = 10 with 10 steps, expected less, or times = 1"):
-        inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask)
-    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, times=1)) == 10
-    assert len(inpaint(SCHEDULE, choose_steps(SCHEDULE, 10), known, mask, jump=9)) == 10 + 9 * 9
+        inpaint(Process(SCHEDULE), choose_steps(SCHEDULE, 10), known, mask)
+    assert len(inpaint(Process(SCHEDULE), choose_steps(SCHEDULE, 10), known, mask, times=1)) == 10
+    assert len(inpaint(Process(SCHEDULE), choose_steps(SCHEDULE, 10), known, mask, jump=9)) == 10 + 9 * 9

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from ddpm_jax.diffusion import Prediction, q_sample
-from ddpm_jax.likelihood import (
+from ddpm_jax.diffusion.bound import (
     bits_per_dim,
     bound_term,
     discretized_gaussian_log_likelihood,
@@ -18,12 +17,13 @@ from ddpm_jax.likelihood import (
     normal_kl,
     prior_bits,
 )
-from ddpm_jax.schedules import make_schedule
+from ddpm_jax.diffusion.process import Prediction, Process, q_sample
+from ddpm_jax.diffusion.schedules import make_schedule
 
 LN2 = math.log(2)
 PIXELS = np.arange(256) / 127.5 - 1
 T = 6
-term = jax.jit(bound_term, static_argnames=("prediction", "variance", "clip"))
+term = jax.jit(bound_term, static_argnames="clip")
 fixed = pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 
 
@@ -212,7 +212,7 @@ def term_of_pixels(schedule, x_0, x_t, t, variance):
     """The bound's term of one-pixel images under the exact network."""
     x_0, x_t = as_images(x_0), as_images(x_t)
     ts = jnp.full(x_0.shape[0], t, jnp.int32)
-    return term(schedule, exact_eps(schedule)(x_t, ts), x_0, x_t, ts, variance=variance, clip=False).bits
+    return term(Process(schedule, variance=variance), exact_eps(schedule)(x_t, ts), x_0, x_t, ts, clip=False).bits
 
 
 @fixed
@@ -270,7 +270,7 @@ def gaussian_pictures():
 
 @jax.jit
 def bits_of(x_0, indices):
-    return bits_per_dim(short(), exact_eps(short()), jax.random.key(KEY), x_0, indices)
+    return bits_per_dim(Process(short()), exact_eps(short()), jax.random.key(KEY), x_0, indices)
 
 
 def test_bound_of_gaussian_data_has_the_expected_terms(x64):
@@ -303,7 +303,7 @@ def test_each_term_is_formed_at_its_own_documented_draw(x64):
     for t in range(T):
         ts = jnp.full(3, t, jnp.int32)
         x_t = q_sample(schedule, x_0, ts, jnp.stack([draw(i, t) for i in INDICES]))
-        expected = term(schedule, exact_eps(schedule)(x_t, ts), x_0, x_t, ts, clip=True)
+        expected = term(Process(schedule), exact_eps(schedule)(x_t, ts), x_0, x_t, ts, clip=True)
         np.testing.assert_allclose(bits.L_t[:, t], expected.bits, rtol=1e-9)
         np.testing.assert_allclose(bits.mse[:, t], np.mean((expected.x_0 - x_0) ** 2, axis=(1, 2, 3)), rtol=1e-9)
 
@@ -338,7 +338,7 @@ def test_terms_form_x_0_as_told(x64):
     bits = {}
     for clip, x_0_hat in ((True, np.sign(x_0)), (False, output)):
         args = map(jnp.asarray, (output, x_0, x_t, np.arange(T, dtype=np.int32)))
-        actual = term(schedule, *args, prediction="x_0", clip=clip)
+        actual = term(Process(schedule, prediction="x_0"), *args, clip=clip)
         np.testing.assert_allclose(actual.x_0, x_0_hat)
         for t in range(1, T):
             chain = Chain(schedule.betas, t)
@@ -364,8 +364,8 @@ def test_terms_gradient_is_finite_at_every_t_in_float32(prediction, variance):
     @jax.jit
     @jax.grad
     def gradient(output):
-        options = {"prediction": prediction, "variance": variance, "clip": False}
-        return bound_term(schedule, output, jnp.asarray(x_0), jnp.asarray(x_t), ts, **options).bits.sum()
+        process = Process(schedule, prediction=prediction, variance=variance)
+        return bound_term(process, output, jnp.asarray(x_0), jnp.asarray(x_t), ts, clip=False).bits.sum()
 
     for scale in (0.1, 3.0):
         assert np.all(np.isfinite(gradient(jnp.asarray(scale * output))))

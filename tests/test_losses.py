@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddpm_jax.diffusion import Prediction
-from ddpm_jax.likelihood import bound_term
-from ddpm_jax.losses import (
+from ddpm_jax.diffusion.bound import bound_term
+from ddpm_jax.diffusion.losses import (
     LOSSES,
     LossHistory,
     importance_sample_t,
@@ -24,8 +23,9 @@ from ddpm_jax.losses import (
     t_probabilities,
     update_loss_history,
 )
+from ddpm_jax.diffusion.process import Prediction, Process
+from ddpm_jax.diffusion.schedules import BETAS, make_schedule
 from ddpm_jax.rng import Purpose, root_key, step_key
-from ddpm_jax.schedules import BETAS, make_schedule
 
 T = 8
 SHAPE = (T, 2, 2, 3)  # one image for every t
@@ -79,7 +79,7 @@ def simple(prediction, output):
 def bound(prediction, variance, output):
     """The bound's terms (themselves tested against scipy), unclipped."""
     args = map(jnp.asarray, (output, X_0, x_t(), t_all))
-    return bound_term(short(), *args, prediction=prediction, variance=variance, clip=False).bits
+    return bound_term(Process(short(), prediction=prediction, variance=variance), *args, clip=False).bits
 
 
 # A loss's expected value in terms of L_simple and the bound's term.
@@ -96,7 +96,7 @@ def call(loss, output, prediction, variance, t=t_all):
     """The loss of a network that puts out `output`, whatever it sees."""
     args = map(jnp.asarray, (X_0, t, EPS))
     seen = jnp.asarray(output)
-    return loss(short(), lambda x_t, t: seen, *args, prediction=prediction, variance=variance)
+    return loss(Process(short(), prediction=prediction, variance=variance), lambda x_t, t: seen, *args)
 
 
 # ---- Values
@@ -120,7 +120,7 @@ def test_the_network_sees_x_t_and_t(x64):
         seen.append((np.asarray(x), np.asarray(t)))
         return x
 
-    simple_loss(short(), model, *map(jnp.asarray, (X_0, t_all, EPS)))
+    simple_loss(Process(short()), model, *map(jnp.asarray, (X_0, t_all, EPS)))
     ((x, t),) = seen  # once
     np.testing.assert_allclose(x, x_t(), rtol=1e-9)
     np.testing.assert_array_equal(t, t_all)
@@ -192,9 +192,7 @@ def test_the_bound_is_not_clipped_in_training(x64):
 @losses
 def test_losses_share_their_signature(name):
     parameters = inspect.signature(inspect.unwrap(LOSSES[name])).parameters
-    assert list(parameters) == ["schedule", "model", "x_0", "t", "eps", "prediction", "variance"]
-    assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == ["prediction", "variance"]
-    assert parameters["prediction"].default == "eps"
+    assert list(parameters) == ["process", "model", "x_0", "t", "eps"]
 
 
 # ---- Min-SNR weights
@@ -205,7 +203,7 @@ def test_min_snr_weights_measure_x_0s_error(name):
     schedule, gamma = make_schedule(name, T=100), 5.0
     signal = schedule.alphas_cumprod
     snr = signal / (1 - signal)
-    weights = {p: min_snr_weights(schedule, gamma, prediction=p) for p in ("eps", "x_0", "v")}
+    weights = {p: min_snr_weights(Process(schedule, prediction=p), gamma) for p in ("eps", "x_0", "v")}
     np.testing.assert_allclose(weights["x_0"], np.minimum(snr, gamma), rtol=1e-9)
     # eps misses by sqrt(SNR) times what x_0 misses by, and v by sqrt(SNR + 1) times: divide, to weigh the same error.
     np.testing.assert_allclose(weights["eps"][snr > 0], (np.minimum(snr, gamma) / snr.clip(1e-300))[snr > 0], rtol=1e-9)
@@ -223,7 +221,7 @@ def test_min_snr_weighs_every_prediction_of_one_x_0_alike(x64):
     eps_hat = (x_t() - np.sqrt(signal) * x_0_hat) / np.sqrt(1 - signal)
     outputs = {"eps": eps_hat, "x_0": x_0_hat, "v": np.sqrt(signal) * eps_hat - np.sqrt(1 - signal) * x_0_hat}
     weighed = [
-        min_snr_weights(schedule, 5.0, prediction=p) * call(simple_loss, output, p, "fixed_large")
+        min_snr_weights(Process(schedule, prediction=p), 5.0) * call(simple_loss, output, p, "fixed_large")
         for p, output in outputs.items()
     ]
     np.testing.assert_allclose(weighed[0], weighed[1], rtol=1e-9)
@@ -233,7 +231,7 @@ def test_min_snr_weighs_every_prediction_of_one_x_0_alike(x64):
 def test_min_snr_is_not_defined_for_x_prev():
     message = "got min-SNR weights for prediction 'x_prev', expected eps, x_0 or v"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        min_snr_weights(short(), 5.0, prediction="x_prev")
+        min_snr_weights(Process(short(), prediction="x_prev"), 5.0)
 
 
 # ---- Uniform t

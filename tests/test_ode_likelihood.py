@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax import make_schedule
+from ddpm_jax.diffusion.ode import OdeLikelihood, ode_bits_per_dim, ode_log_density
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
-from ddpm_jax.ode_likelihood import OdeLikelihood, ode_bits_per_dim, ode_log_density
 
 pytest.importorskip("diffrax", reason="needs the extra `ode`: pip install -e .[ode]")
 
@@ -57,7 +58,7 @@ def test_ode_likelihood_of_gaussian_data_is_the_analytic_value(prediction, x):
     x = jnp.tile(x[:4], (500, 1, 1, 1))
     solve = jax.jit(
         lambda x: ode_log_density(
-            SCHEDULE, model(prediction), jax.random.key(0), jnp.arange(2000), x, prediction=prediction
+            Process(SCHEDULE, prediction=prediction), model(prediction), jax.random.key(0), jnp.arange(2000), x
         )
     )
     errors = np.asarray(solve(x).log_density).reshape(500, 4) - exact(x[:4])
@@ -66,7 +67,7 @@ def test_ode_likelihood_of_gaussian_data_is_the_analytic_value(prediction, x):
 
 
 def test_the_flow_takes_data_to_a_standard_normal(x):
-    solve = jax.jit(lambda x: ode_log_density(SCHEDULE, model("eps"), jax.random.key(0), jnp.arange(400), x))
+    solve = jax.jit(lambda x: ode_log_density(Process(SCHEDULE), model("eps"), jax.random.key(0), jnp.arange(400), x))
     end = np.asarray(solve(x).x_T)[:, :, 0, 0] @ ROTATION
     alpha_bar, first = SCHEDULE.alphas_cumprod[-1], SCHEDULE.alphas_cumprod[0]
     scale = np.sqrt((alpha_bar * VARIANCES + 1 - alpha_bar) / (first * VARIANCES + 1 - first))
@@ -75,7 +76,7 @@ def test_the_flow_takes_data_to_a_standard_normal(x):
 
 def test_a_smaller_tolerance_takes_more_evaluations_and_image_i_depends_on_its_index(x):
     def solve(indices, x, **options):
-        return ode_log_density(SCHEDULE, model("eps"), jax.random.key(0), indices, x, **options)
+        return ode_log_density(Process(SCHEDULE), model("eps"), jax.random.key(0), indices, x, **options)
 
     rough = solve(jnp.arange(4), x[:4], rtol=1e-2, atol=1e-2)
     fine = solve(jnp.arange(4), x[:4], rtol=1e-5, atol=1e-5)
@@ -95,9 +96,9 @@ def test_bits_per_dim_of_a_uniform_density():
 def test_what_has_no_flow_is_refused(x, monkeypatch):
     draws = jax.random.key(0), jnp.arange(4), x[:4]
     with pytest.raises(ValueError, match="expected eps, x_0 or v"):
-        ode_log_density(SCHEDULE, model("eps"), *draws, prediction="x_prev")
+        ode_log_density(Process(SCHEDULE, prediction="x_prev"), model("eps"), *draws)
     with pytest.raises(ValueError, match="some signal"):
-        ode_log_density(make_schedule("jsd"), model("eps"), *draws)
+        ode_log_density(Process(make_schedule("jsd")), model("eps"), *draws)
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(UsageError, match="needs diffrax"):
-        ode_log_density(SCHEDULE, model("eps"), *draws)
+        ode_log_density(Process(SCHEDULE), model("eps"), *draws)

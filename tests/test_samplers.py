@@ -8,7 +8,8 @@ from exact import MEAN, MEANS, SHAPE, SPREAD, STD, WEIGHTS, gaussian_x_0, mixtur
 from scipy import stats
 
 from ddpm_jax import make_schedule
-from ddpm_jax.diffusion import clip_x_0
+from ddpm_jax.diffusion.process import Process, clip_x_0
+from ddpm_jax.diffusion.schedules import respace
 from ddpm_jax.sampling import (
     SAMPLERS,
     SPACINGS,
@@ -22,7 +23,6 @@ from ddpm_jax.sampling import (
 from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.ddim import ddim
 from ddpm_jax.sampling.dpm_solver import dpm_solver
-from ddpm_jax.schedules import respace
 
 DETERMINISTIC = sorted(set(SAMPLERS) - {"ancestral"})
 
@@ -76,7 +76,7 @@ def test_the_papers_chain_samples_gaussian_data_with_the_right_mean_and_variance
     """Within four standard errors, T = 1000, where the chain's exact variance is the data's to some percent."""
     schedule = make_schedule("linear", T=1000)
     model = model_of(gaussian_x_0, schedule, spread=0.0 if variance == "learned_range" else None)
-    x = pixels(make_sampler(schedule, variance=variance, clip=False), model)
+    x = pixels(make_sampler(Process(schedule, variance=variance), clip=False), model)
     expected = ancestral_chain_variance(schedule, variance)
     assert_moments(x, expected)
     assert abs(expected - STD**2) < 0.08 * STD**2
@@ -92,7 +92,7 @@ def test_any_network_output_feeds_any_sampler(name, prediction, spread):
     variance = "fixed_large" if spread is None else "learned_range"
     model = model_of(gaussian_x_0, schedule, prediction, spread)
     steps = () if name == "ancestral" else 40
-    sampler = make_sampler(schedule, name, steps=steps, prediction=prediction, variance=variance, clip=False)
+    sampler = make_sampler(Process(schedule, prediction=prediction, variance=variance), name, steps=steps, clip=False)
     if name == "ancestral":
         expected = ancestral_chain_variance(schedule, variance)
     else:
@@ -105,7 +105,7 @@ def test_any_network_output_feeds_any_sampler(name, prediction, spread):
 @pytest.mark.parametrize("prediction", ["eps", "x_prev"])
 def test_respaced_ancestral_sampling_keeps_the_distribution(steps, prediction):
     schedule = make_schedule("linear", T=1000)
-    sampler = make_sampler(schedule, steps=steps, prediction=prediction, variance="fixed_small", clip=False)
+    sampler = make_sampler(Process(schedule, prediction=prediction, variance="fixed_small"), steps=steps, clip=False)
     assert len(sampler) == 100
     x = pixels(sampler, model_of(gaussian_x_0, schedule, prediction))
     visited = respace(schedule, choose_steps(schedule, steps))
@@ -119,7 +119,7 @@ def test_a_mixture_is_sampled_with_the_right_distribution(name):
     """Kolmogorov-Smirnov against the mixture's exact distribution function, 8,000 pixels."""
     schedule = make_schedule("linear", T=1000)
     steps = () if name == "ancestral" else 400 if name in ("ddim", "dpm++1s") else 100
-    sampler = make_sampler(schedule, name, steps=steps, spacing="logsnr", variance="fixed_small", clip=False)
+    sampler = make_sampler(Process(schedule, variance="fixed_small"), name, steps=steps, spacing="logsnr", clip=False)
     x = pixels(sampler, model_of(mixture_x_0, schedule))
 
     def cdf(values):
@@ -139,7 +139,7 @@ def test_deterministic_samplers_converge_at_their_order(name, x64):
     counts = (80, 160, 320) if name != "dpm++3m" else (40, 60, 80)
     errors = []
     for n in counts:
-        sampler = make_sampler(schedule, name, steps=n, spacing="logsnr", clip=False)
+        sampler = make_sampler(Process(schedule), name, steps=n, spacing="logsnr", clip=False)
         x, _ = reverse(sampler, model, jax.random.key(0), jnp.arange(1), jnp.asarray(x_T))
         errors.append(abs(float((x - exact).max())))
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
@@ -157,9 +157,14 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_fixed_small(x64):
     for clip in (True, False):
         for other, one in zip(
             reverse(
-                ancestral(schedule, steps, variance="fixed_small", clip=clip), model, key, indices, x_T, watch=steps
+                ancestral(Process(schedule, variance="fixed_small"), steps, clip=clip),
+                model,
+                key,
+                indices,
+                x_T,
+                watch=steps,
             )[1],
-            reverse(ddim(schedule, steps, eta=1.0, clip=clip), model, key, indices, x_T, watch=steps)[1],
+            reverse(ddim(Process(schedule), steps, eta=1.0, clip=clip), model, key, indices, x_T, watch=steps)[1],
             strict=True,
         ):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-11)
@@ -168,17 +173,17 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_fixed_small(x64):
 def test_ddim_with_eta_1_is_the_posterior_where_hardly_any_signal_is_left():
     """alpha-bar falls to 1e-18, where the noise of two levels is 1 to the last digit."""
     schedule = make_schedule("linear", T=4000)
-    rows = ddim(schedule, np.arange(4000), eta=1.0).rows
+    rows = ddim(Process(schedule), np.arange(4000), eta=1.0).rows
     np.testing.assert_allclose(rows["x"], schedule.posterior_mean_coef2[::-1], rtol=1e-6)
     np.testing.assert_allclose(rows["x_0"][:, 0], schedule.posterior_mean_coef1[::-1], rtol=1e-6)
     np.testing.assert_allclose(rows["noise"] ** 2, schedule.posterior_variance[::-1], rtol=1e-6)
-    few = ddim(schedule, np.array([0, 3999]), eta=1.0).rows
+    few = ddim(Process(schedule), np.array([0, 3999]), eta=1.0).rows
     assert all(np.isfinite(few[name]).all() for name in ("x", "x_0", "noise"))
 
 
 def test_ddim_with_eta_between_draws_noise_and_keeps_the_mean():
     schedule = make_schedule("linear", T=1000)
-    sampler = ddim(schedule, choose_steps(schedule, 100), eta=0.5, clip=False)
+    sampler = ddim(Process(schedule), choose_steps(schedule, 100), eta=0.5, clip=False)
     x = pixels(sampler, model_of(gaussian_x_0, schedule))
     expected = linear_chain_variance(sampler, schedule)
     assert_moments(x, expected)
@@ -215,8 +220,8 @@ def test_encoding_and_ddim_are_inverse_in_the_limit(x64):
     for n in (250, 1000):
         steps = choose_steps(schedule, n, "logsnr")
         draws = jax.random.key(0), jnp.arange(2)
-        x_T, _ = reverse(ddim_encode(schedule, steps), model, *draws, x_0)
-        back, _ = reverse(ddim(schedule, steps, clip=False), model, *draws, x_T)
+        x_T, _ = reverse(ddim_encode(Process(schedule), steps), model, *draws, x_0)
+        back, _ = reverse(ddim(Process(schedule), steps, clip=False), model, *draws, x_T)
         errors.append([float(jnp.abs(x_T - exact).max()), float(jnp.abs(back - x_0).max())])
     errors = np.array(errors)
     assert (errors[1] < 0.02).all()
@@ -228,7 +233,7 @@ def test_encoding_takes_the_same_from_any_prediction(x64):
     x_0 = jnp.linspace(-0.5, 0.9, 4).reshape(1, *SHAPE)
     ends = []
     for prediction in ("eps", "x_0", "x_prev", "v"):
-        encode = ddim_encode(schedule, steps, prediction=prediction)
+        encode = ddim_encode(Process(schedule, prediction=prediction), steps)
         model = model_of(mixture_x_0, schedule, prediction)
         ends.append(reverse(encode, model, jax.random.key(0), jnp.arange(1), x_0)[0])
     for end in ends[1:]:
@@ -237,19 +242,19 @@ def test_encoding_takes_the_same_from_any_prediction(x64):
 
 def test_a_chain_in_two_parts_is_the_same_chain():
     schedule = make_schedule("linear", T=20, beta_start=1e-2, beta_end=0.5)
-    sampler, model = make_sampler(schedule), model_of(mixture_x_0, schedule)
+    sampler, model = make_sampler(Process(schedule)), model_of(mixture_x_0, schedule)
     draws = jax.random.key(0), jnp.arange(3)
     x_T = jax.random.normal(jax.random.key(1), (3, *SHAPE))
     whole, _ = reverse(sampler, model, *draws, x_T)
     half, _ = reverse(sampler, model, *draws, x_T, rows=slice(12))
     np.testing.assert_array_equal(reverse(sampler, model, *draws, half, rows=slice(12, None))[0], whole)
     with pytest.raises(ValueError, match="this sampler looks back: start at row 0"):
-        reverse(make_sampler(schedule, "dpm++2m"), model, *draws, half, rows=slice(12, None))
+        reverse(make_sampler(Process(schedule), "dpm++2m"), model, *draws, half, rows=slice(12, None))
 
 
 def test_what_is_watched_is_the_chain_and_its_predictions():
     schedule = make_schedule("linear", T=20, beta_start=1e-2, beta_end=0.5)
-    sampler, model = make_sampler(schedule), model_of(mixture_x_0, schedule)
+    sampler, model = make_sampler(Process(schedule)), model_of(mixture_x_0, schedule)
     draws = jax.random.key(0), jnp.arange(3)
     x_T = jax.random.normal(jax.random.key(1), (3, *SHAPE))
     end, seen = reverse(sampler, model, *draws, x_T, watch=[19, 4])
@@ -267,7 +272,7 @@ def test_what_is_watched_is_the_chain_and_its_predictions():
 
 def test_heun_takes_two_evaluations_a_step_and_one_at_the_last():
     schedule = make_schedule("linear")
-    sampler = make_sampler(schedule, "heun", steps=10)
+    sampler = make_sampler(Process(schedule), "heun", steps=10)
     assert len(sampler) == 19
     steps = choose_steps(schedule, 10)[::-1]
     np.testing.assert_array_equal(sampler.rows["t"], np.repeat(steps, 2)[1:])
@@ -284,7 +289,7 @@ def test_a_sampler_compiles_once_and_traces_the_network_once(name):
 
     @jax.jit
     def draw(key, indices):
-        return sample(schedule, model, key, indices, image_shape=SHAPE, sampler=name, steps=30)
+        return sample(Process(schedule), model, key, indices, image_shape=SHAPE, sampler=name, steps=30)
 
     draw(jax.random.key(0), jnp.arange(2))
     draw(jax.random.key(1), jnp.arange(2, 4))
@@ -297,7 +302,7 @@ def test_clipping_keeps_the_prediction_in_range(name):
     """With a network that is far off, the end is the clipped prediction of the last row."""
     schedule = make_schedule("linear", T=100)
     for clip, expected in ((True, 1.0), (0.5, 1.0), (False, 5.0)):
-        sampler = make_sampler(schedule, name, steps=10, prediction="x_0", clip=clip)
+        sampler = make_sampler(Process(schedule, prediction="x_0"), name, steps=10, clip=clip)
         x = sample_loop(
             sampler, lambda x, t: jnp.full_like(x, 5.0), jax.random.key(0), jnp.arange(2), image_shape=SHAPE
         )
@@ -357,17 +362,19 @@ def test_each_spacing_is_spaced_as_it_says():
 )
 def test_what_a_sampler_cannot_do_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make_sampler(make_schedule("linear", T=100), **options)
+        make_sampler(
+            Process(make_schedule("linear", T=100), variance=options.pop("variance", "fixed_large")), **options
+        )
 
 
 def test_what_divides_by_the_signal_needs_one_at_the_end():
     for name in DETERMINISTIC:
         with pytest.raises(ValueError, match="use ancestral sampling"):
-            make_sampler(make_schedule("jsd", T=100), name, prediction="x_0")
+            make_sampler(Process(make_schedule("jsd", T=100), prediction="x_0"), name)
     with pytest.raises(ValueError, match="use another spacing"):
         choose_steps(make_schedule("jsd", T=100), 10, "logsnr")
 
 
 def test_another_order_is_refused():
     with pytest.raises(ValueError, match="got order 4"):
-        dpm_solver(make_schedule("linear"), np.arange(10), order=4)
+        dpm_solver(Process(make_schedule("linear")), np.arange(10), order=4)

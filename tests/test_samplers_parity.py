@@ -13,6 +13,7 @@ import pytest
 from exact import SHAPE
 
 from ddpm_jax import make_schedule, rng
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import choose_steps, reverse
 from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.ddim import ddim
@@ -83,7 +84,9 @@ def test_ancestral_sampling_is_diffusers_ddpm(n, clip, variance, x_T, x64, monke
     scheduler.set_timesteps(n)
     step = iter(range(1, n + 1))
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise(next(step)))
-    sampler = ancestral(make_schedule("linear"), scheduler.timesteps.numpy()[::-1], variance=variance, clip=clip)
+    sampler = ancestral(
+        Process(make_schedule("linear"), variance=variance), scheduler.timesteps.numpy()[::-1], clip=clip
+    )
     assert_close(ours(sampler, x_T), theirs(scheduler, x_T))
 
 
@@ -93,7 +96,7 @@ def test_ancestral_sampling_is_diffusers_ddpm(n, clip, variance, x_T, x64, monke
 def test_ddim_is_diffusers_ddim(spacing, clip, eta, x_T, x64):
     scheduler = in_float64(diffusers.DDIMScheduler(**BETAS, clip_sample=clip, timestep_spacing=spacing))
     scheduler.set_timesteps(50)
-    sampler = ddim(make_schedule("linear"), scheduler.timesteps.numpy()[::-1], eta=eta, clip=clip)
+    sampler = ddim(Process(make_schedule("linear")), scheduler.timesteps.numpy()[::-1], eta=eta, clip=clip)
     options = {"eta": lambda k: eta, "use_clipped_model_output": lambda k: clip}
     if eta:
         options["variance_noise"] = noise
@@ -105,7 +108,7 @@ def test_ddim_is_diffusers_ddim(spacing, clip, eta, x_T, x64):
 def test_dpm_solver_is_diffusers_multistep(order, n, x_T, x64):
     scheduler = in_float64(diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=order))
     scheduler.set_timesteps(n)
-    sampler = dpm_solver(make_schedule("linear"), scheduler.timesteps.numpy()[::-1], order=order, clip=False)
+    sampler = dpm_solver(Process(make_schedule("linear")), scheduler.timesteps.numpy()[::-1], order=order, clip=False)
     assert_close(ours(sampler, x_T), theirs(scheduler, x_T))
 
 
@@ -125,7 +128,7 @@ def test_dpm_solver_of_third_order_is_diffusers_but_for_the_quadratic_term(x_T, 
     def on_a_line(x, t):
         return jnp.broadcast_to(0.1 * jnp.asarray(lambdas)[t][:, None, None, None], x.shape)
 
-    sampler = dpm_solver(schedule, steps, order=3, prediction="x_0", clip=False)
+    sampler = dpm_solver(Process(schedule, prediction="x_0"), steps, order=3, clip=False)
     _, seen = reverse(sampler, on_a_line, KEY, INDICES, jnp.asarray(x_T), watch=np.arange(30))
     assert_close(np.asarray(seen.x)[2:], np.stack(trajectory)[2:])
 

@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny
 
 from ddpm_jax import make_schedule, rng, sample, sharding, training
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
 
 SHAPE = (2, 2, 1)
@@ -16,7 +17,9 @@ def test_the_last_step_adds_no_noise():
     """With T = 2 the result is the mean of the last step, computed by hand from the noise of the contract."""
     schedule = make_schedule("linear", T=2, beta_start=0.1, beta_end=0.5)
     key = jax.random.key(0)
-    x = sample(schedule, lambda x, t: jnp.zeros_like(x), key, jnp.arange(3), image_shape=SHAPE, prediction="x_0")
+    x = sample(
+        Process(schedule, prediction="x_0"), lambda x, t: jnp.zeros_like(x), key, jnp.arange(3), image_shape=SHAPE
+    )
     keys = [jax.random.fold_in(jax.random.fold_in(key, i), k) for i in range(3) for k in (0, 1)]
     noise = np.stack([jax.random.normal(k, SHAPE) for k in keys]).reshape(3, 2, *SHAPE)
     x_1 = schedule.posterior_mean_coef2[1] * noise[:, 0] + np.sqrt(0.5) * noise[:, 1]
@@ -28,12 +31,11 @@ def test_x_0_is_clipped_before_the_mean():
     schedule = make_schedule("linear", T=2, beta_start=0.1, beta_end=0.5)
     for clip, expected in ((True, 1.0), (False, 5.0)):
         x = sample(
-            schedule,
+            Process(schedule, prediction="x_0"),
             lambda x, t: jnp.full_like(x, 5.0),
             jax.random.key(0),
             jnp.arange(1),
             image_shape=SHAPE,
-            prediction="x_0",
             clip=clip,
         )
         np.testing.assert_allclose(x, expected, rtol=1e-5)  # at t = 0 the posterior mean is x_0 itself
@@ -46,7 +48,7 @@ def test_one_network_evaluation_is_traced_and_no_python_runs_per_step():
         calls.append(t)
         return jnp.zeros_like(x)
 
-    draw = jax.jit(lambda key: sample(make_schedule("linear"), model, key, jnp.arange(2), image_shape=SHAPE))
+    draw = jax.jit(lambda key: sample(Process(make_schedule("linear")), model, key, jnp.arange(2), image_shape=SHAPE))
     draw(jax.random.key(0))
     draw(jax.random.key(1))
     assert len(calls) == 1

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.schedules import BETAS, make_schedule, schedule_from_betas, snr
+from ddpm_jax.diffusion.schedules import BETAS, make_schedule, schedule_from_betas, snr
 
 LENGTHS = (2, 10, 1000, 4000)
 START, END = 1e-4, 0.02
@@ -60,7 +60,6 @@ def test_every_table_follows_from_the_betas(name, T):
         posterior = noise_before * beta / noise
         expected = {
             "alphas_cumprod": signal,
-            "alphas_cumprod_prev": before,
             "sqrt_alphas_cumprod": math.sqrt(signal),
             "sqrt_one_minus_alphas_cumprod": math.sqrt(noise),
             "log_one_minus_alphas_cumprod": math.log(noise),
@@ -104,8 +103,7 @@ def test_logs_stay_finite_in_float32(name, T):
 @names
 def test_t_0_has_no_predecessor(name, T):
     schedule = make_schedule(name, T=T)
-    assert schedule.alphas_cumprod_prev[0] == 1  # and not the last alpha-bar, to which an index of -1 would wrap
-    assert schedule.posterior_variance[0] == 0
+    assert schedule.posterior_variance[0] == 0  # an index of t - 1 would wrap to the last alpha-bar
     assert schedule.posterior_mean_coef1[0] == pytest.approx(1, rel=1e-9)
     assert schedule.posterior_mean_coef2[0] == 0
 
@@ -124,7 +122,7 @@ def test_both_logvars_take_t_1s_posterior_variance_at_t_0(name, T):
 def test_signal_falls_at_every_step(name, T):
     schedule = make_schedule(name, T=T)
     assert np.all(np.diff(schedule.alphas_cumprod) < 0)
-    assert np.all(schedule.alphas_cumprod < schedule.alphas_cumprod_prev)
+    assert schedule.alphas_cumprod[0] < 1
     assert np.all(schedule.posterior_variance <= schedule.betas)
     expected = schedule.alphas_cumprod / schedule.sqrt_one_minus_alphas_cumprod**2
     np.testing.assert_allclose(snr(schedule), expected, rtol=1e-9)

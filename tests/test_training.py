@@ -9,8 +9,9 @@ import optax
 import pytest
 from tiny import tiny
 
-from ddpm_jax import losses, sharding, training
+from ddpm_jax import sharding, training
 from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.diffusion import losses
 from ddpm_jax.rng import Purpose
 
 

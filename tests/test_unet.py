@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.unet import (
+from ddpm_jax.models.unet import (
     AttentionBlock,
     GroupNorm,
     ResidualBlock,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_unet import by_path, drawn_params, jit
 
-from ddpm_jax.unet import UNet
+from ddpm_jax.models.unet import UNet
 
 SMALL = UNet(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,), out_channels=2)
 MANY_GROUPS = UNet(ch=24, ch_mult=(1, 3), num_res_blocks=2, attn_resolutions=(12, 6), groups=8, out_channels=6)

@@ -59,7 +59,7 @@ def make_quarter_losses(config: Config, mesh: Mesh) -> Callable[..., Float[Array
     Each image is given one t of each quarter of 0 .. T-1, and noise, by (key, its index) alone; no dropout, no flips.
     """
     schedule, unet = build_schedule(config), build_unet(config)
-    loss_of_images = image_losses(config, schedule)
+    loss_of_images = image_losses(config)
     edges = np.arange(QUARTERS + 1) * schedule.T // QUARTERS
 
     def quarter_losses(params, key, images, indices):

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.bound import bound_terms, prior_bits
 from ddpm_jax.errors import UsageError
-from ddpm_jax.likelihood import bound_terms, prior_bits
 from ddpm_jax.rng import Purpose
-from ddpm_jax.training import build_schedule, build_unet
+from ddpm_jax.training import build_process, build_unet
 
 
 def bound_key(seed: int) -> Key[Array, ""]:
@@ -63,7 +63,7 @@ def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Cal
     B must be a multiple of the mesh's devices, over which the work is split; every device ends with all of it. What is drawn
     for an image depends on (key, its index) alone.
     """
-    schedule, unet, d = build_schedule(config), build_unet(config), config.diffusion
+    process, unet = build_process(config), build_unet(config)
 
     def bound(params, key, images, indices):
         def model(x_t, t):
@@ -71,11 +71,9 @@ def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Cal
 
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
         x_0 = images.astype(jnp.float32) / 127.5 - 1.0
-        ts = draw_times(key, indices, edges, schedule.T)
-        terms = bound_terms(
-            schedule, model, key, x_0, indices, ts, prediction=d.prediction, variance=d.variance, clip=True
-        )
-        return {"L_T": prior_bits(schedule, x_0), "bits": terms.bits, "mse": terms.mse}
+        ts = draw_times(key, indices, edges, process.schedule.T)
+        terms = bound_terms(process, model, key, x_0, indices, ts, clip=True)
+        return {"L_T": prior_bits(process.schedule, x_0), "bits": terms.bits, "mse": terms.mse}
 
     return jax.jit(bound, out_shardings=sharding.replicated(mesh))
 

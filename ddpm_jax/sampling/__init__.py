@@ -1,4 +1,4 @@
-"""Samplers, one file each, all run by the one loop of `loop.py`."""
+"""Samplers, one file each, all run by the one loop of `scan.py`."""
 
 import functools
 import inspect
@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.diffusion.process import Clip, Process
 from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.ddim import ddim, ddim_encode
 from ddpm_jax.sampling.dpm_solver import dpm_solver
 from ddpm_jax.sampling.heun import heun
-from ddpm_jax.sampling.loop import Model, Sampler, Watched, draw_x_T, reverse, sample_loop
+from ddpm_jax.sampling.scan import Model, Sampler, Watched, draw_x_T, reverse, sample_loop
 from ddpm_jax.sampling.spacing import SPACINGS, choose_steps
-from ddpm_jax.schedules import Schedule
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": ancestral,
@@ -41,14 +40,12 @@ __all__ = [
 
 
 def make_sampler(
-    schedule: Schedule,
+    process: Process,
     name: str = "ancestral",
     *,
     steps: int | Sequence[int] = (),
     spacing: str = "linspace",
     eta: float | None = None,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """The sampler of a name of `SAMPLERS` over the steps that `choose_steps` finds; the defaults are the paper's Algorithm 2.
@@ -60,12 +57,12 @@ def make_sampler(
     options = {} if eta is None else {"eta": eta}
     if options and "eta" not in inspect.signature(SAMPLERS[name]).parameters:
         raise ValueError(f"got eta = {eta:g} for sampler {name!r}, which has none; leave it out or use ddim")
-    visited = choose_steps(schedule, steps, spacing)
-    return SAMPLERS[name](schedule, visited, prediction=prediction, variance=variance, clip=clip, **options)
+    visited = choose_steps(process.schedule, steps, spacing)
+    return SAMPLERS[name](process, visited, clip=clip, **options)
 
 
 def sample(
-    schedule: Schedule,
+    process: Process,
     model: Model,
     key: Key[Array, ""],
     indices: Int[Array, " B"],
@@ -75,8 +72,6 @@ def sample(
     steps: int | Sequence[int] = (),
     spacing: str = "linspace",
     eta: float | None = None,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Float[Array, "B H W C"]:
     """Samples images, by default by Algorithm 2: float32 (B, H, W, C), in [-1, 1] but for what the last mean may leave it.
@@ -85,14 +80,5 @@ def sample(
     same image in any batch. image_shape: (H, W, C). The rest as `make_sampler` takes it: sample(..., sampler="ddim",
     steps=50). Pure: put it inside `jax.jit`.
     """
-    chosen = make_sampler(
-        schedule,
-        sampler,
-        steps=steps,
-        spacing=spacing,
-        eta=eta,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
-    )
+    chosen = make_sampler(process, sampler, steps=steps, spacing=spacing, eta=eta, clip=clip)
     return sample_loop(chosen, model, key, indices, image_shape=image_shape)

@@ -1,19 +1,19 @@
 """Ancestral sampling: Algorithm 2, over all steps or some of them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance, p_mean_logvar, predict_from_x_0, predict_x_0, split_output
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule, respace
+from ddpm_jax.diffusion.process import Clip, Process, p_mean_logvar, predict_from_x_0, predict_x_0, split_output
+from ddpm_jax.diffusion.schedules import respace
+from ddpm_jax.sampling.scan import Sampler
 
 
 def ancestral(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
     *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """x_{t-1} = mean(x_t) + sigma_t z for the steps t from the last to the first, and z = 0 at the last one (Algorithm 2).
@@ -24,24 +24,24 @@ def ancestral(
     only, since what was learned belongs to steps of one.
     """
     steps = np.asarray(steps)
-    every = len(steps) == schedule.T
-    if variance == "learned" and not every:
+    every = len(steps) == process.schedule.T
+    if process.variance == "learned" and not every:
         raise ValueError(
             "got variance 'learned' with some steps left out, expected all steps: it was learned for these"
         )
     if len(steps) < 2:
         raise ValueError("got 1 step, expected at least 2 for ancestral sampling; use ddim for a single one")
-    visited = schedule if every else respace(schedule, steps)
+    visited = process if every else dataclasses.replace(process, schedule=respace(process.schedule, steps))
 
     def step(model, x, row, noise, previous):
         t, i = jnp.full(x.shape[:1], row["t"]), jnp.full(x.shape[:1], row["i"])
         output = model(x, t)
-        if prediction == "x_prev" and not every:  # the mean for a step of one, wanted for a longer one
-            mean, rest = split_output(output, variance=variance)
-            x_0 = predict_x_0(schedule, mean, x, t, prediction=prediction)
-            mean = predict_from_x_0(visited, x_0, x, i, prediction=prediction)
+        if process.prediction == "x_prev" and not every:  # the mean for a step of one, wanted for a longer one
+            mean, rest = split_output(process, output)
+            x_0 = predict_x_0(process, mean, x, t)
+            mean = predict_from_x_0(visited, x_0, x, i)
             output = mean if rest is None else jnp.concatenate([mean, rest], axis=-1)
-        p = p_mean_logvar(visited, output, x, i, prediction=prediction, variance=variance, clip=clip)
+        p = p_mean_logvar(visited, output, x, i, clip=clip)
         return p.mean + jnp.where(row["i"] > 0, jnp.exp(0.5 * p.logvar) * noise(), 0.0), p.x_0
 
     return Sampler({"t": steps[::-1], "i": np.arange(len(steps))[::-1]}, step)

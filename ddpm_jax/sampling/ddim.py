@@ -2,19 +2,17 @@
 
 import numpy as np
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.diffusion.process import Clip, Process
+from ddpm_jax.diffusion.schedules import betas_between
 from ddpm_jax.sampling.linear import levels, linear
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule, betas_between
+from ddpm_jax.sampling.scan import Sampler
 
 
 def ddim(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
     *,
     eta: float = 0.0,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """x_s = sqrt(alpha-bar_s) x_0 + sqrt(1 - alpha-bar_s - sigma^2) eps + sigma z, Eq. (12) of the DDIM paper.
@@ -25,27 +23,22 @@ def ddim(
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"got eta = {eta:g}, expected from 0 (no noise) to 1 (ancestral)")
-    at = levels(schedule, steps)
-    sigma = eta * at.next_noise / at.noise * np.sqrt(betas_between(schedule, steps)[::-1])
+    at = levels(process.schedule, steps)
+    sigma = eta * at.next_noise / at.noise * np.sqrt(betas_between(process.schedule, steps)[::-1])
     x = np.sqrt(np.maximum(0.0, at.next_noise**2 - sigma**2)) / at.noise  # rounding may leave less than 0
     return linear(
-        schedule,
+        process,
         at.t,
         x=x,
         x_0=(at.next_signal - x * at.signal)[:, None],
         noise=sigma if eta else None,
-        prediction=prediction,
-        variance=variance,
         clip=clip,
     )
 
 
 def ddim_encode(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
 ) -> Sampler:
     """DDIM with eta = 0 run backwards: takes images x_0 to the x_T that `ddim` over the same steps returns to them.
 
@@ -54,16 +47,14 @@ def ddim_encode(
     """
     steps = np.asarray(steps)
     t = np.append(steps[0], steps[:-1])
-    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    signal, noise = process.schedule.sqrt_alphas_cumprod, process.schedule.sqrt_one_minus_alphas_cumprod
     level = np.append(1.0, signal[steps[:-1]])
     # x' = signal' x / level + (noise'/signal' - noise/level) signal' eps, and eps = (x - signal_t x_0) / noise_t.
     change = noise[steps] - signal[steps] * np.append(0.0, noise[steps[:-1]]) / level
     return linear(
-        schedule,
+        process,
         t,
         x=signal[steps] / level + change / noise[t],
         x_0=(-change * signal[t] / noise[t])[:, None],
-        prediction=prediction,
-        variance=variance,
         clip=False,
     )

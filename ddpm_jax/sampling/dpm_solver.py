@@ -2,21 +2,18 @@
 
 import numpy as np
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.diffusion.process import Clip, Process
 from ddpm_jax.sampling.linear import levels, linear
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.sampling.scan import Sampler
 
 FEW_STEPS = 15  # below it the last steps take lower orders, as the authors of the method recommend
 
 
 def dpm_solver(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
     *,
     order: int = 2,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """DPM-Solver++(1S, 2M or 3M), by order: x_s = noise_s/noise_t x + signal_s (integral of e^(lambda - lambda_s) x_0(lambda)).
@@ -29,7 +26,7 @@ def dpm_solver(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"got order {order}, expected 1, 2 or 3")
-    at = levels(schedule, steps)
+    at = levels(process.schedule, steps)
     S = len(at.t)
     lambdas = np.log(at.signal / at.noise)
     x_0 = np.zeros((S, order))
@@ -49,11 +46,9 @@ def dpm_solver(
         powers = np.vander(past, of_order, increasing=True)  # the polynomial's values at these places, by coefficient
         x_0[k, :of_order] = at.next_signal[k] * np.linalg.solve(powers.T, averages)
     return linear(
-        schedule,
+        process,
         at.t,
         x=at.next_noise / at.noise,
         x_0=x_0,
-        prediction=prediction,
-        variance=variance,
         clip=clip,
     )

@@ -2,18 +2,15 @@
 
 import numpy as np
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.diffusion.process import Clip, Process
 from ddpm_jax.sampling.linear import levels, linear
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.sampling.scan import Sampler
 
 
 def heun(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
     *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """dy/ds = eps with y = x / signal and s = noise / signal: an Euler step, then again with the mean of both ends' eps.
@@ -22,7 +19,7 @@ def heun(
     its end and stays Euler's. Each evaluation is a row. The second of a step knows x only as the first has left it, which is
     enough: both ends' eps, seen from there, are (y - x_0) / s, so that y changes by h/2 of their difference.
     """
-    at = levels(schedule, steps)
+    at = levels(process.schedule, steps)
     S = len(at.t)
     ahead, back = np.arange(S) * 2, np.arange(S - 1) * 2 + 1
     t, x, x_0 = np.empty(2 * S - 1, np.int64), np.ones(2 * S - 1), np.zeros((2 * S - 1, 2))
@@ -32,4 +29,4 @@ def heun(
     s, next_s = at.noise[:-1] / at.signal[:-1], at.noise[1:] / at.signal[1:]
     half = (next_s - s) / (2 * next_s) * at.signal[1:]
     x_0[back] = np.stack([-half, half], axis=-1)
-    return linear(schedule, t, x=x, x_0=x_0, prediction=prediction, variance=variance, clip=clip)
+    return linear(process, t, x=x, x_0=x_0, clip=clip)

@@ -4,22 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance
+from ddpm_jax.diffusion.process import Clip, Process
+from ddpm_jax.diffusion.schedules import respace
 from ddpm_jax.sampling.ancestral import ancestral
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule, respace
+from ddpm_jax.sampling.scan import Sampler
 
 
 def inpaint(
-    schedule: Schedule,
+    process: Process,
     steps: np.ndarray,
     known: Float[Array, "B H W C"],
     mask: Float[Array, "B H W 1"],
     *,
     jump: int = 10,
     times: int = 10,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: Clip = True,
 ) -> Sampler:
     """A sampler of images that agree with `known` where the mask is above 0 (any value, there is no mixing): after each step x
@@ -34,8 +32,10 @@ def inpaint(
         raise ValueError(f"got jump = {jump} and times = {times}, expected at least 1 of each")
     if times > 1 and jump >= len(steps):
         raise ValueError(f"got jump = {jump} with {len(steps)} steps, expected less, or times = 1")
-    base = ancestral(schedule, steps, prediction=prediction, variance=variance, clip=clip)
-    alphas_cumprod = np.append(respace(schedule, steps).alphas_cumprod, 1.0)  # the last, [-1], is the clean image's
+    base = ancestral(process, steps, clip=clip)
+    alphas_cumprod = np.append(
+        respace(process.schedule, steps).alphas_cumprod, 1.0
+    )  # the last, [-1], is the clean image's
     i, back = _walk(len(steps), jump, times)
     kept = alphas_cumprod[i - 1 + back] / alphas_cumprod[i - 1]  # of the signal, in being noised back
     rows = {

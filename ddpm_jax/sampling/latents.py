@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng
-from ddpm_jax.diffusion import q_sample
-from ddpm_jax.sampling.loop import Model, Sampler, draw_x_T, reverse
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.diffusion.process import q_sample
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.sampling.scan import Model, Sampler, draw_x_T, reverse
 
 
 class Progressive(NamedTuple):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddpm_jax.diffusion import Clip, Prediction, Variance, clip_x_0, predict_x_0, split_output
-from ddpm_jax.sampling.loop import Sampler
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.diffusion.process import Clip, Process, clip_x_0, predict_x_0, split_output
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.sampling.scan import Sampler
 
 
 class Levels(NamedTuple):
@@ -42,14 +42,12 @@ def levels(schedule: Schedule, steps: Sequence[int] | np.ndarray) -> Levels:
 
 
 def linear(
-    schedule: Schedule,
+    process: Process,
     t: Int[np.ndarray, " S"],
     *,
     x: Float[np.ndarray, " S"],
     x_0: Float[np.ndarray, "S m"],
     noise: Float[np.ndarray, " S"] | None = None,
-    prediction: Prediction,
-    variance: Variance,
     clip: Clip,
 ) -> Sampler:
     """The sampler x' = x[k] x + sum_j x_0[k, j] (the x_0 predicted j rows ago) + noise[k] z, for rows k = 0, 1, ....
@@ -60,8 +58,8 @@ def linear(
 
     def step(model, x, row, draw, previous):
         t = jnp.full(x.shape[:1], row["t"])
-        output, _ = split_output(model(x, t), variance=variance)
-        predicted = clip_x_0(predict_x_0(schedule, output, x, t, prediction=prediction), clip)
+        output, _ = split_output(process, model(x, t))
+        predicted = clip_x_0(predict_x_0(process, output, x, t), clip)
         x = row["x"] * x
         for j, earlier in enumerate((predicted, *previous)):
             x = x + row["x_0"][j] * earlier

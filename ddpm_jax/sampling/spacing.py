@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.diffusion.schedules import Schedule
 
 Steps = Int[np.ndarray, " S"]
 

@@ -1,7 +1,8 @@
 """The diffusion process: q(x_t | x_0), its posterior, what a network may predict, and p(x_{t-1} | x_t).
 
-Everything here is a pure function of a `Schedule` and arrays. Images x are float (B, H, W, C) in [-1, 1]; t is int32 (B,),
-zero-based (t = 0 is one step of noise, the paper's t = 1). A network's output is one of four things, named by `prediction`:
+Everything here is a pure function of arrays and a `Schedule`, or a `Process` where a network's output is read. Images x are
+float (B, H, W, C) in [-1, 1]; t is int32 (B,), zero-based (t = 0 is one step of noise, the paper's t = 1). A network's output
+is one of four things, named by `prediction`:
 
     eps     the noise in x_t                          (the paper's choice, section 3.2)
     x_0     the clean image
@@ -12,13 +13,16 @@ and its `variance` one of fixed_small, fixed_large, learned, learned_range; the 
 channels.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.diffusion.schedules import Schedule
 
 Prediction = Literal["eps", "x_0", "x_prev", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -31,11 +35,38 @@ Output = Float[Array, "B H W D"]  # D = C, or 2 C where the variance is learned
 Steps = Int[Array, " B"]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["schedule"], meta_fields=["prediction", "variance"])
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A schedule, and what a network's output means: the first argument of whatever reads that output.
+
+    Args:
+        schedule: The forward process.
+        prediction: What the output stands for: eps, x_0, x_prev or v.
+        variance: The variance of p(x_{t-1} | x_t): fixed_small, fixed_large, learned or learned_range.
+
+    Both words are checked where they are used.
+
+    Example:
+        >>> from ddpm_jax import Process, make_schedule
+        >>> Process(make_schedule("cosine", T=50), prediction="v").learns_variance
+        False
+    """
+
+    schedule: Schedule
+    prediction: Prediction = "eps"
+    variance: Variance = "fixed_large"
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second half of output channels, for the variance."""
+        return self.variance in ("learned", "learned_range")
+
+
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian: its mean (B, H, W, C), variance and log-variance (broadcastable to it)."""
+    """A diagonal Gaussian: its mean (B, H, W, C) and log-variance (broadcastable to it)."""
 
     mean: Float[Array, "B H W C"]
-    variance: Float[Array, "B #H #W #C"]
     logvar: Float[Array, "B #H #W #C"]
 
 
@@ -56,7 +87,6 @@ def q_mean_logvar(schedule: Schedule, x_0: Images, t: Steps) -> Gaussian:
     """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), Eq. (4)."""
     return Gaussian(
         at(schedule.sqrt_alphas_cumprod, t, x_0) * x_0,
-        at(schedule.sqrt_one_minus_alphas_cumprod, t, x_0) ** 2,
         at(schedule.log_one_minus_alphas_cumprod, t, x_0),
     )
 
@@ -77,16 +107,16 @@ def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Gauss
     """
     return Gaussian(
         at(schedule.posterior_mean_coef1, t, x_t) * x_0 + at(schedule.posterior_mean_coef2, t, x_t) * x_t,
-        at(schedule.posterior_variance, t, x_t),
         at(schedule.posterior_logvar_clipped, t, x_t),
     )
 
 
-def predict_x_0(schedule: Schedule, output: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
+def predict_x_0(process: Process, output: Images, x_t: Images, t: Steps) -> Images:
     """The x_0 that a network's output stands for; for eps it is Eq. (15). Not clipped.
 
     output: (B, H, W, C), without variance channels. With eps, alphas_cumprod[t] must not be 0 (`jsd` ends so).
     """
+    schedule, prediction = process.schedule, process.prediction
     if prediction == "eps":
         return at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t - (
             at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * output
@@ -116,8 +146,9 @@ def clip_x_0(x_0: Images, clip: Clip) -> Images:
     return jnp.clip(x_0, -s, s) / s
 
 
-def predict_from_x_0(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, *, prediction: Prediction) -> Images:
+def predict_from_x_0(process: Process, x_0: Images, x_t: Images, t: Steps) -> Images:
     """The eps, x_0, x_prev or v that belongs to x_0 and x_t: the inverse of `predict_x_0`."""
+    schedule, prediction = process.schedule, process.prediction
     if prediction == "eps":
         signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
         return (x_t - at(signal, t, x_t) * x_0) / at(noise, t, x_t)
@@ -131,21 +162,23 @@ def predict_from_x_0(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, *, 
     raise ValueError(f"got prediction {prediction!r}, expected one of {', '.join(get_args(Prediction))}")
 
 
-def target(schedule: Schedule, x_0: Images, x_t: Images, t: Steps, eps: Images, *, prediction: Prediction) -> Images:
+def target(process: Process, x_0: Images, x_t: Images, t: Steps, eps: Images) -> Images:
     """What a network trained on x_t = q_sample(x_0, t, eps) should put out."""
-    if prediction == "eps":
+    if process.prediction == "eps":
         return eps  # as drawn: going through x_0 would round
-    if prediction == "v":
+    if process.prediction == "v":
+        schedule = process.schedule
         signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
         return at(signal, t, x_t) * eps - at(noise, t, x_t) * x_0
-    return predict_from_x_0(schedule, x_0, x_t, t, prediction=prediction)
+    return predict_from_x_0(process, x_0, x_t, t)
 
 
-def split_output(output: Output, *, variance: Variance) -> tuple[Images, Images | None]:
+def split_output(process: Process, output: Output) -> tuple[Images, Images | None]:
     """The network's output as (mean part, variance part): two halves of its channels, or all and None where sigma is fixed.
 
     Raises ValueError if a learned variance is asked of an odd number of channels.
     """
+    variance = process.variance
     if variance in ("fixed_small", "fixed_large"):
         return output, None
     if variance not in ("learned", "learned_range"):
@@ -156,16 +189,7 @@ def split_output(output: Output, *, variance: Variance) -> tuple[Images, Images 
     return mean, var
 
 
-def p_mean_logvar(
-    schedule: Schedule,
-    output: Output,
-    x_t: Images,
-    t: Steps,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-    clip: Clip = True,
-) -> Reverse:
+def p_mean_logvar(process: Process, output: Output, x_t: Images, t: Steps, *, clip: Clip = True) -> Reverse:
     """p(x_{t-1} | x_t) from a network's output: the mean (Eq. 11 for eps), the log-variance, and x_0.
 
     x_0 is clipped (see `clip_x_0`) before the mean is formed from it, as the authors' code does, not after. With
@@ -174,9 +198,10 @@ def p_mean_logvar(
     learned the output's second half as log-variance; learned_range that half, v in [-1, 1], interpolating between the
     posterior's log-variance and log beta_t (Nichol & Dhariwal 2021, Eq. 15).
     """
-    mean_part, var_part = split_output(output, variance=variance)
-    x_0 = clip_x_0(predict_x_0(schedule, mean_part, x_t, t, prediction=prediction), clip)
-    mean = mean_part if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
+    schedule, variance = process.schedule, process.variance
+    mean_part, var_part = split_output(process, output)
+    x_0 = clip_x_0(predict_x_0(process, mean_part, x_t, t), clip)
+    mean = mean_part if process.prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
     if variance == "fixed_small":
         logvar = at(schedule.posterior_logvar_clipped, t, x_t)
     elif variance == "fixed_large":

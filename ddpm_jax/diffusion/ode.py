@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng
-from ddpm_jax.diffusion import Prediction
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
-from ddpm_jax.schedules import Schedule
 
 
 class OdeLikelihood(NamedTuple):
@@ -31,13 +30,12 @@ class OdeLikelihood(NamedTuple):
 
 
 def ode_log_density(
-    schedule: Schedule,
+    process: Process,
     model: Callable[[Array, Array], Array],
     key: Key[Array, ""],
     indices: Int[Array, " B"],
     x: Float[Array, "B H W C"],
     *,
-    prediction: Prediction = "eps",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 1000,
@@ -56,6 +54,7 @@ def ode_log_density(
         raise UsageError(
             'the ODE likelihood needs diffrax, which is not installed: pip install "ddpm-jax[ode]"'
         ) from None
+    schedule, prediction = process.schedule, process.prediction
     if prediction == "x_prev" or schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             "got prediction x_prev or a schedule that ends without signal, expected eps, x_0 or v and some signal"

@@ -13,18 +13,17 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng
-from ddpm_jax.diffusion import (
+from ddpm_jax.diffusion.process import (
     Images,
     Output,
-    Prediction,
+    Process,
     Steps,
-    Variance,
     p_mean_logvar,
     q_mean_logvar,
     q_posterior,
     q_sample,
 )
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.diffusion.schedules import Schedule
 
 
 def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Array:
@@ -71,24 +70,14 @@ class BoundTerm(NamedTuple):
     x_0: Float[Array, "B H W C"]
 
 
-def bound_term(
-    schedule: Schedule,
-    output: Output,
-    x_0: Images,
-    x_t: Images,
-    t: Steps,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-    clip: bool,
-) -> BoundTerm:
+def bound_term(process: Process, output: Output, x_0: Images, x_t: Images, t: Steps, *, clip: bool) -> BoundTerm:
     """L_t in bits/dim: the KL of Eq. (5) where t >= 1, the decoder's negative log-likelihood (Eq. 13) where t = 0.
 
     output: the network's at (x_t, t). clip: clip x_0 to [-1, 1]; the authors do where the bound is evaluated, and do not
     where it is trained on.
     """
-    q = q_posterior(schedule, x_0, x_t, t)
-    p = p_mean_logvar(schedule, output, x_t, t, prediction=prediction, variance=variance, clip=clip)
+    q = q_posterior(process.schedule, x_0, x_t, t)
+    p = p_mean_logvar(process, output, x_t, t, clip=clip)
     kl = mean_bits(normal_kl(q.mean, q.logvar, p.mean, p.logvar))
     decoder = mean_bits(-discretized_gaussian_log_likelihood(x_0, p.mean, p.logvar))
     return BoundTerm(jnp.where(t == 0, decoder, kl), p.x_0)
@@ -104,23 +93,21 @@ class Terms(NamedTuple):
 
 
 def bound_terms(
-    schedule: Schedule,
+    process: Process,
     model,
     key: Key[Array, ""],
     x_0: Images,
     indices,
     ts: Int[Array, "B S"],
     *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
     clip: bool = True,
 ) -> Terms:
     """L_t of each image at its own choice of times, zero-based; one draw of x_t for each, as `bits_per_dim` makes it."""
     keys = rng.image_keys(key, indices)
 
     def body(carry, t):
-        x_t = q_sample(schedule, x_0, t, rng.image_normal(keys, t, x_0.shape[1:], x_0.dtype))
-        term = bound_term(schedule, model(x_t, t), x_0, x_t, t, prediction=prediction, variance=variance, clip=clip)
+        x_t = q_sample(process.schedule, x_0, t, rng.image_normal(keys, t, x_0.shape[1:], x_0.dtype))
+        term = bound_term(process, model(x_t, t), x_0, x_t, t, clip=clip)
         return carry, (term.bits, jnp.mean((term.x_0 - x_0) ** 2, axis=(1, 2, 3)))
 
     _, (bits, mse) = jax.lax.scan(body, None, ts.T)
@@ -140,23 +127,13 @@ class Bits(NamedTuple):
     mse: Float[Array, "B T"]
 
 
-def bits_per_dim(
-    schedule: Schedule,
-    model,
-    key: Key[Array, ""],
-    x_0: Images,
-    indices,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-    clip: bool = True,
-) -> Bits:
+def bits_per_dim(process: Process, model, key: Key[Array, ""], x_0: Images, indices, *, clip: bool = True) -> Bits:
     """The variational bound on -log2 p(x_0) / D of each image, all T terms, Eq. (5); one draw of x_t for each t.
 
     model: any function (x_t, t) -> output. x_0: float (B, H, W, C), pixels x / 127.5 - 1. indices: the images' global
     places, int (B,); the draw of image i at t depends on (key, i, t) alone. One `lax.scan` over t.
     """
-    ts = jnp.broadcast_to(jnp.arange(schedule.T, dtype=jnp.int32), (len(x_0), schedule.T))
-    terms = bound_terms(schedule, model, key, x_0, indices, ts, prediction=prediction, variance=variance, clip=clip)
-    L_T = prior_bits(schedule, x_0)
+    ts = jnp.broadcast_to(jnp.arange(process.schedule.T, dtype=jnp.int32), (len(x_0), process.schedule.T))
+    terms = bound_terms(process, model, key, x_0, indices, ts, clip=clip)
+    L_T = prior_bits(process.schedule, x_0)
     return Bits(L_T + terms.bits.sum(axis=1), L_T, terms.bits, terms.mse)

@@ -1,6 +1,6 @@
 """Training losses of one image batch, and the choice of t.
 
-Every loss has one signature: (schedule, model, x_0, t, eps, *, prediction, variance) -> float (B,), one number an image,
+Every loss has one signature: (process, model, x_0, t, eps) -> float (B,), one number an image,
 where `model` is any function (x_t, t) -> output. A new loss is one function and one entry of `LOSSES`.
 """
 
@@ -12,106 +12,61 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.diffusion import Images, Output, Prediction, Steps, Variance, q_sample, split_output, target
-from ddpm_jax.likelihood import bound_term
-from ddpm_jax.schedules import Schedule, snr
+from ddpm_jax.diffusion.bound import bound_term
+from ddpm_jax.diffusion.process import Images, Output, Process, Steps, q_sample, split_output, target
+from ddpm_jax.diffusion.schedules import snr
 
 Model = Callable[[Images, Steps], Output]
 
 
-def _mse(schedule, output, x_0, x_t, t, eps, prediction, variance):
-    mean_part, _ = split_output(output, variance=variance)
-    error = mean_part - target(schedule, x_0, x_t, t, eps, prediction=prediction)
+def _mse(process, output, x_0, x_t, t, eps):
+    mean_part, _ = split_output(process, output)
+    error = mean_part - target(process, x_0, x_t, t, eps)
     return jnp.mean(error**2, axis=(1, 2, 3))
 
 
-def _vb(schedule, output, x_0, x_t, t, prediction, variance):
+def _vb(process, output, x_0, x_t, t):
     # Not clipped: a clipped x_0 has no gradient, and the authors clip only where the bound is evaluated.
-    return bound_term(schedule, output, x_0, x_t, t, prediction=prediction, variance=variance, clip=False).bits
+    return bound_term(process, output, x_0, x_t, t, clip=False).bits
 
 
-def simple_loss(
-    schedule: Schedule,
-    model: Model,
-    x_0: Images,
-    t: Steps,
-    eps: Images,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-) -> Float[Array, " B"]:
+def simple_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
     """L_simple = |target - output(x_t, t)|^2, averaged over each image's dimensions, Eq. (14); target = eps by default."""
-    x_t = q_sample(schedule, x_0, t, eps)
-    return _mse(schedule, model(x_t, t), x_0, x_t, t, eps, prediction, variance)
+    x_t = q_sample(process.schedule, x_0, t, eps)
+    return _mse(process, model(x_t, t), x_0, x_t, t, eps)
 
 
-def vb_loss(
-    schedule: Schedule,
-    model: Model,
-    x_0: Images,
-    t: Steps,
-    eps: Images,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-) -> Float[Array, " B"]:
+def vb_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
     """L = the bound's term L_t in bits/dim (Eqs. 5, 12), one term and not multiplied by T, as in the authors' code."""
-    x_t = q_sample(schedule, x_0, t, eps)
-    return _vb(schedule, model(x_t, t), x_0, x_t, t, prediction, variance)
+    x_t = q_sample(process.schedule, x_0, t, eps)
+    return _vb(process, model(x_t, t), x_0, x_t, t)
 
 
-def rescaled_vb_loss(
-    schedule: Schedule,
-    model: Model,
-    x_0: Images,
-    t: Steps,
-    eps: Images,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_large",
-) -> Float[Array, " B"]:
+def rescaled_vb_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
     """T L_t: with uniform t its mean is the whole bound less L_T, in bits/dim."""
-    return schedule.T * vb_loss(schedule, model, x_0, t, eps, prediction=prediction, variance=variance)
+    return process.schedule.T * vb_loss(process, model, x_0, t, eps)
 
 
-def _hybrid(schedule, model, x_0, t, eps, prediction, variance, weight):
-    x_t = q_sample(schedule, x_0, t, eps)
+def _hybrid(process, model, x_0, t, eps, weight):
+    x_t = q_sample(process.schedule, x_0, t, eps)
     output = model(x_t, t)
-    mean_part, var_part = split_output(output, variance=variance)
+    mean_part, var_part = split_output(process, output)
     if var_part is None:
-        raise ValueError(f"got variance {variance!r} with a hybrid loss, expected learned or learned_range")
+        raise ValueError(f"got variance {process.variance!r} with a hybrid loss, expected learned or learned_range")
     # The bound trains the variance only; the mean learns from the simple loss (Nichol & Dhariwal 2021, section 3.1).
     frozen_mean = jnp.concatenate([jax.lax.stop_gradient(mean_part), var_part], axis=-1)
-    vb = _vb(schedule, frozen_mean, x_0, x_t, t, prediction, variance)
-    return _mse(schedule, output, x_0, x_t, t, eps, prediction, variance) + weight * vb
+    vb = _vb(process, frozen_mean, x_0, x_t, t)
+    return _mse(process, output, x_0, x_t, t, eps) + weight * vb
 
 
-def hybrid_loss(
-    schedule: Schedule,
-    model: Model,
-    x_0: Images,
-    t: Steps,
-    eps: Images,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
-) -> Float[Array, " B"]:
+def hybrid_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
     """L_simple + L_t, the mean's gradient stopped in L_t: Nichol & Dhariwal's code without rescaling."""
-    return _hybrid(schedule, model, x_0, t, eps, prediction, variance, 1.0)
+    return _hybrid(process, model, x_0, t, eps, 1.0)
 
 
-def rescaled_hybrid_loss(
-    schedule: Schedule,
-    model: Model,
-    x_0: Images,
-    t: Steps,
-    eps: Images,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
-) -> Float[Array, " B"]:
+def rescaled_hybrid_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
     """L_simple + 0.001 T L_t: L_hybrid of Nichol & Dhariwal 2021, Eq. (16), lambda = 0.001."""
-    return _hybrid(schedule, model, x_0, t, eps, prediction, variance, 0.001 * schedule.T)
+    return _hybrid(process, model, x_0, t, eps, 0.001 * process.schedule.T)
 
 
 LOSSES: dict[str, Callable[..., Array]] = {
@@ -123,13 +78,13 @@ LOSSES: dict[str, Callable[..., Array]] = {
 }
 
 
-def min_snr_weights(schedule: Schedule, gamma: float, *, prediction: Prediction) -> Float[np.ndarray, " T"]:
+def min_snr_weights(process: Process, gamma: float) -> Float[np.ndarray, " T"]:
     """Weights of the simple loss at each t, float64: min(SNR, gamma) in units of x_0's error (Hang et al. 2023).
 
     That is min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0 and min(SNR, gamma) / (SNR + 1) for v. Raises ValueError
     for x_prev, for which the method is not defined.
     """
-    ratio = snr(schedule)
+    ratio, prediction = snr(process.schedule), process.prediction
     clipped = np.minimum(ratio, gamma)
     if prediction == "eps":
         return np.minimum(1.0, gamma / np.maximum(ratio, 1e-300))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from ddpm_jax.convolution import conv
+from ddpm_jax.models.convolution import conv
 
 Dtype = jnp.dtype | type
 

@@ -22,7 +22,6 @@ class Schedule:
 
     betas: np.ndarray
     alphas_cumprod: np.ndarray
-    alphas_cumprod_prev: np.ndarray
     sqrt_alphas_cumprod: np.ndarray
     sqrt_one_minus_alphas_cumprod: np.ndarray
     log_one_minus_alphas_cumprod: np.ndarray
@@ -136,7 +135,6 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
     return Schedule(
         betas=betas,
         alphas_cumprod=alphas_cumprod,
-        alphas_cumprod_prev=alphas_cumprod_prev,
         sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
         sqrt_one_minus_alphas_cumprod=np.sqrt(one_minus_alphas_cumprod),
         log_one_minus_alphas_cumprod=np.log(one_minus_alphas_cumprod),
