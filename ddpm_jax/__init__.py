@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ddpm_jax.diffusion.process import Process, p_mean_logvar, predict_x_0, q_posterior, q_sample
     from ddpm_jax.diffusion.schedules import Schedule, make_schedule
     from ddpm_jax.models.unet import UNet
-    from ddpm_jax.sampling import sample
+    from ddpm_jax.sampling import make_sampler, sample
     from ddpm_jax.training import TrainState, init_state, make_train_step
     from ddpm_jax.workdir import Run, load_run
 
@@ -22,7 +22,7 @@ _MODULES = {
     "diffusion.process": ["Process", "p_mean_logvar", "predict_x_0", "q_posterior", "q_sample"],
     "diffusion.bound": ["bits_per_dim"],
     "diffusion.losses": ["simple_loss"],
-    "sampling": ["sample"],
+    "sampling": ["make_sampler", "sample"],
     "diffusion.schedules": ["Schedule", "make_schedule"],
     "training": ["TrainState", "init_state", "make_train_step"],
     "models.unet": ["UNet"],
@@ -40,6 +40,7 @@ __all__ = [
     "bits_per_dim",
     "init_state",
     "load_run",
+    "make_sampler",
     "make_schedule",
     "make_train_step",
     "p_mean_logvar",

@@ -130,8 +130,24 @@ class Bits(NamedTuple):
 def bits_per_dim(process: Process, model, key: Key[Array, ""], x_0: Images, indices, *, clip: bool = True) -> Bits:
     """The variational bound on -log2 p(x_0) / D of each image, all T terms, Eq. (5); one draw of x_t for each t.
 
-    model: any function (x_t, t) -> output. x_0: float (B, H, W, C), pixels x / 127.5 - 1. indices: the images' global
-    places, int (B,); the draw of image i at t depends on (key, i, t) alone. One `lax.scan` over t.
+    Args:
+        process: The schedule, and what the network's output means.
+        model: Any function (x_t, t) -> output.
+        key: The key of every draw; that of image i at t depends on (key, i, t) alone.
+        x_0: Pixels x / 127.5 - 1 of 8-bit images, float (B, H, W, C).
+        indices: The images' global places, int (B,).
+        clip: Clip each predicted x_0 to [-1, 1], as the authors do where the bound is evaluated.
+
+    Returns:
+        The total and its terms, in bits/dim: `Bits`. One `lax.scan` over t computes them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ddpm_jax import Process, bits_per_dim, make_schedule
+        >>> process, x_0 = Process(make_schedule("cosine", T=20)), jnp.zeros((2, 4, 4, 1))
+        >>> bits = bits_per_dim(process, lambda x_t, t: x_t, jax.random.key(0), x_0, jnp.arange(2))
+        >>> bits.L_t.shape
+        (2, 20)
     """
     ts = jnp.broadcast_to(jnp.arange(process.schedule.T, dtype=jnp.int32), (len(x_0), process.schedule.T))
     terms = bound_terms(process, model, key, x_0, indices, ts, clip=clip)

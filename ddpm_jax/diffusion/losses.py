@@ -31,7 +31,25 @@ def _vb(process, output, x_0, x_t, t):
 
 
 def simple_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
-    """L_simple = |target - output(x_t, t)|^2, averaged over each image's dimensions, Eq. (14); target = eps by default."""
+    """L_simple = |target - output(x_t, t)|^2, averaged over each image's dimensions, Eq. (14); target = eps by default.
+
+    Args:
+        process: The schedule, and what the network predicts.
+        model: Any function (x_t, t) -> output.
+        x_0: Images in [-1, 1], float (B, H, W, C).
+        t: Zero-based steps, int32 (B,).
+        eps: Standard normal draws of x_0's shape.
+
+    Returns:
+        The loss of each image, float (B,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ddpm_jax import Process, make_schedule, simple_loss
+        >>> x_0 = eps = jnp.ones((2, 4, 4, 1))
+        >>> simple_loss(Process(make_schedule("linear")), lambda x_t, t: 0 * x_t, x_0, jnp.array([3, 500]), eps)
+        Array([1., 1.], dtype=float32)
+    """
     x_t = q_sample(process.schedule, x_0, t, eps)
     return _mse(process, model(x_t, t), x_0, x_t, t, eps)
 

@@ -94,7 +94,21 @@ def q_mean_logvar(schedule: Schedule, x_0: Images, t: Steps) -> Gaussian:
 def q_sample(schedule: Schedule, x_0: Images, t: Steps, eps: Images) -> Images:
     """Samples q(x_t | x_0): x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps, Eq. (4).
 
-    eps: standard normal draws of x_0's shape.
+    Args:
+        schedule: The forward process.
+        x_0: Images in [-1, 1], float (B, H, W, C).
+        t: Zero-based steps, int32 (B,), in 0 .. T-1.
+        eps: Standard normal draws of x_0's shape.
+
+    Returns:
+        x_t, of x_0's shape and dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ddpm_jax import make_schedule, q_sample
+        >>> x_0 = jnp.ones((2, 8, 8, 1))
+        >>> q_sample(make_schedule("linear"), x_0, jnp.array([0, 999]), jnp.zeros_like(x_0))[:, 0, 0, 0].round(3)
+        Array([1.   , 0.006], dtype=float32)
     """
     signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     return at(signal, t, x_0) * x_0 + at(noise, t, x_0) * eps
@@ -103,7 +117,22 @@ def q_sample(schedule: Schedule, x_0: Images, t: Steps, eps: Images) -> Images:
 def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Gaussian:
     """q(x_{t-1} | x_t, x_0), Eqs. (6) and (7).
 
-    The log-variance of t = 0, where the variance is 0, is that of t = 1 (the authors' clipping, so that it stays finite).
+    Args:
+        schedule: The forward process.
+        x_0: Images in [-1, 1], float (B, H, W, C).
+        x_t: Noised images of the same shape.
+        t: Zero-based steps, int32 (B,).
+
+    Returns:
+        The mean (B, H, W, C) and the log-variance (B, 1, 1, 1). At t = 0, where the variance is 0, the log-variance is that of
+        t = 1: the authors' clipping, so that it stays finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ddpm_jax import make_schedule, q_posterior
+        >>> x_0, x_t = jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1))
+        >>> bool(jnp.allclose(q_posterior(make_schedule("linear"), x_0, x_t, jnp.array([0])).mean, x_0))
+        True
     """
     return Gaussian(
         at(schedule.posterior_mean_coef1, t, x_t) * x_0 + at(schedule.posterior_mean_coef2, t, x_t) * x_t,
@@ -114,7 +143,24 @@ def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Gauss
 def predict_x_0(process: Process, output: Images, x_t: Images, t: Steps) -> Images:
     """The x_0 that a network's output stands for; for eps it is Eq. (15). Not clipped.
 
-    output: (B, H, W, C), without variance channels. With eps, alphas_cumprod[t] must not be 0 (`jsd` ends so).
+    Args:
+        process: What the output means.
+        output: The network's at (x_t, t), (B, H, W, C), without variance channels (see `split_output`).
+        x_t: Noised images of the same shape.
+        t: Zero-based steps, int32 (B,). With eps, alphas_cumprod[t] must not be 0 (`jsd` ends so).
+
+    Returns:
+        x_0, (B, H, W, C).
+
+    Raises:
+        ValueError: For an unknown prediction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ddpm_jax import Process, make_schedule, predict_x_0
+        >>> output = x_t = jnp.ones((1, 2, 2, 1))
+        >>> bool((predict_x_0(Process(make_schedule("linear"), "x_0"), output, x_t, jnp.array([5])) == output).all())
+        True
     """
     schedule, prediction = process.schedule, process.prediction
     if prediction == "eps":
@@ -192,11 +238,32 @@ def split_output(process: Process, output: Output) -> tuple[Images, Images | Non
 def p_mean_logvar(process: Process, output: Output, x_t: Images, t: Steps, *, clip: Clip = True) -> Reverse:
     """p(x_{t-1} | x_t) from a network's output: the mean (Eq. 11 for eps), the log-variance, and x_0.
 
-    x_0 is clipped (see `clip_x_0`) before the mean is formed from it, as the authors' code does, not after. With
-    `x_prev` the mean is the output itself and clipping touches only the x_0 that is returned. Variances:
-    fixed_large sigma^2 = beta_t and fixed_small the posterior's (section 3.2), both with t = 1's posterior variance at t = 0;
-    learned the output's second half as log-variance; learned_range that half, v in [-1, 1], interpolating between the
-    posterior's log-variance and log beta_t (Nichol & Dhariwal 2021, Eq. 15).
+    Variances: fixed_large sigma^2 = beta_t and fixed_small the posterior's (section 3.2), both with t = 1's posterior variance
+    at t = 0; learned the output's second half as log-variance; learned_range that half, v in [-1, 1], interpolating between
+    the posterior's log-variance and log beta_t (Nichol & Dhariwal 2021, Eq. 15).
+
+    Args:
+        process: What the output means.
+        output: The network's at (x_t, t): (B, H, W, C), or (B, H, W, 2 C) for a learned variance.
+        x_t: Noised images, float (B, H, W, C).
+        t: Zero-based steps, int32 (B,).
+        clip: What becomes of the predicted x_0 before the mean is formed from it, as in the authors' code, not after: clipped
+            to [-1, 1], left, or thresholded at a quantile (`clip_x_0`). With `x_prev` the mean is the output itself, and
+            clipping touches only the x_0 that is returned.
+
+    Returns:
+        The mean and x_0, (B, H, W, C), and the log-variance, broadcastable to them.
+
+    Raises:
+        ValueError: For an unknown word, or a learned variance in an odd number of channels.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ddpm_jax import Process, make_schedule, p_mean_logvar
+        >>> x_t = jnp.zeros((1, 2, 2, 1))
+        >>> p = p_mean_logvar(Process(make_schedule("linear"), "x_0"), x_t + 3, x_t, jnp.array([0]))
+        >>> float(p.mean.max()), float(p.x_0.max())
+        (1.0, 1.0)
     """
     schedule, variance = process.schedule, process.variance
     mean_part, var_part = split_output(process, output)

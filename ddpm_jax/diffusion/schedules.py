@@ -18,6 +18,11 @@ class Schedule:
     """The forward process q (Eqs. 2, 4) and its posterior (Eqs. 6, 7) as tables of length T, float64.
 
     Build it with `make_schedule` or `schedule_from_betas`, which check their input.
+
+    Example:
+        >>> from ddpm_jax import make_schedule
+        >>> float(make_schedule("linear").alphas_cumprod[0])
+        0.9999
     """
 
     betas: np.ndarray
@@ -99,8 +104,22 @@ BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
 def make_schedule(name: str, *, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """The schedule of the given name with T steps; `linear` with these defaults is the paper's.
 
-    name: linear, quad, const, jsd, warmup10, warmup50, cosine or sigmoid. The end points are used as they are for any T, as
-    in the authors' code. Raises ValueError for an unknown name, T < 2 or a beta outside (0, 1].
+    Args:
+        name: linear, quad, const, jsd, warmup10, warmup50, cosine or sigmoid.
+        T: The number of diffusion steps, at least 2.
+        beta_start: First beta, in (0, 1].
+        beta_end: Last beta, in (0, 1]. Both ends are used as they are for any T, as in the authors' code.
+
+    Returns:
+        The `Schedule`, float64 tables of length T.
+
+    Raises:
+        ValueError: For an unknown name, T < 2 or a beta outside (0, 1].
+
+    Example:
+        >>> from ddpm_jax import make_schedule
+        >>> make_schedule("linear").T
+        1000
     """
     if name not in BETAS:
         raise ValueError(f"got schedule {name!r}, expected one of {', '.join(BETAS)}")

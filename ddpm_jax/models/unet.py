@@ -164,16 +164,27 @@ def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
 class UNet(nn.Module):
     """eps_theta(x_t, t): float (B, H, W, C), int (B,) -> float (B, H, W, out_channels).
 
-    The defaults are the CIFAR-10 network, 35,746,307 parameters. Usage:
+    The defaults are the CIFAR-10 network, 35,746,307 parameters. H and W must be divisible by 2 ** (len(ch_mult) - 1).
 
-        params = UNet().init(key, x_t, t)["params"]
-        output = UNet().apply({"params": params}, x_t, t)
-        output = UNet().apply({"params": params}, x_t, t, dropout_keys)     # in training
+    Attributes:
+        ch: Base channels, even.
+        ch_mult: Channels of each level, in units of ch.
+        num_res_blocks: Residual blocks per level on the way down, one more on the way up.
+        attn_resolutions: Heights with attention after every block; the middle always has it.
+        out_channels: Channels of the output; twice the image's for a learned variance.
+        dropout: Probability that a feature is dropped.
+        groups: Groups of every group normalisation; divides every number of channels.
+        dtype: What is computed in; parameters, norm statistics, softmax and the output are float32 in any case.
+        remat: Recompute each block in the backward pass instead of storing what is inside it.
 
-    dropout_keys: (B,) keys, one an image; without them there is no dropout. Parameters are float32 and `dtype` is what is
-    computed in, but norm statistics, softmax and the output, which are float32 in any case. `remat` recomputes each block in
-    the backward pass instead of storing what is inside it. H and W must be divisible by 2 ** (len(ch_mult) - 1), and
-    `groups` must divide every number of channels.
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ddpm_jax import UNet
+        >>> unet = UNet(ch=8, ch_mult=(1, 2), attn_resolutions=(4,), out_channels=1, groups=4)
+        >>> x_t, t = jnp.zeros((2, 8, 8, 1)), jnp.zeros((2,), jnp.int32)
+        >>> params = jax.jit(unet.init)(jax.random.key(0), x_t, t)["params"]
+        >>> unet.apply({"params": params}, x_t, t).shape
+        (2, 8, 8, 1)
     """
 
     ch: int = 128
@@ -193,6 +204,7 @@ class UNet(nn.Module):
         t: Int[Array, " B"],
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
+        """The output at (x_t, t). dropout_keys: (B,), one an image, in training; without them there is no dropout."""
         _, H, W, _ = x_t.shape
         factor = 2 ** (len(self.ch_mult) - 1)
         if H % factor or W % factor:

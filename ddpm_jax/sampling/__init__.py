@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -50,7 +51,24 @@ def make_sampler(
 ) -> Sampler:
     """The sampler of a name of `SAMPLERS` over the steps that `choose_steps` finds; the defaults are the paper's Algorithm 2.
 
-    eta: DDIM's alone. Raises ValueError for an unknown name, or an eta that the sampler does not have.
+    Args:
+        process: The schedule, and what the network's output means.
+        name: ancestral, ddim, dpm++1s, dpm++2m, dpm++3m or heun.
+        steps: How many of the T steps to visit, or so many in each of equal sections; () for all.
+        spacing: Which steps: linspace, leading, trailing, quadratic or logsnr.
+        eta: DDIM's noise, from 0 (none) to 1 (ancestral).
+        clip: What becomes of each predicted x_0 (`clip_x_0`).
+
+    Returns:
+        A `Sampler`, whose length is the number of network evaluations.
+
+    Raises:
+        ValueError: For an unknown name or spacing, more steps than there are, or an eta that the sampler does not have.
+
+    Example:
+        >>> from ddpm_jax import Process, make_sampler, make_schedule
+        >>> len(make_sampler(Process(make_schedule("linear")), "heun", steps=10))
+        19
     """
     if name not in SAMPLERS:
         raise ValueError(f"got sampler {name!r}, expected one of {', '.join(SAMPLERS)}")
@@ -69,16 +87,30 @@ def sample(
     *,
     image_shape: tuple[int, int, int],
     sampler: str = "ancestral",
-    steps: int | Sequence[int] = (),
-    spacing: str = "linspace",
-    eta: float | None = None,
-    clip: Clip = True,
+    **options: Any,
 ) -> Float[Array, "B H W C"]:
-    """Samples images, by default by Algorithm 2: float32 (B, H, W, C), in [-1, 1] but for what the last mean may leave it.
+    """Samples images, by default by Algorithm 2. Pure: put it inside `jax.jit`.
 
-    model: any function (x_t, t) -> output. indices: int (B,); image i's noise depends on (key, i) alone, so that it is the
-    same image in any batch. image_shape: (H, W, C). The rest as `make_sampler` takes it: sample(..., sampler="ddim",
-    steps=50). Pure: put it inside `jax.jit`.
+    Args:
+        process: The schedule, and what the network's output means.
+        model: Any function (x_t, t) -> output.
+        key: The key of every draw; image i's noise depends on (key, i) alone, so that it is the same image in any batch.
+        indices: The images' places, int (B,).
+        image_shape: (H, W, C).
+        sampler: As `make_sampler` takes it, and so are the options: `sample(..., sampler="ddim", steps=50)`.
+        **options: steps, spacing, eta and clip of `make_sampler`.
+
+    Returns:
+        Images, float32 (B, H, W, C), in [-1, 1] but for what the last mean may leave it.
+
+    Raises:
+        ValueError: As `make_sampler`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ddpm_jax import Process, make_schedule, sample
+        >>> process = Process(make_schedule("linear", T=10, beta_end=0.9))
+        >>> sample(process, lambda x_t, t: x_t, jax.random.key(0), jnp.arange(3), image_shape=(8, 8, 1)).shape
+        (3, 8, 8, 1)
     """
-    chosen = make_sampler(process, sampler, steps=steps, spacing=spacing, eta=eta, clip=clip)
-    return sample_loop(chosen, model, key, indices, image_shape=image_shape)
+    return sample_loop(make_sampler(process, sampler, **options), model, key, indices, image_shape=image_shape)
