@@ -468,6 +468,24 @@ def test_memory_mapped_file_feeds_the_same(tmp_path, digits):
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_data_set_without_room_on_the_devices_is_refused_with_its_bytes(monkeypatch, digits):
+    config = tiny(data={"cache": "device"})
+    monkeypatch.setattr(room, "free_memory", lambda: digits.images.nbytes - 1)
+    with pytest.raises(UsageError, match=r"^the data set on the devices needs at least .*; use --data.cache host$"):
+        make_feed(config, digits, mesh_of(1))
+
+    def mesh(free):
+        stats = {"bytes_limit": 2**40 + free, "bytes_in_use": 2**40}
+        device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+        return SimpleNamespace(devices=np.array([device]), local_devices=[device])
+
+    batches._check_devices(2**32, mesh(2**32))
+    with pytest.raises(
+        UsageError, match=r"needs 4.0 GiB on each device, and 1.0 GiB are free on .*; use --data.cache host"
+    ):
+        batches._check_devices(2**32, mesh(2**30))
+
+
 def test_auto_caches_on_the_devices_up_to_a_size(monkeypatch, digits):
     assert batches.DEVICE_CACHE_BYTES == 2**30
     assert batches.on_device(tiny(data={"cache": "auto"}), digits)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_a_mistake_ends_with_code_2_and_one_sentence(tmp_path):
         f"prepare_data.py: data.source='{tmp_path}/nowhere' does not exist; use one of digits, tfds:NAME"
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_names_that_the_terminal_cannot_show_are_shown_all_the_same(tmp_path):
+    (tmp_path / "p").mkdir()
+    for name in (b"\xc3\xa9.png", b"\xff.png"):
+        (tmp_path / "p" / os.fsdecode(name)).write_bytes(b"hello")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "DDPM_JAX_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "prepare_data.py", str(tmp_path / "p"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    shown = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert shown[:2] == [r"\xe9.png", r"\udcff.png"]
+    assert "Traceback" not in done.stderr
 
 
 def test_only_the_names_of_pictures_are_in_the_list(prepare_data, tmp_path):

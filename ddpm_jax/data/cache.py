@@ -1,7 +1,8 @@
 """Pictures decoded once, into a file of uint8 images that later runs and other processes map into memory.
 
 The files lie in the folder that the environment variable DDPM_JAX_CACHE names, else in ~/.cache/ddpm_jax; any of them can be
-deleted at any time. Beside them lie the lists of pictures that cannot be decoded.
+deleted at any time. They are compared with their checksums before they are used. Beside them lie the lists of pictures that
+cannot be decoded.
 """
 
 import fcntl
@@ -93,7 +94,10 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
                 if list(bar) != written.get("crc32"):
                     raise DamagedFileError(path, "its bytes are not those that were written")
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:  # of files without checksums, which older versions wrote, nothing is known
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # of files without checksums, which older versions wrote, nothing is known
         return None
     except OSError as error:
         raise DamagedFileError(path, f"it cannot be read: {error.strerror}") from None
@@ -201,7 +205,7 @@ def without_bad(pictures: Pictures, source: str) -> Pictures:
     again = f"write it again with prepare_data.py {source} --check"
     try:
         bad = read_json(epath.Path(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "data.on_bad_image=skip needs the list of bad pictures, and there is none of these pictures as they are now; "
             f"write it with prepare_data.py {source} --check"
