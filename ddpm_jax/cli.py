@@ -113,6 +113,9 @@ def _quiet() -> None:
     """Sets what a command wants of its libraries, before JAX is imported: a cache of compiled programs, no stacks in logs."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ddpm_jax" / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Names of files may have letters that the terminal has not.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Orbax reports every save there, and of one that fails whole stacks, though it raises the error as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

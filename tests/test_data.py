@@ -1,8 +1,11 @@
 """The data's part of the contract: the order of images is a function of (seed, step), and no cache or layout changes a batch."""
 
+import io
 import itertools
 import pickle
 import re
+import resource
+import zipfile
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +15,7 @@ import pytest
 from sklearn.datasets import load_digits
 from tiny import tiny
 
-from ddpm_jax import sharding
+from ddpm_jax import room, sharding
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source
 from ddpm_jax.errors import UsageError
@@ -232,15 +235,50 @@ def refuses(message):
 
 def test_unknown_source_is_refused_with_the_known_ones():
     with refuses(
-        "data.source='digit' is unknown; use one of " + ", ".join(SOURCES) + " (endings stand for a file's path)"
+        "data.source='digit' does not exist; perhaps you meant digits; else use one of "
+        + ", ".join(SOURCES)
+        + " (endings stand for a file's path)"
     ):
         open_source(digits_config(source="digit"))
 
 
-@pytest.mark.parametrize("name", ["there_is_none.npy", "folder.npz"])
-def test_missing_file_is_refused(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("FOLDER", None),
+        ("cifar10", "tfds:cifar10"),
+        ("CIFAR-10", "tfds:cifar10"),
+        ("{}/pictrues", "{}/pictures"),
+        ("{}/pictrues/cats/tabby", "{}/pictures"),  # where the path breaks off
+        ("{}/wholly-other/cats", None),
+        ("{}/image.npz", "{}/images.npz"),
+        ("{}/zzz/y", None),
+        ("z" * 4096, None),
+        ("{}/" + "z" * 4096, None),
+        ("a\0b", None),
+    ],
+)
+def test_a_path_that_does_not_exist_is_said_with_what_comes_near(name, near, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    saved(tmp_path / "images.npz")
+    with pytest.raises(
+        UsageError, match=r"^data.source='.*' does not exist; .*use one of digits, tfds:NAME, "
+    ) as caught:
+        open_images(name.format(tmp_path))
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    hint = re.search(r"perhaps you meant (.*); else", str(caught.value))
+    assert (hint and hint[1]) == (near and near.format(tmp_path))
+
+
+def test_a_file_of_no_kind_that_is_read_is_refused(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"x.tar' is a file, but of no kind that is read; use one of digits"):
+        open_images(tmp_path / "x.tar")
+
+
+def test_an_array_file_that_is_none_is_refused(tmp_path):
+    path = str(tmp_path / "folder.npz")
     (tmp_path / "folder.npz").mkdir()
-    path = str(tmp_path / name)
     with refuses(f"data.source={path!r} is not a file; give the path of an .npy or .npz file of uint8 images"):
         open_images(path)
 
@@ -297,6 +335,33 @@ def test_npz_without_images_is_refused(tmp_path):
     np.savez(path, x=IMAGES, labels=LABELS)
     with refuses(f"{path} has the arrays x, labels, expected one called images"):
         open_images(path)
+
+
+def test_an_array_larger_than_memory_is_refused_unread(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x.npz")
+    monkeypatch.setattr(room, "free_memory", lambda: IMAGES.nbytes)
+    with pytest.raises(UsageError, match=r"needs at least .* of memory, and .* are free; store it as an .npy file"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize(
+    "shape", [(10**12, 4, 4, 3), (2**62, 4, 4, 3), (-6, 4, 4, 3), (6, 4, 4, 10**30), ("6", 4, 4, 3)]
+)
+def test_headers_that_claim_other_sizes_are_refused_in_little_memory(shape, name, tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    content = header.getvalue() + IMAGES.tobytes()
+    path = tmp_path / name
+    if name == "x.npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match="cannot be read as an array file"):
+        open_images(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**16  # in KiB
 
 
 class Trap:
@@ -403,11 +468,29 @@ def test_memory_mapped_file_feeds_the_same(tmp_path, digits):
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_data_set_without_room_on_the_devices_is_refused_with_its_bytes(monkeypatch, digits):
+    config = tiny(data={"cache": "device"})
+    monkeypatch.setattr(room, "free_memory", lambda: digits.images.nbytes - 1)
+    with pytest.raises(UsageError, match=r"^the data set on the devices needs at least .*; use --data.cache host$"):
+        make_feed(config, digits, mesh_of(1))
+
+    def mesh(free):
+        stats = {"bytes_limit": 2**40 + free, "bytes_in_use": 2**40}
+        device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+        return SimpleNamespace(devices=np.array([device]), local_devices=[device])
+
+    batches._check_devices(2**32, mesh(2**32))
+    with pytest.raises(
+        UsageError, match=r"needs 4.0 GiB on each device, and 1.0 GiB are free on .*; use --data.cache host"
+    ):
+        batches._check_devices(2**32, mesh(2**30))
+
+
 def test_auto_caches_on_the_devices_up_to_a_size(monkeypatch, digits):
     assert batches.DEVICE_CACHE_BYTES == 2**30
     assert batches.on_device(tiny(data={"cache": "auto"}), digits)
-    for room, there in ((digits.images.nbytes, True), (digits.images.nbytes - 1, False)):
-        monkeypatch.setattr(batches, "DEVICE_CACHE_BYTES", room)
+    for limit, there in ((digits.images.nbytes, True), (digits.images.nbytes - 1, False)):
+        monkeypatch.setattr(batches, "DEVICE_CACHE_BYTES", limit)
         assert batches.on_device(tiny(data={"cache": "auto"}), digits) is there
         assert batches.on_device(tiny(data={"cache": "device"}), digits)
         assert not batches.on_device(tiny(data={"cache": "host"}), digits)

@@ -1,6 +1,8 @@
 """prepare_data.py: it prepares what needs it, and finds every picture that cannot be decoded."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
 from ddpm_jax.commands import prepare_data as command
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import cache, open_source, sources
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import RunError, UsageError
 
 ROOT = Path(__file__).parent.parent
 BAD = CONTENT | {"a.jpg": CUT, "b/10.png": b"hello"}
@@ -64,6 +66,28 @@ def test_check_of_good_pictures_ends_with_0(prepare_data, tmp_path):
     assert out.startswith("0 of 7 pictures cannot be decoded")
 
 
+def test_a_list_that_cannot_be_written_is_told_after_the_names(prepare_data, tmp_path, monkeypatch, capsys):
+    def read_only(path, text):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(cache, "write_text", read_only)
+    with pytest.raises(RunError, match=r"Read-only file system\); make room there, or name another folder"):
+        prepare_data(make_folder(tmp_path / "p", content=BAD), "--check")
+    assert "a.jpg: " in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    for folder in ("/proc", str(tmp_path / "file" / "below")):
+        monkeypatch.setenv("DDPM_JAX_CACHE", folder)
+        with pytest.raises(RunError, match=f"cannot be written to {folder}"):
+            prepare_data(tmp_path / "p", "--check")
+
+
+def test_a_name_without_its_prefix_is_helped(prepare_data):
+    for options in ((), ("--check",)):
+        with pytest.raises(UsageError, match="'cifar10' does not exist; perhaps you meant tfds:cifar10"):
+            prepare_data("cifar10", *options)
+
+
 def test_what_needs_no_preparation_and_what_cannot_be_checked_is_said(prepare_data, tmp_path):
     path = make_folder(tmp_path / "pictures")
     with pytest.raises(
@@ -93,9 +117,22 @@ def test_a_mistake_ends_with_code_2_and_one_sentence(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        f"prepare_data.py: data.source='{tmp_path}/nowhere' is unknown; use one of digits, tfds:NAME"
+        f"prepare_data.py: data.source='{tmp_path}/nowhere' does not exist; use one of digits, tfds:NAME"
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_names_that_the_terminal_cannot_show_are_shown_all_the_same(tmp_path):
+    (tmp_path / "p").mkdir()
+    for name in (b"\xc3\xa9.png", b"\xff.png"):
+        (tmp_path / "p" / os.fsdecode(name)).write_bytes(b"hello")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "DDPM_JAX_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "prepare_data.py", str(tmp_path / "p"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    shown = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert shown[:2] == [r"\xe9.png", r"\udcff.png"]
+    assert "Traceback" not in done.stderr
 
 
 def test_only_the_names_of_pictures_are_in_the_list(prepare_data, tmp_path):

@@ -175,7 +175,7 @@ def test_preparing_what_cannot_be_is_refused_in_a_sentence(monkeypatch):
     for error, message in [
         (
             OSError("no route to host"),
-            "cannot be fetched or written (no route to host); look at the network and try again",
+            "cifar10 cannot be fetched (no route to host); look at the network and try again",
         ),
         (
             ImportError("No module named x"),
@@ -189,6 +189,21 @@ def test_preparing_what_cannot_be_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(library, "builder", Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):  # told by the script as every full disk is
         tfds.prepare("tfds:cifar10")
+
+
+def test_without_a_network_it_ends_soon_and_names_the_host(monkeypatch, tmp_path):
+    """tensorflow-datasets' own downloader, on a port where nothing listens."""
+
+    class Fetched(TinyPictures, skip_registration=True):
+        def _split_generators(self, manager):
+            manager.download("http://127.0.0.1:9/pictures.zip")
+
+    monkeypatch.setattr(library, "builder", lambda *_, **options: Fetched(data_dir=tmp_path))
+    monkeypatch.setattr(tfds, "RETRIES", 2)
+    start = time.perf_counter()
+    with refuses("cifar10 cannot be fetched (127.0.0.1 cannot be reached); look at the network and try again"):
+        tfds.prepare("tfds:cifar10")
+    assert time.perf_counter() - start < 10
 
 
 def test_preparing_twice_does_nothing(prepared):

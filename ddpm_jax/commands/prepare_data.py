@@ -38,14 +38,17 @@ def main() -> None:
     elif source.startswith(tfds.PREFIX):
         print(f"{source} is prepared: {tfds.prepare(source)}")
     else:
+        sources.find_kind(source)
         raise UsageError(f"{source} needs no preparation; add --check to look for pictures that cannot be decoded")
 
 
 def check(source: str, workers: int) -> None:
     """Names the pictures of a source that cannot be decoded and writes their list; exit code 1 if there are any."""
     pictures = sources.open_pictures(source)
-    bad = cache.list_bad(sources.decoded(pictures, DataConfig(source=source, workers=workers)))
+    bad = cache.find_bad(sources.decoded(pictures, DataConfig(source=source, workers=workers)))
     for name, reason in bad.items():
         print(f"{name}: {reason}")
-    print(f"{len(bad)} of {len(pictures.names)} pictures cannot be decoded; their list: {cache.bad_list(pictures)}")
+    print(
+        f"{len(bad)} of {len(pictures.names)} pictures cannot be decoded; their list: {cache.write_bad(pictures, bad)}"
+    )
     raise SystemExit(1 if bad else 0)

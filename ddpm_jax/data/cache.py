@@ -1,30 +1,41 @@
 """Pictures decoded once, into a file of uint8 images that later runs and other processes map into memory.
 
 The files lie in the folder that the environment variable DDPM_JAX_CACHE names, else in ~/.cache/ddpm_jax; any of them can be
-deleted at any time. Beside them lie the lists of pictures that cannot be decoded.
+deleted at any time. They are compared with their checksums before they are used. Beside them lie the lists of pictures that
+cannot be decoded.
 """
 
-import errno
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
-import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL
+from etils import epath
 from tqdm import tqdm
 
+from ddpm_jax import room
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
-from ddpm_jax.errors import UsageError
-from ddpm_jax.files import write_text
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.files import DamagedFileError, read_json, remove_remnants, whole, write_text
 
-BLOCK = 256  # pictures decoded side by side before they are written
-NAMED = 5  # of many bad pictures, how many a message names
+BLOCK = 256  # pictures decoded side by side before they are written, if they have no more than
+BLOCK_BYTES = 2**28
+READ_BYTES = 2**20  # of a file that is checked, how much one thread holds
+REMEDY = (
+    "make room, name another folder in the environment variable DDPM_JAX_CACHE, "
+    "or decode at every step with --data.cache none"
+)
+NAMED = 5  # of many bad pictures, or kinds of files, how many a message names
 
 
 def cache_folder() -> Path:
@@ -35,72 +46,117 @@ def cache_folder() -> Path:
 def decode_once(images: DecodedPictures) -> np.ndarray:
     """The images as a memory-mapped uint8 array (N, S, S, C), from the cache's file, which is made if it is not there whole.
 
-    Several processes may ask at once: one decodes, the others wait. Raises UsageError naming the pictures that cannot be
-    decoded, or saying why the file cannot be written; then none is left behind.
+    A file that is not what was written is told, and made again. Several processes may ask at once: one decodes, the others
+    wait. Raises UsageError naming the pictures that cannot be decoded, or saying why the file cannot be written; then none is
+    left behind.
     """
     key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__])
     path = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    cached = _mapped(path, images.shape)
+    try:
+        cached = _mapped(path, key, images)
+    except DamagedFileError as error:
+        tqdm.write(f"Note: the cache {error.path} is damaged ({error.reason}); the pictures are decoded anew.")
+        cached = None
     if cached is not None:
         return cached
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
-            if _mapped(path, images.shape) is None:
-                _write(path, images)
+            with suppress(DamagedFileError):
+                cached = _mapped(path, key, images)  # another process may have written it by now
+            if cached is None:
+                _write(path, key, images)
+                cached = np.load(path, mmap_mode="r", allow_pickle=False)
+            return cached
     except OSError as error:
-        raise UsageError(
-            f"the {images.nbytes / 1e6:,.0f} MB of decoded images cannot be written to {path.parent} ({error}); make room, "
-            "name another folder in the environment variable DDPM_JAX_CACHE, or decode at every step with --data.cache none"
-        ) from None
-    cached = _mapped(path, images.shape)
-    assert cached is not None
-    return cached
+        raise UsageError(f"the decoded images cannot be written to {path.parent} ({error}); {REMEDY}") from None
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The file's array, or None where the file is missing, cut short or of something else."""
+# ---- The file NAME.npy, and NAME.json beside it: what the images are of, and checksums
+
+
+def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
+    """The file's array, or None where it is not there. Raises DamagedFileError where it is not, byte for byte, what was written.
+
+    All of it is read for that, once and at the start: while training reads it, nothing has to be checked.
+    """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        written = read_json(epath.Path(path.with_suffix(".json")))
+        if written.get("key") != key:
+            raise DamagedFileError(path, "it is of other images")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            starts = [0, *range(max(0, size - images.nbytes), size, _block_bytes(images))]
+            ends = [*starts[1:], size]
+            with ThreadPoolExecutor() as threads:
+                found = threads.map(functools.partial(_checksum, file.fileno()), starts, ends)
+                bar = tqdm(found, "Checking the cache", len(starts), unit="block", delay=2, dynamic_ncols=True)
+                if list(bar) != written.get("crc32"):
+                    raise DamagedFileError(path, "its bytes are not those that were written")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # of files without checksums, which older versions wrote, nothing is known
         return None
-    return array if array.shape == shape and array.dtype == np.uint8 else None
+    except OSError as error:
+        raise DamagedFileError(path, f"it cannot be read: {error.strerror}") from None
+
+
+def _checksum(file: int, start: int, end: int) -> int:
+    checksum = 0
+    for first in range(start, end, READ_BYTES):
+        checksum = zlib.crc32(os.pread(file, min(READ_BYTES, end - first), first), checksum)
+    return checksum
+
+
+def _block_bytes(images: DecodedPictures) -> int:
+    """Bytes of the blocks that are decoded, written and checked at a time: whole pictures."""
+    picture = images.nbytes // len(images)
+    return picture * max(1, min(BLOCK, BLOCK_BYTES // picture))
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed, also by a kill
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the file is closed, also by a kill
+        except BlockingIOError:
+            tqdm.write("Note: another process decodes the same pictures; waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: both decode, and the last one's file stays
+            pass
         yield
 
 
-def _write(path: Path, images: DecodedPictures) -> None:
-    if images.nbytes > (free := shutil.disk_usage(path.parent).free):
-        raise OSError(errno.ENOSPC, f"only {free / 1e6:,.0f} MB are free")
-    temporary = path.with_suffix(".tmp")
-    try:
-        # Written, not mapped: where there is no room, a write fails, but a mapping kills the process.
-        with temporary.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            bad: list[PictureError] = []
-            for block, errors in _blocks(images, "Decoding pictures"):
-                bad += errors
-                if not bad:
-                    file.write(block.data)
-            if bad:
-                raise _refusal(bad, len(images))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, key: str, images: DecodedPictures) -> None:
+    room.check_disk(path.parent, images.nbytes, f"a file of {len(images):,} decoded images", REMEDY)
+    for name in (path.name, path.with_suffix(".json").name):
+        remove_remnants(epath.Path(path.parent), name)
+    # Written, not mapped: where there is no room, a write fails, but a mapping kills the process.
+    with whole(epath.Path(path)) as temporary, temporary.open("wb") as file:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": images.shape})
+        file.write(header.getvalue())
+        checksums = [zlib.crc32(header.getvalue())]
+        bad: list[PictureError] = []
+        for block, errors in _blocks(images, "Decoding pictures"):
+            bad += errors
+            if not bad:
+                file.write(block.data)
+                checksums.append(zlib.crc32(block.data))
+        if bad:
+            raise _refusal(bad, len(images))
+        file.flush()
+        os.fsync(file.fileno())
+    write_text(epath.Path(path.with_suffix(".json")), json.dumps({"key": key, "crc32": checksums}) + "\n")
 
 
 def _blocks(images: DecodedPictures, what: str) -> Iterator[tuple[np.ndarray, list[PictureError]]]:
+    count = _block_bytes(images) * len(images) // images.nbytes
     with tqdm(total=len(images), desc=what, unit="picture", dynamic_ncols=True) as bar:
-        for first in range(0, len(images), BLOCK):
-            block = range(first, min(first + BLOCK, len(images)))
+        for first in range(0, len(images), count):
+            block = range(first, min(first + count, len(images)))
             yield images.attempts(block)
             bar.update(len(block))
 
@@ -124,24 +180,40 @@ def bad_list(pictures: Pictures) -> Path:
     return cache_folder() / "bad" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
-def list_bad(images: DecodedPictures) -> dict[str, str]:
-    """Decodes every picture and writes the list of those that cannot be; returns it, {name: reason}."""
-    bad = {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
-    path = bad_list(images.pictures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(bad, indent=1) + "\n")
-    return bad
+def find_bad(images: DecodedPictures) -> dict[str, str]:
+    """Decodes every picture and returns which cannot be, {name: reason}."""
+    return {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
+
+
+def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
+    """Writes the list of the pictures that cannot be decoded; returns its path. Raises RunError where it cannot be written."""
+    path = bad_list(pictures)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(epath.Path(path), json.dumps(bad, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"the list of bad pictures cannot be written to {path} ({error.strerror}); make room there, or name another folder "
+            "in the environment variable DDPM_JAX_CACHE"
+        ) from None
+    return path
 
 
 def without_bad(pictures: Pictures, source: str) -> Pictures:
     """The pictures less those of the list, whose number their identity then tells. Raises UsageError if there is no list."""
     path = bad_list(pictures)
-    if not path.exists():
+    again = f"write it again with prepare_data.py {source} --check"
+    try:
+        bad = read_json(epath.Path(path))
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "data.on_bad_image=skip needs the list of bad pictures, and there is none of these pictures as they are now; "
             f"write it with prepare_data.py {source} --check"
-        )
-    bad = json.loads(path.read_text())
+        ) from None
+    except DamagedFileError as error:
+        raise DamagedFileError(path, error.reason, again) from None
+    if unknown := bad.keys() - set(pictures.names):
+        raise DamagedFileError(path, f"it lists {min(unknown)}, which is none of the pictures", again)
     kept = [i for i, name in enumerate(pictures.names) if name not in bad]
     if len(kept) == len(pictures.names):
         return pictures

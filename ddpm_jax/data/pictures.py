@@ -125,7 +125,8 @@ class DecodedPictures:
                 try:
                     images[row] = decode(self.pictures.read(i), *self.shape[2:])
                 except Exception as error:  # a broken picture raises almost anything
-                    errors[row] = PictureError(self.pictures.names[i], str(error) or type(error).__name__)
+                    reason = str(error).partition(" <_io.BytesIO")[0]  # which is no name of a file
+                    errors[row] = PictureError(self.pictures.names[i], reason or type(error).__name__)
 
         for thread in [self._pool.submit(work) for _ in range(self._workers)]:
             thread.result()

@@ -3,6 +3,8 @@
 A new kind is one function here, name -> Arrays or Pictures, and one line in `SOURCES`.
 """
 
+import collections
+import difflib
 import functools
 import hashlib
 import json
@@ -12,19 +14,25 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from ddpm_jax import room
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import tfds
-from ddpm_jax.data.cache import decode_once, without_bad
+from ddpm_jax.data.cache import NAMED, decode_once, without_bad
+from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
 from ddpm_jax.errors import UsageError
 
 DECODE_ONCE_BYTES = 2**33  # what data.cache=auto takes on the disk: CelebA-HQ at 256 is 6 GB, LSUN church 25 GB
+DIGEST_BYTES = 2**26  # of images that are read for their digest at a time
+MOST_BYTES = 2**29  # of an encoded picture: 8192 x 8192 pixels of 16 bits and four channels, not compressed
+MOST_SHOWN = 200  # letters of a name that a message shows
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,18 @@ def digits(name: str) -> Arrays:
 
 def array_file(name: str) -> Arrays:
     """Images of an .npy file, or of an .npz file's `images` (and its `labels`, if there); uint8 (N, H, W) or (N, H, W, C)."""
-    path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of uint8 images")
     try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        content = np.load(name, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
             return Arrays(content, None)
         with content:
+            needed = sum(entry.file_size for entry in content.zip.infolist() if entry.filename == "images.npy")
+            room.check_memory(needed, f"the array images of {name}", "store it as an .npy file, which is mapped")
             arrays = {key: content[key] for key in ("images", "labels") if key in content}
+    except UsageError:
+        raise
     except Exception as error:  # a broken file raises almost anything
         raise UsageError(
             f"{name} cannot be read as an array file ({error}); write it with numpy.save or numpy.savez"
@@ -90,10 +101,7 @@ def array_file(name: str) -> Arrays:
 
 def folder(name: str) -> Pictures:
     """The pictures of a folder and its sub-folders, sorted by their relative names; a picture's class is its sub-folder."""
-    files = {}
-    for where, _, names in os.walk(name, followlinks=True):
-        inside = "" if where == name else os.path.relpath(where, name).replace(os.sep, "/") + "/"
-        files.update({inside + file: os.path.join(where, file) for file in names})
+    files = find_files(name)
     chosen = _choose(name, files)
     paths = [files[relative] for relative in chosen]
     try:
@@ -102,10 +110,21 @@ def folder(name: str) -> Pictures:
         raise UsageError(
             f"data.source={name!r} has a picture that cannot be found ({error}); remove it or its link"
         ) from None
+    # A pipe would be waited for without an end, a device read without one.
+    if other := [path for path, stat in zip(paths, stats, strict=True) if not S_ISREG(stat.st_mode)]:
+        raise UsageError(
+            f"data.source={name!r} has names of pictures that are no regular files, but pipes, sockets or devices: "
+            f"{len(other)}, as {other[0]}; remove them"
+        )
     sizes = [stat.st_size for stat in stats]
+
+    def read(i):
+        _check_size(sizes[i])
+        return Path(paths[i]).read_bytes()
+
     return Pictures(
         names=chosen,
-        read=lambda i: Path(paths[i]).read_bytes(),
+        read=read,
         labels=lambda: _folder_labels(chosen),
         identity=_identity_of(chosen, sizes),
         stamp=_sha256([stat.st_mtime_ns for stat in stats]),
@@ -114,18 +133,23 @@ def folder(name: str) -> Pictures:
 
 def zip_file(name: str) -> Pictures:
     """The pictures in a zip file, read in place; sorted and labelled like a folder's."""
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of a .zip file of pictures, or a folder")
     try:
         archive = zipfile.ZipFile(name)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a broken file raises almost anything
         raise UsageError(f"{name} cannot be read as a zip file ({error}); copy or pack it again") from None
     entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
     chosen = [entries[inside] for inside in _choose(name, entries)]
     names = [entry.filename for entry in chosen]
+
+    def read(i):
+        _check_size(chosen[i].file_size)
+        return archive.read(chosen[i])  # compares the checksum
+
     return Pictures(
         names=names,
-        read=lambda i: archive.read(chosen[i]),  # compares the checksum
+        read=read,
         labels=lambda: _folder_labels(names),
         identity=_identity_of(names, [(entry.file_size, entry.CRC) for entry in chosen]),
         stamp="",
@@ -167,21 +191,53 @@ def open_pictures(source: str) -> Pictures:
 
 
 def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
-    """The pictures as an array of the config's size and channels, decoded where it is read."""
+    """The pictures as an array of the config's size and channels, decoded where it is read.
+
+    Raises UsageError for a size of which not even one picture has room in memory.
+    """
+    room.check_memory(
+        config.image_size**2 * (4 + config.channels),  # Pillow holds 4 bytes a pixel
+        f"one picture of {config.image_size} x {config.image_size} pixels",
+        "choose a smaller data.image_size",
+    )
     return DecodedPictures(pictures, image_size=config.image_size, channels=config.channels, workers=config.workers)
 
 
-def _read(name: str) -> Arrays | Pictures:
+def find_kind(name: str) -> str:
+    """Which of SOURCES a name is. Raises UsageError, with what comes near, for a path that does not exist and what is none."""
     if name.startswith(tfds.PREFIX):
-        return SOURCES["tfds:NAME"](name)
-    kind = name if name in SOURCES else Path(name).suffix.lower()
-    if kind not in SOURCES and Path(name).is_dir():
+        return "tfds:NAME"
+    if name in SOURCES:
+        return name
+    kinds = f"use one of {', '.join(SOURCES)} (endings stand for a file's path)"
+    if not os.path.exists(name):
+        near = _near_names(name)
+        hint = f"perhaps you meant {' or '.join(near)}; else " if near else ""
+        raise UsageError(f"data.source={name[:MOST_SHOWN]!r} does not exist; {hint}{kinds}")
+    kind = Path(name).suffix.lower()
+    if kind not in SOURCES and os.path.isdir(name):
         kind = "a folder"
     if kind not in SOURCES:
-        raise UsageError(
-            f"data.source={name!r} is unknown; use one of {', '.join(SOURCES)} (endings stand for a file's path)"
-        )
-    return SOURCES[kind](name)
+        raise UsageError(f"data.source={name!r} is a file, but of no kind that is read; {kinds}")
+    return kind
+
+
+def _near_names(name: str) -> list[str]:
+    """Sources that a name may have been meant for: those that need no path, and what lies where its path breaks off."""
+    pathless = {kind: kind for kind in SOURCES if kind.isalpha()} | {set: tfds.PREFIX + set for set in tfds.COMMON}
+    near = [pathless[match] for match in difflib.get_close_matches(name[:MOST_SHOWN].lower(), pathless, n=1)]
+    missing = Path(name)
+    while not os.path.exists(missing.parent):
+        missing = missing.parent
+    try:
+        beside = [file.name for file in os.scandir(missing.parent) if not file.name.startswith(HIDDEN)]
+    except OSError:
+        beside = []
+    return near + [str(missing.parent / match) for match in difflib.get_close_matches(missing.name, beside, n=2)]
+
+
+def _read(name: str) -> Arrays | Pictures:
+    return SOURCES[find_kind(name)](name)
 
 
 def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
@@ -205,8 +261,9 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
             f"expected whole numbers of shape ({len(images)},)"
         )
     digest = hashlib.sha256(str(images.shape).encode())
-    for first in range(0, len(images), 4096):
-        digest.update(images[first : first + 4096].tobytes())
+    count = max(1, DIGEST_BYTES * len(images) // images.nbytes)
+    for first in range(0, len(images), count):
+        digest.update(images[first : first + count].tobytes())
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())
     return Source(images, lambda: labels, {"images": len(images), "sha256": digest.hexdigest()})
@@ -218,11 +275,22 @@ def _choose(source: str, names) -> list[str]:
     chosen = sorted(name for name in seen if name.lower().endswith(ENDINGS))
     if not chosen:
         raise UsageError(f"data.source={source!r} has no pictures; expected files that end in {', '.join(ENDINGS)}")
-    if others := sorted(set(seen) - set(chosen)):
+    others = collections.Counter(
+        posixpath.splitext(name)[1].lower() or "without an ending" for name in set(seen) - set(chosen)
+    )
+    if others:
+        endings = [f"{others[ending]} {ending}" for ending in sorted(others, key=lambda e: (-others[e], e))]
+        more = ", ..." if len(endings) > NAMED else ""
         tqdm.write(
-            f"Note: {len(others)} of the files in {source} do not end like a picture and are left out: {others[0]}."
+            f"Note: {others.total()} of the files in {source} do not end like a picture and are left out: "
+            f"{', '.join(endings[:NAMED])}{more}."
         )
     return chosen
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"its {room.gib(size)} are more than {room.gib(MOST_BYTES)}")
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray | None:

@@ -4,11 +4,14 @@ They lie where tensorflow-datasets keeps them: in the folder that the environmen
 ~/tensorflow_datasets.
 """
 
+import contextlib
 import difflib
 import errno
 import json
+import logging
 import os
 import re
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,21 @@ from ddpm_jax.data.pictures import Pictures
 from ddpm_jax.errors import UsageError
 
 PREFIX = "tfds:"
+# Sets of images that a name without the prefix is compared with. Their own list would need TensorFlow.
+COMMON = (
+    *(
+        "celeb_a",
+        "celeb_a_hq",
+        "cifar10",
+        "cifar100",
+        "downsampled_imagenet",
+        "emnist",
+        "fashion_mnist",
+        "imagenet2012",
+    ),
+    *("imagenet_resized", "imagenette", "kmnist", "lsun", "mnist", "oxford_flowers102", "stl10", "svhn_cropped"),
+)
+RETRIES = 6  # of a connection, with pauses of 13 s in all; tensorflow-datasets' own ten pause for 204 s
 
 
 def data_folder() -> Path:
@@ -118,6 +136,11 @@ def prepare(source: str) -> Path:
     """
     name, _ = parse(source)
     tfds = _import()
+    with contextlib.suppress(ImportError):
+        from tensorflow_datasets.core.download import downloader
+
+        downloader.MAX_RETRIES = RETRIES
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every try
     try:
         tfds.builder(name, file_format="array_record", data_dir=data_folder()).download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:  # which lists them all; tfds.list_builders would need TensorFlow
@@ -131,7 +154,9 @@ def prepare(source: str) -> Path:
     except AssertionError as error:  # how it says that an archive has to be placed by hand, and where
         raise UsageError(f"{name} cannot be prepared ({' '.join(str(error).split())})") from None
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.filename or error.errno in (errno.ENOSPC, errno.EROFS):  # of the disk: told by the script
             raise
-        raise UsageError(f"{name} cannot be fetched or written ({error}); look at the network and try again") from None
+        url = getattr(getattr(error, "request", None), "url", None)
+        why = f"{urllib.parse.urlsplit(url).hostname} cannot be reached" if url else error
+        raise UsageError(f"{name} cannot be fetched ({why}); look at the network and try again") from None
     return _prepared(name)

@@ -1,0 +1,68 @@
+"""The files of a folder and its sub-folders: each real folder read once, whatever the links do, and no outputs of runs."""
+
+import collections
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ddpm_jax.errors import UsageError
+
+HIDDEN = (".", "__MACOSX")  # what the names of hidden files and folders begin with
+READ = "are links to folders that are read already, or that hold this one"
+OUTPUT = "hold a run or a set of generated images"
+
+
+def find_files(root: str) -> dict[str, str]:
+    """{relative name: path} of the files in a folder and its sub-folders, also behind links to folders; none that is hidden.
+
+    A real folder is read once, by its own name if it has one here, else by the first of its links: so links to themselves, to a
+    folder above or in a circle end. Left out with a note: such links, the folders of runs and of sets of images (in a workdir
+    inside of the data the grids would become data), and folders that cannot be read. Raises UsageError if `root` is one.
+    """
+    files: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
+    read = {_identity(str(parent)) for parent in Path(root).resolve().parents}
+    folders, links = [("", root)], collections.deque[tuple[str, str]]()
+    with tqdm(desc=f"Looking for pictures in {root}", unit="folder", delay=2, dynamic_ncols=True) as bar:
+        while folders or links:
+            inside, path = folders.pop() if folders else links.popleft()
+            try:
+                identity = _identity(path)
+                entries = [] if identity in read else sorted(os.scandir(path), key=lambda entry: entry.name)
+            except OSError as error:
+                if not inside:
+                    raise UsageError(
+                        f"the folder data.source={root!r} cannot be read ({error.strerror}); make it readable, or give another"
+                    ) from None
+                left_out.setdefault(f"cannot be read ({error.strerror})", []).append(inside)
+                continue
+            names = {entry.name for entry in entries}
+            if identity in read or (inside and _is_output(names)):
+                left_out.setdefault(READ if identity in read else OUTPUT, []).append(inside)
+                continue
+            read.add(identity)
+            bar.update()
+            for entry in entries:
+                name = inside + entry.name
+                if entry.name.startswith(HIDDEN):
+                    continue
+                if not os.path.isdir(entry.path):
+                    files[name] = entry.path
+                elif entry.is_symlink():
+                    links.append((f"{name}/", entry.path))
+                else:
+                    folders.append((f"{name}/", entry.path))
+    for why, folders_left in left_out.items():
+        tqdm.write(f"Note: folders in {root} that {why} are left out: {len(folders_left)}, as {min(folders_left)}.")
+    return files
+
+
+def _identity(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _is_output(names: set[str]) -> bool:
+    """Whether a folder with these names in it is a run's workdir (see workdir.py) or a set of images (see image_set.py)."""
+    return names >= {"config.json", "checkpoints"} or ("set.json" in names and bool(names & {"parts", "grid.png"}))
