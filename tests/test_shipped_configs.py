@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.cli import load_config
+from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, check, differences, from_json, to_json
 from ddpm_jax.training import build_unet, init_state
 
