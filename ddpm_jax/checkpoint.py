@@ -3,10 +3,11 @@
     DIRECTORY/<step>/state      step, params, opt_state, loss_history
     DIRECTORY/<step>/ema        ema_params, an item of its own, so that sampling reads no more than it needs
     DIRECTORY/<step>/meta       JSON: the data set's identity, what the logs wait for
-    DIRECTORY/<step>/manifest.json   written last: path, size and SHA-256 of every other file
+    DIRECTORY/<step>/manifest.json   the step, the config's fixed fields, and path, size and SHA-256 of every other file
 
-Orbax renames a finished step into its place and the manifest follows, so a step without one was cut short while it was saved.
-Array files carry no checksum of their own: a flipped bit would restore silently, which is why the manifest is checked first.
+A step is written as DIRECTORY/<step>.saving.tmp, renamed when its manifest is complete, and renamed again before it is
+deleted: what a kill leaves is never taken for a step. (Object stores cannot rename: there a step without a manifest was cut
+short.) Array files carry no checksum of their own: a flipped bit would restore silently, so the manifest is checked first.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -25,12 +27,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ddpm_jax import sharding
-from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.files import write_text
+from ddpm_jax.config import Config, changed_fields, fixed_fields
+from ddpm_jax.errors import RunError, UsageError, first_line
+from ddpm_jax.files import DamagedFileError, parse_json, read_text, write_text
 from ddpm_jax.training import TrainState
 
 MANIFEST = "manifest.json"
 NO_STEP = -1
+SAVING, DELETING = ".saving.tmp", ".deleting.tmp"
+# Orbax counts its 20 minutes for a save by the clock on the wall, which may jump. Processes that wait for each other keep them.
+SAVE_SECONDS = 10 * 365 * 86400
 
 
 def _write_small_arrays_whole() -> None:
@@ -51,9 +57,11 @@ def _write_small_arrays_whole() -> None:
 _write_small_arrays_whole()
 
 
-def _manifest_text(files: dict[str, list[Any]]) -> str:
-    listing = json.dumps(files, sort_keys=True)
-    return json.dumps({"files": files, "sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
+def _manifest_text(content: dict[str, Any]) -> str:
+    # Manifests of earlier versions have the files alone, and their digest is of these alone.
+    proven = content["files"] if set(content) == {"files"} else content
+    listing = json.dumps(proven, sort_keys=True)
+    return json.dumps(content | {"sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
 
 
 def _fingerprint(path: epath.Path) -> list[Any]:
@@ -66,10 +74,25 @@ def _fingerprint(path: epath.Path) -> list[Any]:
     return [size, digest.hexdigest()]
 
 
-def write_manifest(folder: epath.Path) -> None:
-    """Lists every file of a finished step folder, with sizes and SHA-256, in its manifest."""
+def write_manifest(folder: epath.Path, step: int, config: Config | None) -> None:
+    """Writes what proves a finished step folder: its step, the config's fixed fields, every file with size and SHA-256."""
     files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
-    write_text(folder / MANIFEST, _manifest_text(files))
+    fields = None if config is None else fixed_fields(config)
+    write_text(folder / MANIFEST, _manifest_text({"files": files, "step": step, "config": fields}))
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """A step folder's manifest: "files", and but for those of earlier versions "step" and "config" (None: not recorded).
+
+    Raises FileNotFoundError, or DamagedFileError where it does not agree with its own digest.
+    """
+    path = folder / MANIFEST
+    text = read_text(path)
+    content = parse_json(path, text)
+    content.pop("sha256", None)
+    if set(content) not in ({"files"}, {"files", "step", "config"}) or text != _manifest_text(content):
+        raise DamagedFileError(path, "it does not agree with its own digest")
+    return content
 
 
 def manifest_digest(folder: epath.Path) -> str:
@@ -89,25 +112,20 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
     """What is wrong with a step folder, or None. Only the files of the given items (and those of no item) are read."""
     try:
-        text = (folder / MANIFEST).read_text()
-    except FileNotFoundError:
-        return "it has no manifest, so its saving was cut short"
-    except UnicodeDecodeError:
-        return "its manifest is damaged"
-    except OSError as error:
-        return f"its manifest cannot be read ({error})"
-    try:
-        files = json.loads(text)["files"]
-        if text != _manifest_text(files):
-            return "its manifest is damaged"
-        for name, expected in files.items():
+        manifest = read_manifest(folder)
+        step = manifest.get("step", int(folder.name))
+        if step != int(folder.name):
+            return f"it is a copy of step {step}"
+        for name, expected in manifest["files"].items():
             if name.split("/")[0] in {"state", "ema", "meta"} - set(items):
                 continue
             if not (folder / name).exists():
                 return f"the file {name} is missing"
             if _fingerprint(folder / name) != expected:
                 return f"the file {name} is not what was written"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return "it has no manifest, so its saving was cut short"
+    except DamagedFileError:
         return "its manifest is damaged"
     except OSError as error:
         return f"it cannot be read ({error})"
@@ -122,21 +140,28 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of a run. `say` receives one sentence about each step that is passed over."""
+    """The checkpoints of a run.
+
+    config: what each manifest records and is compared with; None where it is not known. `say` receives one sentence about
+    each step that is passed over.
+    """
 
     def __init__(
         self,
         directory: epath.PathLike,
         *,
+        config: Config | None = None,
         keep_last: int = 2,
         keep_every: int = 0,
         say: Callable[[str], None] = print,
     ):
         self.directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
+        self.config = config
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.say = say
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        seconds = SAVE_SECONDS if jax.process_count() == 1 else None
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=seconds)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._passed_over: set[int] = set()
@@ -163,12 +188,14 @@ class Checkpoints:
         if state.loss_history is not None:
             state_item["loss_history"] = state.loss_history
         try:
-            if jax.process_index() == 0 and folder.exists():
-                self._delete(folder)  # passed over at the start, and computed anew since
-                self._passed_over.discard(step)
+            if jax.process_index() == 0:
+                self.sweep()
+                if folder.exists():
+                    self._delete(folder)  # passed over at the start, and computed anew since
+                    self._passed_over.discard(step)
             self.directory.mkdir(parents=True, exist_ok=True)
             self._checkpointer.save(
-                folder,
+                self._written_as(folder),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state_item),
                     ema=ocp.args.StandardSave(state.ema_params),
@@ -179,10 +206,18 @@ class Checkpoints:
             raise RunError(_save_failed(folder, error)) from error
         self._pending = self._finisher.submit(self._finish, step, keep)
 
+    def _written_as(self, folder: epath.Path) -> epath.Path:
+        """Where a step is while it is written."""
+        return folder if "://" in str(folder) else folder.parent / f"{folder.name}{SAVING}"
+
     def _finish(self, step: int, keep: int | None) -> None:
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
-            write_manifest(self.folder(step))
+            folder = self.folder(step)
+            written = self._written_as(folder)
+            write_manifest(written, step, self.config)
+            if written != folder:
+                written.rename(folder)
             self._delete_old(keep)
 
     def _delete_old(self, keep: int | None) -> None:
@@ -191,13 +226,20 @@ class Checkpoints:
         for step in finished[: -self.keep_last]:
             if step != keep and not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
-        for path in self.directory.iterdir():
-            if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):  # a save that was killed
+
+    def sweep(self) -> None:
+        """Removes what killed processes left of saving and deleting. Call it where no save is under way."""
+        for path in self.directory.iterdir() if self.directory.exists() else ():
+            if path.name.endswith((SAVING, DELETING, ocp.utils.TMP_DIR_SUFFIX)):
                 path.rmtree()
 
     def _delete(self, folder: epath.Path) -> None:
-        # The manifest goes first: a folder that is deleted in part is never taken for a checkpoint.
-        (folder / MANIFEST).unlink(missing_ok=True)
+        if "://" in str(folder):  # the manifest goes first: a folder deleted in part is never taken for a checkpoint
+            (folder / MANIFEST).unlink(missing_ok=True)
+        else:
+            doomed = folder.parent / f"{folder.name}{DELETING}"
+            doomed.rmtree(missing_ok=True)
+            folder = folder.rename(doomed)
         folder.rmtree()
 
     def wait(self) -> None:
@@ -242,6 +284,7 @@ class Checkpoints:
         for candidate in wanted:
             damage = find_damage(self.folder(candidate), items=items)
             if damage is None:
+                self._check_config(candidate)
                 return candidate
             if step is not None:
                 raise UsageError(
@@ -252,12 +295,22 @@ class Checkpoints:
             lost, cut_short = lost or has_manifest, cut_short + (not has_manifest)
             self._passed_over.add(candidate)
             self.say(f"The checkpoint of step {candidate} is passed over: {damage}.")
-        if lost or cut_short > 1:  # one is a first save that was killed; no kill leaves two
+        # One alone may be a first save that was killed, of an earlier version or on an object store; no kill leaves two.
+        if lost or cut_short > 1:
             raise UsageError(
                 f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
                 "or insist on the newest with --unverified"
             )
         return NO_STEP
+
+    def _check_config(self, step: int) -> None:
+        """Refuses a config that is not the one that an intact step was trained with."""
+        recorded = read_manifest(self.folder(step)).get("config")
+        if self.config is not None and recorded is not None and (changed := changed_fields(recorded, self.config)):
+            raise UsageError(
+                f"the checkpoint of step {step} in {self.directory} was trained with another config, which differs in "
+                f"{', '.join(changed)}; put config.json right, restore it from a copy, or insist on it with --unverified"
+            )
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
         """The training state of a step. like: its ShapeDtypeStructs, with the shardings that the arrays shall have."""
@@ -268,6 +321,11 @@ class Checkpoints:
             step, state=ocp.args.StandardRestore(state_like), ema=ocp.args.StandardRestore(like.ema_params)
         )
         state = restored.state
+        if int(state["step"]) != step:
+            raise UsageError(
+                f"the checkpoint of step {step} in {self.directory} holds the state of step {int(state['step'])}; "
+                "choose another step, or restore a copy of this one"
+            )
         return TrainState(
             step=state["step"],
             params=state["params"],
@@ -281,26 +339,52 @@ class Checkpoints:
         return self._restore(step, ema=ocp.args.StandardRestore(like)).ema
 
     def restore_meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays."""
-        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+        """What was saved beside the arrays: the "data" set's identity, and the losses "since_log"."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore()).meta
+        if not isinstance(meta, dict) or "data" not in meta or not isinstance(meta.get("since_log"), dict):
+            raise UsageError(
+                f"the checkpoint of step {step} in {self.directory} cannot be restored (its meta is not what was written); "
+                "choose another step"
+            )
+        return meta
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._checkpointer.restore(self.folder(step), args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except Exception as error:  # unverified files can make a library fail anywhere
             raise UsageError(
-                f"the checkpoint of step {step} in {self.directory} cannot be restored ({_reason(error)}); "
+                f"the checkpoint of step {step} in {self.directory} cannot be restored ({first_line(error)}); "
                 "choose another step"
             ) from error
 
 
 def _save_failed(where: epath.Path, error: Exception) -> str:
-    return (
-        f"saving to {where} failed ({_reason(error)}); earlier checkpoints are as they were: "
-        "make room and run the same command again"
-    )
+    number = _system_error(error)
+    reason = os.strerror(number) if number else first_line(error)
+    return f"saving to {where} failed ({reason}); earlier checkpoints are as they were: {_remedy(number)}"
 
 
-def _reason(error: Exception) -> str:
-    text, full = str(error).strip() or type(error).__name__, os.strerror(errno.ENOSPC)
-    return full if full in text else text.splitlines()[0]  # TensorStore tells it at the end of a long list of its files
+def _remedy(number: int | None) -> str:
+    """What to do about a save that failed by an error of the operating system, or by another one (None)."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room and run the same command again"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable and run the same command again"
+    if number in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+        return "another process has written or deleted there; see that none does, and run the same command again"
+    return "see to that, and run the same command again"
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The number of the operating system's error that is at the bottom of this one, or None.
+
+    TensorStore writes it at the end of a long list of its files: "[os_error_code='28']", or "[OS error 28: ...]".
+    """
+    found = None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            found = error.errno
+        elif named := re.search(r"os[ _]error\D*(\d+)", str(error), re.IGNORECASE):
+            found = int(named[1])
+        error = error.__cause__ or error.__context__
+    return found

@@ -4,6 +4,8 @@ The text under each field is its help on the command line. The defaults are the 
 """
 
 import dataclasses
+import json
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ddpm_jax.diffusion.process import Prediction, Variance
-from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.diffusion.schedules import Schedule, make_schedule
 from ddpm_jax.errors import UsageError
 
 
@@ -182,27 +184,51 @@ MAY_CHANGE = frozenset(
 )
 
 
+MOST_LAST_ALPHA_BAR = 0.01  # of a schedule that ends in noise; the paper's ends at 4e-5
+
+
 class ConfigError(UsageError):
     """A config that cannot be run."""
 
 
-def check(config: Config, *, num_devices: int = 1) -> list[str]:
+def check(config: Config, *, num_devices: int | None = 1) -> list[str]:
     """Refuses a config that could not run, before anything is compiled; returns warnings, one sentence each.
 
-    num_devices: devices over all processes. Raises ConfigError.
+    num_devices: devices over all processes, or None where a config is looked at that may be of other devices. Raises
+    ConfigError.
     """
     check_types(config)
     _check_numbers(config)
     _check_network(config)
-    _check_diffusion(config.diffusion)
+    schedule = _check_diffusion(config.diffusion)
     _check_intervals(config.train)
-    _check_devices(config.train, num_devices)
+    if num_devices is not None:
+        _check_devices(config.train, num_devices)
+    warnings = []
     if config.train.warmup_steps > config.train.steps:
-        return [
+        warnings.append(
             f"train.warmup_steps={config.train.warmup_steps} is longer than the run of {config.train.steps} steps, "
             "so the learning rate never reaches train.lr"
-        ]
-    return []
+        )
+    if schedule.alphas_cumprod[-1] > MOST_LAST_ALPHA_BAR:
+        warnings.append(_ends_early(config.diffusion, float(schedule.alphas_cumprod[-1])))
+    return warnings
+
+
+def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
+    """What a schedule whose last alpha-bar is far from 0 does, and which one to take."""
+    remedies = ["diffusion.schedule=cosine"]
+    if diffusion.schedule not in ("cosine", "jsd"):  # these have no betas of their own
+        start, end = (beta * 1000 / diffusion.T for beta in (1e-4, 0.02))  # the paper's, of T = 1000
+        if end < 1:
+            scaled = make_schedule(diffusion.schedule, T=diffusion.T, beta_start=start, beta_end=end)
+            if scaled.alphas_cumprod[-1] <= MOST_LAST_ALPHA_BAR:
+                remedies.append(f"diffusion.beta_start={start:g} with diffusion.beta_end={end:g}")
+    return (
+        f"the {diffusion.schedule} schedule of diffusion.T={diffusion.T} ends at alpha-bar {last:.2g}, so x_T keeps "
+        f"{np.sqrt(last):.2f} of the image where sampling starts from noise alone, and samples cannot be right; "
+        f"use {' or '.join(remedies)}"
+    )
 
 
 def check_types(section: Any, prefix: str = "") -> None:
@@ -223,6 +249,8 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -312,7 +340,7 @@ def _check_network(config: Config) -> None:
         raise ConfigError(f"model.groups={model.groups} does not divide model.ch={model.ch}; change one of them")
 
 
-def _check_diffusion(diffusion: DiffusionConfig) -> None:
+def _check_diffusion(diffusion: DiffusionConfig) -> Schedule:
     try:
         schedule = make_schedule(
             diffusion.schedule, T=diffusion.T, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end
@@ -343,6 +371,7 @@ def _check_diffusion(diffusion: DiffusionConfig) -> None:
             "diffusion.loss_weighting=min_snr is defined for diffusion.loss=simple with prediction eps, x_0 or v, "
             f"got loss {diffusion.loss} and prediction {diffusion.prediction}"
         )
+    return schedule
 
 
 def _check_intervals(train: TrainConfig) -> None:
@@ -425,3 +454,23 @@ def differences(old: Config, new: Config) -> list[str]:
     """Names of the fields in which two configs differ."""
     a, b = flatten(old), flatten(new)
     return [name for name in a if a[name] != b[name]]
+
+
+def fixed_fields(config: Config) -> dict[str, Any]:
+    """The fields that must stay as they are while a run goes on, {"seed": 0, ...}, as JSON values."""
+    fixed = {name: value for name, value in flatten(config).items() if name not in MAY_CHANGE}
+    return json.loads(json.dumps(fixed))
+
+
+def changed_fields(recorded: dict[str, Any], config: Config) -> list[str]:
+    """Where a config differs from the `fixed_fields` of an earlier one: "name (checkpoint 1, config.json 2)" each.
+
+    Fields that the earlier one did not have yet, had their defaults.
+    """
+    now = fixed_fields(config)
+    was = fixed_fields(Config()) | recorded
+    return [
+        f"{name} (checkpoint {value!r}, config.json {now.get(name, 'has no such field')!r})"
+        for name, value in was.items()
+        if name not in MAY_CHANGE and (name not in now or now[name] != value)
+    ]

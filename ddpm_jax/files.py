@@ -11,12 +11,12 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from etils import epath
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, first_line
 
 LOCK = "lock"
 MOST_BYTES = 2**26  # of a text or JSON file: a manifest has 200 bytes a file, a log 300 bytes a line
@@ -29,6 +29,34 @@ class DamagedFileError(UsageError):
         super().__init__(f"{path} is damaged ({reason}); {advice}")
         self.path = path
         self.reason = reason
+
+
+# ---- Finding
+
+STORAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # and what reads them
+
+
+def open_folder(path: epath.PathLike) -> epath.Path:
+    """The path, which may be one of an object store. Raises UsageError where that store cannot be reached from here."""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if not separator:
+        return epath.Path(path)
+    if scheme not in STORAGES:
+        known = ", ".join(f"{name}://" for name in STORAGES)
+        raise UsageError(f"{path} is on {scheme}://, which is no known storage; use a local folder, or one of {known}")
+    try:
+        folder = epath.Path(path)
+        folder.exists()
+    except ImportError:
+        raise UsageError(
+            f"{path} needs {STORAGES[scheme]}, which is not installed; pip install {STORAGES[scheme]}, use a local folder, "
+            f"or mount the storage as one"
+        ) from None
+    except Exception as error:  # no network, no permission: each library has its own
+        raise UsageError(
+            f"{path} cannot be reached ({first_line(error)}); look at the network and the credentials, or use a local folder"
+        ) from error
+    return folder
 
 
 # ---- Writing
@@ -149,4 +177,5 @@ def sole_writer(folder: epath.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that meanwhile can no longer be written
+                path.unlink(missing_ok=True)

@@ -26,10 +26,11 @@ from ddpm_jax.config import Config, check
 from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.evaluation.during_training import make_evaluation, open_held_out
+from ddpm_jax.files import open_folder
 from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key
 from ddpm_jax.reporting import Report, best_step
 from ddpm_jax.training import TrainState, init_sharded_state, init_state, learning_rate, make_train_step
-from ddpm_jax.workdir import CHECKPOINTS, enter, load_run
+from ddpm_jax.workdir import CHECKPOINTS, check_there, enter, held, load_run
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -164,21 +165,42 @@ def train(
 
     unverified: continue from the newest checkpoint without checking it. changed_data: continue it also with another data
     set. Raises UsageError for what the user can put right (before anything is compiled, but for a picture that cannot be
-    decoded when its step comes), RunError when a loss is not finite or a save fails, Interrupted after SIGTERM or SIGINT.
+    decoded when its step comes), RunError when a loss is not finite, a save fails or the workdir is gone, OSError when the
+    logs cannot be written, Interrupted after SIGTERM or SIGINT.
     """
-    workdir = epath.Path(workdir)
+    workdir = open_folder(workdir)
     for warning in check(config, num_devices=jax.device_count()):
         tqdm.write(f"Note: {warning}.")
-    source = open_source(config.data)
-    held_out = open_held_out(config) if config.train.eval_every else None
-    enter(workdir, config)
+    with held(workdir):
+        source = open_source(config.data)
+        held_out = open_held_out(config) if config.train.eval_every else None
+        enter(workdir, config)
+        return _continue(config, workdir, source, held_out, unverified=unverified, changed_data=changed_data)
+
+
+def _continue(
+    config: Config,
+    workdir: epath.Path,
+    source: Source,
+    held_out: Source | None,
+    *,
+    unverified: bool,
+    changed_data: bool,
+) -> TrainState:
+    """Trains on from where the workdir is, which this run holds."""
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
     options = config.train
     checkpoints = Checkpoints(
-        workdir / CHECKPOINTS, keep_last=options.keep_last, keep_every=options.keep_every, say=tqdm.write
+        workdir / CHECKPOINTS,
+        config=config,
+        keep_last=options.keep_last,
+        keep_every=options.keep_every,
+        say=tqdm.write,
     )
     with signals() as received:
         try:
+            if jax.process_index() == 0:
+                checkpoints.sweep()
             state, meta = start_state(
                 config, source, mesh, checkpoints, unverified=unverified, changed_data=changed_data
             )
@@ -199,7 +221,7 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
     options = config.train
     step = int(state.step)
     losses = Losses(step, meta["since_log"])
-    report = Report(workdir, last_step=step) if jax.process_index() == 0 else None
+    report = Report(workdir, last_step=step, say=tqdm.write) if jax.process_index() == 0 else None
     feed = make_feed(config, source, mesh)
     train_steps = make_train_step(config, mesh=mesh)
     generator = make_generator(config, mesh)
@@ -210,10 +232,15 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
 
     def save():
         losses.fetch_all()  # nothing is saved whose losses were not finite
+        check_there(workdir)
         if report:
             report.flush()
         best = best_step(workdir, options.keep_best, checkpoints.steps()) if report else None
         checkpoints.save(state, {"data": source.identity, "since_log": losses.since_log}, keep=best)
+
+    def finish():
+        checkpoints.wait()
+        check_there(workdir)
 
     def aside(work, *arguments):
         nonlocal logged_time  # steps/s are of training alone, the steps still under way among it
@@ -267,13 +294,13 @@ def _loop(config, workdir, source, held_out, mesh, checkpoints, state, meta, rec
             if step % options.save_every == 0 or last or stop:
                 save()
             if stop and not last:
-                checkpoints.wait()
+                finish()
                 raise Interrupted(received[0] if received else signal.SIGTERM, step)
             if is_due(options.sample_every):
                 aside(sample_grid)
             if measure and is_due(options.eval_every):
                 aside(evaluate, measure)
-        checkpoints.wait()
+        finish()
         return state
     finally:
         bar.close()

@@ -1,27 +1,30 @@
 """What a run tells: metrics.jsonl, TensorBoard events, image grids. All can be cut back to a step, so that none appears twice."""
 
+import contextlib
 import io
 import json
 import math
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from etils import epath
+from google.protobuf.message import DecodeError
 from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
-from ddpm_jax.files import write_text
+from ddpm_jax.checksum import masked_crc32c
+from ddpm_jax.files import read_bytes, whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"
+MOST_LOG_BYTES = 2**34  # a long run's grids are among the events
 
 
 def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
@@ -57,10 +60,30 @@ def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, {"step": step, name: value, ...} each; without a last one that was cut short."""
-    path = workdir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The intact lines of a run's metrics.jsonl, {"step": step, name: value, ...} each."""
+    parsed = (_parse_line(line) for line in _whole_lines(workdir / METRICS))
+    return [values for values in parsed if values is not None]
+
+
+def _whole_lines(path: epath.Path) -> list[bytes]:
+    """The lines of a log, without a last one that was cut short, and without the zeros that a system's crash leaves."""
+    content = read_bytes(path, most=MOST_LOG_BYTES) if path.exists() else b""
+    return [line.lstrip(b"\0") for line in content.split(b"\n")[:-1]]
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """The values of a line, or None if it is not one that `Report.scalars` writes."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+        return None
+    return values if all(_is_scalar(value) for value in values.values()) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) in (str, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | None:
@@ -68,51 +91,73 @@ def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | N
 
     Only lines that measured the same as its last one are compared: those of an equal "eval_of".
     """
-    logged = [line for line in read_metrics(workdir) if math.isfinite(line.get(name, math.nan))]
+    numbers = [line for line in read_metrics(workdir) if not isinstance(line.get(name, ""), str)]
+    logged = [line for line in numbers if math.isfinite(line[name])]
     comparable = [line for line in logged if line.get("eval_of") == logged[-1].get("eval_of")]
     return min(((line[name], line["step"]) for line in comparable if line["step"] in steps), default=(0, None))[1]
 
 
-def cut_metrics(path: epath.Path, last_step: int) -> None:
-    """Removes the lines of metrics.jsonl beyond `last_step`, and a last line that was cut short."""
+def cut_metrics(path: epath.Path, last_step: int) -> int:
+    """Removes the lines of metrics.jsonl beyond `last_step`, a last line that was cut short, and damaged ones: how many."""
     if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    if kept != lines:
-        write_text(path, "".join(kept))
+        return 0
+    lines = [(line, _parse_line(line)) for line in _whole_lines(path)]
+    kept = b"".join(line + b"\n" for line, values in lines if values is not None and values["step"] <= last_step)
+    if kept != path.read_bytes():
+        with whole(path) as temporary:
+            temporary.write_bytes(kept)
+    return sum(values is None for _, values in lines)
 
 
-def cut_events(directory: epath.Path, last_step: int) -> None:
-    """Removes the TensorBoard events beyond `last_step`, and a last record that was cut short.
+def cut_events(directory: epath.Path, last_step: int) -> int:
+    """Removes the TensorBoard events beyond `last_step`, a last record that was cut short, and damaged ones: how many.
 
-    An event file is a sequence of records: length (8 bytes), its checksum (4), an Event, its checksum (4).
+    An event file is a sequence of records: length (8 bytes), its checksum (4), an Event, its checksum (4). Where a length is
+    damaged nobody knows where the next record begins: there the file ends.
     """
-    if not directory.exists():
-        return
-    for path in directory.glob("events.out.tfevents.*"):
-        content, kept, position = path.read_bytes(), [], 0
+    damaged = 0
+    for path in directory.glob("events.out.tfevents.*") if directory.exists() else ():
+        content, kept, position = read_bytes(path, most=MOST_LOG_BYTES), [], 0
         while position + 12 <= len(content):
             length, checksum = struct.unpack_from("<QI", content, position)
-            end = position + length + 16
-            if checksum != masked_crc32c(content[position : position + 8]) or end > len(content):
+            if checksum != masked_crc32c(content[position : position + 8]):
+                damaged += 1
                 break
-            if Event.FromString(content[position + 12 : end - 4]).step <= last_step:
+            if (end := position + length + 16) > len(content):
+                break
+            step = _step_of_event(content[position + 12 : end])
+            damaged += step is None
+            if step is not None and step <= last_step:
                 kept.append(content[position:end])
             position = end
         if sum(map(len, kept)) != len(content):
             temporary = directory / "cut.tmp"  # not with `tfevents` in its name: TensorBoard would read it
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)
+    return damaged
+
+
+def _step_of_event(data: bytes) -> int | None:
+    """The step of an Event that is followed by its checksum, or None if one of them is damaged."""
+    if struct.unpack("<I", data[-4:]) != (masked_crc32c(data[:-4]),):
+        return None
+    try:
+        return Event.FromString(data[:-4]).step
+    except DecodeError:
+        return None
 
 
 class Report:
-    """Writes a run's metrics and pictures into its workdir; what is there beyond `last_step` is cut first."""
+    """Writes a run's metrics and pictures into its workdir; what is there beyond `last_step`, or damaged, is cut first.
 
-    def __init__(self, workdir: epath.Path, *, last_step: int):
+    `say` receives one sentence about each log that was damaged.
+    """
+
+    def __init__(self, workdir: epath.Path, *, last_step: int, say: Callable[[str], None] = print):
         self.workdir = workdir
-        cut_metrics(workdir / METRICS, last_step)
-        cut_events(workdir / EVENTS, last_step)
+        for path, cut, what in ((METRICS, cut_metrics, "lines"), (EVENTS, cut_events, "records")):
+            if damaged := cut(workdir / path, last_step):
+                say(f"Note: {workdir / path} had {damaged} damaged {what}, which are cut; the others are kept.")
         (workdir / EVENTS).mkdir(parents=True, exist_ok=True)
         # The file's name has the second it is opened in, and last_step to tell apart two of a second. Not a SummaryWriter:
         # its flush does not wait for the thread that writes, so a kill after a checkpoint would lose events before it.
@@ -132,7 +177,8 @@ class Report:
         """A grid of sampled images: samples/step_<step>.png and a TensorBoard picture."""
         sheet, path = enlarge(grid(images)), self._grid_path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(sheet))
+        with whole(path) as temporary:
+            temporary.write_bytes(png_bytes(sheet))
         self._event(step, summary.image("samples", sheet, dataformats="HWC"))
 
     def has(self, name: str, step: int) -> bool:
@@ -155,7 +201,6 @@ class Report:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        self.flush()
-        self._metrics.close()
-        self._events.close()
+        """Flushes and closes the files. Raises OSError where that fails; they are closed all the same."""
+        with contextlib.closing(self._metrics), contextlib.closing(self._events):
+            self.flush()

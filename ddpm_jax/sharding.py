@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import RunError, UsageError
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -40,15 +40,16 @@ def start_processes() -> None:
 def first_decides(decide: Callable[[], int]) -> int:
     """What `decide` returns on the first process, on all of them; so files are looked at and written by one.
 
-    A UsageError there is raised there, and on the others one that says so.
+    An error there that is told in a sentence is raised there, and on the others one that says so.
     """
     if jax.process_count() == 1:
         return decide()
-    value, error = 0, None
+    value: int = 0
+    error: Exception | None = None
     if jax.process_index() == 0:
         try:
             value = decide()
-        except UsageError as problem:
+        except (UsageError, RunError, OSError) as problem:
             error = problem
     told = np.array([value, error is not None], np.int32)  # one type on all processes, also where decide gives a bool
     value, failed = multihost_utils.broadcast_one_to_all(told).tolist()

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import errno
 import gc
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.futures import future
 from tiny import tiny
 
 from ddpm_jax import checkpoint, sharding
@@ -274,6 +277,94 @@ def test_a_manifest_that_agrees_with_itself_alone_is_not_enough(directory):
         assert checkpoints.choose() == 10
 
 
+def replace_step(directory, step, other):
+    shutil.rmtree(directory / str(step))
+    shutil.copytree(directory / str(other), directory / str(step))
+
+
+def as_before_steps_were_recorded(folder):
+    """Makes a manifest what earlier versions wrote: the files, and a digest of these alone."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "sha256": digest}, sort_keys=True))
+
+
+def test_a_copy_of_another_step_is_passed_over(directory):
+    replace_step(directory, 20, other=10)
+    with Opened(directory) as checkpoints:
+        assert checkpoints.choose() == 10
+        assert checkpoints.said == ["The checkpoint of step 20 is passed over: it is a copy of step 10."]
+        with pytest.raises(UsageError, match="it is a copy of step 10; choose another step"):
+            checkpoints.choose(step=20)
+
+
+def test_a_copy_of_another_step_whose_manifest_has_no_step_is_not_trained_on(directory):
+    replace_step(directory, 20, other=10)
+    as_before_steps_were_recorded(directory / "20")
+    with Opened(directory) as checkpoints:
+        with pytest.raises(UsageError, match="holds the state of step 10; choose another step") as raised:
+            checkpoints.restore_state(checkpoints.choose(), shapes_of(small_state(0)))
+        sentence(raised)
+
+
+def test_checkpoints_of_earlier_versions_are_taken_and_checked(directory):
+    for step in (10, 20):
+        as_before_steps_were_recorded(directory / str(step))
+    with Opened(directory, config=tiny()) as checkpoints:
+        assert checkpoints.choose() == 20
+        assert_same_bits(checkpoints.restore_state(20, shapes_of(small_state(20))), small_state(20))
+        flip(directory / "20/_CHECKPOINT_METADATA", 0)
+        assert checkpoints.choose() == 10
+        flip(directory / "10" / MANIFEST, 30)
+        with pytest.raises(UsageError, match="is intact"):
+            checkpoints.choose()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"files": {}}', bytes(100), b"\xff\xfe", b"[" * 100_000, b'{"sha256": NaN}', b"null"],
+    ids=lambda content: repr(content[:15]),
+)
+def test_whatever_stands_in_a_manifest_is_noticed(content, directory):
+    (directory / "20" / MANIFEST).write_bytes(content)
+    with Opened(directory) as checkpoints:
+        assert checkpoints.choose() == 10
+    assert checkpoints.said == ["The checkpoint of step 20 is passed over: its manifest is damaged."]
+
+
+def test_another_config_than_the_checkpoints_is_refused_with_its_fields(tmp_path):
+    with Opened(tmp_path, config=tiny()) as checkpoints:
+        checkpoints.save_all(10)
+        assert checkpoints.choose() == 10
+    may_change = tiny(train={"steps": 80, "fsdp": 2})
+    with Opened(tmp_path, config=may_change) as checkpoints:
+        assert checkpoints.choose() == 10
+    other = tiny(diffusion={"beta_end": 0.3}, model={"ch_mult": (1,)})
+    with Opened(tmp_path, config=other) as checkpoints:
+        for step in (None, 10):
+            with pytest.raises(UsageError) as raised:
+                checkpoints.choose(step=step)
+            message = sentence(raised)
+            assert "model.ch_mult (checkpoint [1, 2], config.json [1])" in message
+            assert "diffusion.beta_end (checkpoint 0.5, config.json 0.3)" in message
+            assert message.count("checkpoint ") == 3  # no other field
+            assert "put config.json right" in message
+        assert checkpoints.choose(unverified=True) == 10
+    assert checkpoints.said == []
+
+
+def test_meta_that_is_none_is_told_in_a_sentence(directory):
+    (metadata,) = (path for path in files_of(directory / "20/meta") if b"since_log" in path.read_bytes())
+    for content in ("[]", "{}", '{"data": 1, "since_log": 2}', '{"data"'):
+        metadata.write_text(content)
+        with Opened(directory) as checkpoints:
+            with pytest.raises(
+                UsageError, match=r"step 20 .* cannot be restored \(.+\); choose another step"
+            ) as raised:
+                checkpoints.restore_meta(checkpoints.choose(unverified=True))
+            sentence(raised)
+
+
 def test_a_step_without_a_manifest_was_cut_short(directory):
     (directory / "20" / MANIFEST).unlink()
     with Opened(directory) as checkpoints:
@@ -464,7 +555,112 @@ def test_what_a_killed_save_left_is_no_step_and_goes_with_the_next(directory):
     assert not left.exists()
 
 
+class Killed(BaseException):
+    """What ends a process in the middle of its work."""
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+def kill(checkpoints):
+    """Ends as a kill does: without tidying up."""
+    checkpoints._pending = None
+    checkpoints.close()
+
+
+def test_a_kill_while_an_old_step_is_deleted_leaves_no_step(directory, monkeypatch):
+    checkpoints = Opened(directory)
+    rmtree, half = type(checkpoints.directory).rmtree, []
+
+    def killed_half_way(path, **options):
+        if checkpoint.DELETING in path.name and path.exists():
+            half.append(path)
+            (path / MANIFEST).unlink()
+            raise Killed
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(checkpoints.directory), "rmtree", killed_half_way)
+        checkpoints.save(small_state(30), META)
+        with pytest.raises(Killed):
+            checkpoints._pending.result()
+    kill(checkpoints)
+    assert len(half) == 1
+    assert half[0].exists()
+    with Opened(directory) as checkpoints:
+        assert checkpoints.steps() == [20, 30]
+        assert checkpoints.choose() == 30
+        checkpoints.sweep()
+        assert checkpoints.choose() == 30
+    assert checkpoints.said == []
+    assert sorted(path.name for path in directory.iterdir()) == ["20", "30"]
+
+
+def test_first_saves_killed_before_their_manifests_are_a_beginning(tmp_path, monkeypatch):
+    """However many there were: what has no manifest yet has no step's name."""
+    for step in (7, 10):
+        checkpoints = Opened(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "write_manifest", killed)
+            checkpoints.save(small_state(step), META)
+            with pytest.raises(Killed):
+                checkpoints._pending.result()
+        kill(checkpoints)
+        assert [path.name for path in tmp_path.iterdir()] == [f"{step}.saving.tmp"]
+        with Opened(tmp_path) as checkpoints:
+            assert checkpoints.steps() == []
+            assert checkpoints.choose() is None
+        assert checkpoints.said == []
+    with Opened(tmp_path) as checkpoints:
+        checkpoints.save_all(10)
+        assert checkpoints.choose() == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["10"]
+
+
 # ---- Failures while saving
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "full"), "No space left on device", "make room"),
+        (OSError(errno.EDQUOT, "quota"), "Disk quota exceeded", "make room"),
+        (OSError(errno.EROFS, "ro"), "Read-only file system", "make the folder writable"),
+        (OSError(errno.EIO, "io"), "Input/output error", "see to that"),
+        (OSError(errno.ENOENT, "gone"), "No such file or directory", "another process has written or deleted there"),
+        (ValueError("DATA_LOSS\na list of files [os_error_code='28']"), "No space left on device", "make room"),
+        (ValueError("DATA_LOSS [OS error 30: EROFS]"), "Read-only file system", "make the folder writable"),
+        (TimeoutError("waited in vain\nfor long"), "waited in vain", "see to that"),
+    ],
+)
+def test_a_failed_save_tells_the_systems_reason_and_what_helps(error, told, remedy, directory, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    with Opened(directory) as checkpoints:
+        checkpoints.save(small_state(30), META)
+        with pytest.raises(RunError) as raised:
+            checkpoints.wait()
+        assert f"failed ({told}); earlier checkpoints are as they were: {remedy}" in sentence(raised)
+        assert ("make room" in str(raised.value)) == (remedy == "make room")
+        assert checkpoints.choose() == 20
+
+
+def test_a_clock_that_jumps_breaks_no_save(tmp_path, monkeypatch):
+    """Orbax takes the time of the clock on the wall for the time that a save has taken."""
+    left, asked = future.get_remaining_time, []
+
+    def after_the_jump(start, seconds):
+        asked.append(seconds)
+        return left(start - 120 * 86400, seconds)
+
+    monkeypatch.setattr(future, "get_remaining_time", after_the_jump)
+    with Opened(tmp_path) as checkpoints:
+        checkpoints.save_all(10)
+        assert checkpoints.choose() == 10
+    assert asked
 
 
 def full_disk(*_):

@@ -381,17 +381,58 @@ def test_sampling_needs_a_run(refused, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "Expecting value: line 1 column 1 (char 0)"),
-        ("[]", "the config is list, expected a JSON object"),
+        ("", "Expecting value"),
+        ("[]", "a JSON list"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"seed": NaN}', "NaN"),
         ('{"sead": 1}', "sead is not a field of this version of ddpm_jax"),
         ('{"seed": "1"}', "seed='1' is not a whole number"),
+        ('{"train": 3}', "train is int"),
+        ('{"model": {"ch_mult": [[1]]}}', "model.ch_mult="),
+        ('{"model": {"groups": 0}}', "model.groups=0 is too small"),
+        ('{"model": {"groups": 3}}', "model.groups=3 does not divide"),
+        ('{"diffusion": {"T": -1}}', "T = -1"),
+        ('{"diffusion": {"beta_end": 1e999}}', "beta_end"),
+        ('{"diffusion": {"beta_end": 1' + "0" * 400 + "}}", "beta_end"),
     ],
 )
-def test_broken_config_of_a_workdir_is_refused(text, reason, refused, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    message = f"{tmp_path}/config.json cannot be read ({reason})"
-    refused(message, "sample", tmp_path)
-    refused(message, "train", DIGITS, "--workdir", tmp_path)
+def test_broken_config_of_a_workdir_is_refused(text, reason, run, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    for command in (("sample", tmp_path), ("train", DIGITS, "--workdir", tmp_path), ("evaluate", tmp_path)):
+        code, out, err = run(*command)
+        assert (code, out) == (2, "")
+        assert str(path) in err
+        assert reason in err
+        assert "restore it from a copy" in err
+        assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("gs://bucket/run", "pip install gcsfs"),
+        ("s3://bucket/run", "pip install s3fs"),
+        ("az://bucket/run", "use a local folder"),
+        ("foo://bucket/run", "use a local folder, or one of gs://, s3://"),
+    ],
+)
+def test_a_workdir_on_a_storage_that_cannot_be_reached_is_refused(path, remedy, run, monkeypatch):
+    for module in ("gcsfs", "s3fs", "adlfs", "tensorflow"):
+        monkeypatch.setitem(sys.modules, module, None)  # not installed
+    for command in (
+        ("train", DIGITS, "--workdir", path),
+        ("sample", path),
+        ("evaluate", path),
+        ("convert", "to-diffusers", path, "/nowhere/model"),
+        ("convert", "from-diffusers", "/nowhere/model", path),
+    ):
+        code, out, err = run(*command)
+        assert (code, out) == (2, ""), err
+        assert path in err
+        assert remedy in err
+        assert err.count("\n") == 1
 
 
 def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):

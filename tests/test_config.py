@@ -15,7 +15,18 @@ import pytest
 from tiny import TINY, tiny
 
 from ddpm_jax import config as configs
-from ddpm_jax.config import MAY_CHANGE, Config, ConfigError, check, differences, flatten, from_json, to_json
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    Config,
+    ConfigError,
+    changed_fields,
+    check,
+    differences,
+    fixed_fields,
+    flatten,
+    from_json,
+    to_json,
+)
 from ddpm_jax.diffusion.process import Process, predict_x_0
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training import build_schedule, init_state
@@ -157,7 +168,7 @@ def test_right_config_passes_without_a_warning(num_devices):
         {"diffusion": {"schedule": "jsd", "prediction": "x_0"}},
         {"diffusion": {"schedule": "jsd", "prediction": "x_prev"}},
         {"diffusion": {"loss_weighting": "min_snr", "prediction": "v"}},
-        {"diffusion": {"T": 2}},
+        {"diffusion": {"T": 2, "schedule": "cosine"}},
         {"train": {"keep_every": 20}},
         {"model": {"dropout": 0.0, "attn_resolutions": (8, 4)}},
         {"seed": 2**32 - 1},
@@ -172,6 +183,31 @@ def test_warm_up_longer_than_the_run_is_a_warning():
     assert check(tiny(train={"warmup_steps": 41})) == [
         "train.warmup_steps=41 is longer than the run of 40 steps, so the learning rate never reaches train.lr"
     ]
+
+
+def passes_without_a_warning(diffusion, start=0.0001, end=0.02):
+    return check(tiny(diffusion=diffusion | {"beta_start": start, "beta_end": end})) == []
+
+
+@pytest.mark.parametrize("schedule", ["linear", "quad", "const", "warmup50", "sigmoid"])
+def test_a_schedule_that_ends_in_an_image_is_a_warning_whose_remedy_holds(schedule):
+    """At T=100 the paper's betas keep 0.60 of the image in x_T."""
+    short = {"schedule": schedule, "T": 100}
+    (warning,) = check(tiny(diffusion=short | {"beta_start": 0.0001, "beta_end": 0.02}))
+    assert f"{schedule} schedule of diffusion.T=100" in warning
+    if schedule == "linear":
+        assert "x_T keeps 0.60 of the image" in warning
+    assert "use diffusion.schedule=cosine" in warning
+    assert passes_without_a_warning(short | {"schedule": "cosine"})
+    scaled = re.search(r"diffusion.beta_start=(.*) with diffusion.beta_end=(.*)$", warning)
+    assert scaled or schedule == "quad"  # scaled too, it ends at 0.08
+    if scaled:
+        assert passes_without_a_warning(short, *map(float, scaled.groups()))
+
+
+@pytest.mark.parametrize(("end", "warned"), [(0.045, True), (0.047, False)])  # alpha-bar 0.010014 and 0.0081
+def test_the_warning_begins_where_the_last_alpha_bar_is_a_hundredth(end, warned):
+    assert passes_without_a_warning({"schedule": "const", "T": 100}, end=end) is not warned
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 8])
@@ -377,3 +413,37 @@ def test_every_field_has_help():
         for field in dataclasses.fields(section):
             if field.name not in SECTIONS:  # whose help is the docstring of the section's class
                 assert (section.__name__, field.name) in helped, (section.__name__, field.name)
+
+
+# ---- What a checkpoint remembers of it
+
+
+@pytest.mark.parametrize("name", sorted(set(flatten(Config())) - MAY_CHANGE))
+def test_a_changed_field_is_named_and_no_other(name):
+    old = flatten(TINY)[name]
+    new = "other" if isinstance(old, str) else (7, 7) if isinstance(old, tuple) else not old
+    recorded = json.loads(json.dumps(fixed_fields(TINY)))
+    assert changed_fields(recorded, TINY) == []
+    (change,) = changed_fields(recorded, replaced(TINY, name, new))
+    assert change.startswith(f"{name} (checkpoint ")
+
+
+def test_what_may_change_is_not_remembered():
+    assert not set(fixed_fields(TINY)) & MAY_CHANGE
+    assert changed_fields(fixed_fields(TINY), tiny(train={"steps": 80, "save_every": 20})) == []
+
+
+def test_a_field_that_an_earlier_version_did_not_have_had_its_default():
+    recorded = fixed_fields(TINY)
+    del recorded["diffusion.prediction"]
+    assert changed_fields(recorded, TINY) == []
+    assert changed_fields(recorded, tiny(diffusion={"prediction": "v"})) == [
+        "diffusion.prediction (checkpoint 'eps', config.json 'v')"
+    ]
+    (change,) = changed_fields(recorded | {"model.later": 3}, TINY)
+    assert change.startswith("model.later (checkpoint 3, ")
+
+
+def test_a_number_beyond_every_float_is_refused():
+    with pytest.raises(ConfigError, match=r"diffusion\.beta_end=1000.* is not a number"):
+        check(tiny(diffusion={"beta_end": 10**400}))

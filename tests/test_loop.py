@@ -1,12 +1,16 @@
 """The training loop in one process: what it refuses, what it stops at, what it goes on from."""
 
 import dataclasses
+import errno
+import os
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from tiny import tiny
 
@@ -17,7 +21,7 @@ from ddpm_jax.evaluation.during_training import make_evaluation
 from ddpm_jax.generate import make_generator, sample_key
 from ddpm_jax.loop import Losses, train
 from ddpm_jax.reporting import enlarge, grid, read_metrics
-from ddpm_jax.workdir import load_run
+from ddpm_jax.workdir import held, load_run
 
 # What other tests of resuming leave out: a history of losses, data fed by the host, grids and evaluations.
 CONFIG = tiny(
@@ -163,6 +167,105 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(finish
     with pytest.raises(RunError, match="loss became nan between steps 11 and 12; the checkpoints before are kept"):
         train(changed(steps=16, save_every=16, log_every=16, sample_every=16, eval_every=0), tmp_path / "w")
     assert files(tmp_path / "w" / "checkpoints") == before
+
+
+# ---- What happens to the workdir meanwhile
+
+# Four steps more than `finished`, with a log line and a checkpoint at the end alone.
+LONGER = changed(steps=12, sample_every=0, eval_every=0)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of the finished run, to damage and go on from."""
+    return shutil.copytree(finished[0], tmp_path / "w")
+
+
+def test_a_second_training_is_refused_at_once_and_touches_nothing(workdir, monkeypatch):
+    monkeypatch.setattr(loop, "open_source", None)  # before any picture is read
+    with held(epath.Path(workdir)):
+        before = files(workdir)
+        with pytest.raises(UsageError, match=rf"is being written by process {os.getpid()} on "):
+            train(LONGER, workdir)
+        assert files(workdir) == before
+
+
+def test_a_config_that_was_changed_on_both_sides_is_refused_by_the_checkpoint(workdir):
+    path = workdir / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.003', '"lr": 0.1'))
+    with pytest.raises(UsageError, match=r"train\.lr \(checkpoint 0\.003, config\.json 0\.1\)"):
+        train(changed(steps=12, lr=0.1), workdir)
+
+
+def test_damaged_logs_and_remnants_do_not_keep_a_run_from_going_on(workdir, capsys):
+    intact = (workdir / "metrics.jsonl").read_bytes()
+    (workdir / "metrics.jsonl").write_bytes(b"\xff\n" + intact + bytes(100) + b"\n[1]\n")
+    (events,) = (workdir / "events").iterdir()
+    content = bytearray(events.read_bytes())
+    content[-20] ^= 1
+    events.write_bytes(content)
+    for name in ("4.deleting.tmp", "9.saving.tmp", "9.saving.tmp.orbax-checkpoint-tmp"):
+        (workdir / "checkpoints" / name).mkdir()
+    train(LONGER, workdir)
+    told = capsys.readouterr().out
+    assert f"Note: {workdir}/metrics.jsonl had 3 damaged lines" in told
+    assert f"Note: {workdir}/events had 1 damaged records" in told
+    assert (workdir / "metrics.jsonl").read_bytes().startswith(intact)
+    assert [line["step"] for line in read_metrics(workdir)][-2:] == [8, 12]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+    assert not (workdir / "lock").exists()
+
+
+def test_a_workdir_that_is_deleted_while_it_is_trained_ends_the_run_with_an_error(workdir, monkeypatch):
+    log = loop.Report.scalars
+    monkeypatch.setattr(loop.Report, "scalars", lambda *a: (log(*a), shutil.rmtree(workdir)))
+    with pytest.raises(RunError, match="was deleted or moved while it was trained"):
+        train(LONGER, workdir)
+    assert not workdir.exists()  # nor made anew
+
+
+def test_a_workdir_that_is_deleted_with_the_last_checkpoint_ends_the_run_with_an_error(workdir, monkeypatch):
+    wait = Checkpoints.wait
+
+    def wait_and_delete(checkpoints):
+        if checkpoints._pending is not None:
+            wait(checkpoints)
+            shutil.rmtree(workdir)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait_and_delete)
+    with pytest.raises(RunError, match="was deleted or moved while it was trained"):
+        train(LONGER, workdir)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_and_costs_no_checkpoint(workdir, monkeypatch):
+    before = files(workdir / "checkpoints")
+
+    def io_error(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(loop.Report, "scalars", io_error)
+    with pytest.raises(OSError, match="Input/output error"):  # which the scripts tell in a sentence, with code 1
+        train(LONGER, workdir)
+    assert files(workdir / "checkpoints") == before
+
+
+def test_a_read_only_disk_is_told_before_anything_is_read(finished, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    try:
+        workdir = shutil.copytree(finished[0], disk / "w")
+        subprocess.run([mount, "-o", "remount,ro", disk], check=True)
+        monkeypatch.setattr(loop, "open_source", None)
+        with pytest.raises(OSError, match="Read-only file system"):
+            train(LONGER, workdir)
+        with pytest.raises(UsageError, match=r"cannot be written .*; choose another path"):
+            train(LONGER, disk / "new")
+        assert load_run(workdir).step == 8
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

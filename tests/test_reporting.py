@@ -1,8 +1,10 @@
 """What a run writes, and that it can be cut back to any step so that continuing repeats none and loses none."""
 
 import io
+import itertools
 import json
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +13,18 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from ddpm_jax.errors import UsageError
 from ddpm_jax.reporting import (
     EVENTS,
     METRICS,
     Report,
+    best_step,
     cut_events,
     cut_metrics,
     enlarge,
     grid,
     png_bytes,
+    read_metrics,
     to_pil,
 )
 
@@ -121,6 +126,65 @@ def test_a_torn_last_line_is_cut(workdir):
     assert path.read_text() == content
 
 
+DAMAGED_LINES = {
+    "garbage": b"}{ no line",
+    "no object": b"[1, 2]",
+    "no step": b'{"loss": 1.0}',
+    "a step that is none": b'{"step": "10", "loss": 1.0}',
+    "a step that is true": b'{"step": true, "loss": 1.0}',
+    "a step below 0": b'{"step": -1, "loss": 1.0}',
+    "a value that is none": b'{"step": 15, "loss": [1.0]}',
+    "null": b'{"step": 15, "loss": null}',
+    "a huge number": b'{"step": 15, "loss": 1' + b"0" * 400 + b"}",
+    "not UTF-8": b'{"step": 15, "\xff": 1.0}',
+    "UTF-16": '{"step": 15}'.encode("utf-16-le"),
+    "zeros": bytes(512),
+    "empty": b"",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES)
+def test_a_damaged_line_is_cut_and_no_intact_one(damage, workdir):
+    write(workdir, [10, 20, 30])
+    path = workdir / METRICS
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + DAMAGED_LINES[damage] + b"\n" + second + DAMAGED_LINES[damage] + b"\n" + third)
+    assert [line["step"] for line in read_metrics(workdir)] == [10, 20, 30]
+    assert best_step(workdir, "loss", [10, 20, 30]) == 10
+    said = []
+    report = Report(workdir, last_step=20, say=said.append)
+    report.scalars(30, {"loss": 0.5})
+    report.close()
+    assert path.read_bytes().startswith(first + second)
+    assert [(line["step"], line["loss"]) for line in metrics(workdir)] == [(10, 10.0), (20, 20.0), (30, 0.5)]
+    (note,) = said
+    assert f"{path} had 2 damaged lines" in note
+    Report(workdir, last_step=30, say=said.append).close()
+    assert said == [note]
+
+
+def test_zeros_before_a_line_cost_no_line(workdir):
+    write(workdir, [10, 20])
+    path = workdir / METRICS
+    content = path.read_bytes()
+    path.write_bytes(bytes(100) + content)
+    assert [line["step"] for line in read_metrics(workdir)] == [10, 20]
+    assert cut_metrics(path, 100) == 0
+    assert path.read_bytes() == content
+
+
+def test_the_best_step_is_found_among_lines_whose_value_is_a_text(workdir):
+    (workdir / METRICS).write_text('{"step": 4, "eval_loss": "low"}\n{"step": 8, "eval_loss": 0.5}\n')
+    assert best_step(workdir, "eval_loss", [4, 8]) == 8
+
+
+def test_logs_that_are_no_files_are_told(workdir):
+    (workdir / METRICS).mkdir()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged \(it is no regular file\)"):
+        read_metrics(workdir)
+
+
 def test_cutting_what_is_not_there_does_nothing(workdir):
     cut_metrics(workdir / METRICS, 0)
     cut_events(workdir / EVENTS, 0)
@@ -161,6 +225,59 @@ def test_a_tail_that_is_no_record_is_cut(tail, workdir):
     content = file.read_bytes()
     file.write_bytes(content + tail)
     cut_events(workdir / EVENTS, 100)
+    assert file.read_bytes() == content
+
+
+def starts(content):
+    """Where each record of an event file begins, and where the last one ends."""
+    positions = [0]
+    while positions[-1] < len(content):
+        positions.append(positions[-1] + struct.unpack_from("<Q", content, positions[-1])[0] + 16)
+    return positions
+
+
+def test_a_record_whose_content_is_flipped_is_cut_and_the_others_stay(workdir):
+    report = Report(workdir, last_step=0)
+    report.scalars(10, {"loss": 10.0})
+    report.samples(20, IMAGES)
+    report.scalars(30, {"loss": 30.0})
+    report.close()
+    (file,) = (workdir / EVENTS).iterdir()
+    content = file.read_bytes()
+    places = starts(content)
+    for start, end in itertools.pairwise(places):
+        for position in (start + 12, (start + end) // 2, end - 1):  # also in the checksum that ends a record
+            flipped = bytearray(content)
+            flipped[position] ^= 4
+            file.write_bytes(flipped)
+            said = []
+            Report(workdir, last_step=30, say=said.append).close()
+            assert file.read_bytes() == content[:start] + content[end:]
+            (note,) = said
+            assert f"{workdir / EVENTS} had 1 damaged records" in note
+            for other in set((workdir / EVENTS).iterdir()) - {file}:
+                other.unlink()
+
+
+def test_a_flipped_length_ends_the_file_there(workdir):
+    write(workdir, [10, 20, 30])
+    (file,) = (workdir / EVENTS).iterdir()
+    content = bytearray(file.read_bytes())
+    third = starts(content)[2]
+    content[third] ^= 1
+    file.write_bytes(content)
+    assert cut_events(workdir / EVENTS, 30) == 1
+    assert file.read_bytes() == content[:third]
+
+
+def test_a_record_with_right_checksums_that_is_no_event_is_cut(workdir):
+    write(workdir, [10])
+    (file,) = (workdir / EVENTS).iterdir()
+    content, data = file.read_bytes(), b"\x0f\xff no event"
+    header = struct.pack("<Q", len(data))
+    record = header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+    file.write_bytes(content[: starts(content)[1]] + record + content[starts(content)[1] :])
+    assert cut_events(workdir / EVENTS, 10) == 1
     assert file.read_bytes() == content
 
 
@@ -230,6 +347,29 @@ def test_enlarge_repeats_pixels():
     np.testing.assert_array_equal(enlarge(image, smallest=7)[2::3, 2::3], image)
     np.testing.assert_array_equal(enlarge(image, smallest=2), image)
     np.testing.assert_array_equal(enlarge(image, smallest=1), image)
+
+
+def test_a_grid_that_is_cut_short_is_not_there(workdir, monkeypatch):
+    report = Report(workdir, last_step=0)
+    write_bytes = type(workdir).write_bytes
+    monkeypatch.setattr(type(workdir), "write_bytes", lambda path, data: write_bytes(path, data[:9]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.samples(10, IMAGES)
+    assert not report.has_samples(10)
+    report.close()
+
+
+def test_a_log_that_cannot_be_written_raises_the_systems_error_alone():
+    """Also when it is closed after that: a full disk ends a run with one sentence."""
+    report = Report.__new__(Report)
+    report._metrics = open("/dev/full", "w")  # noqa: SIM115 - Report closes it
+    report._events = SimpleNamespace(flush=lambda: None, close=lambda: closed.append(True))
+    closed = []
+    report._metrics.write("a line")
+    with pytest.raises(OSError, match="No space left"):
+        report.close()
+    assert report._metrics.closed
+    assert closed == [True]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from etils import epath
 
 from ddpm_jax import sharding
 from ddpm_jax.commands.config_file import load_config
@@ -30,7 +29,7 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
         workdir: New folder that the run is written to.
         config: configs/NAME.py of the same model, whose data and training options the run shall have.
     """
-    check_empty(epath.Path(workdir))
+    check_empty(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
     write_run(workdir, run_config, state_from_params(run_config, params))
     d = run_config.diffusion
@@ -45,7 +44,7 @@ def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
         workdir: New folder that the run is written to.
         config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
     """
-    check_empty(epath.Path(workdir))
+    check_empty(workdir)
     run_config = load_config(config)
     state, unused = tensorflow.read_checkpoint(checkpoint, run_config)
     write_run(workdir, run_config, state)
@@ -75,7 +74,7 @@ Chosen = Annotated[Which, tyro.conf.arg(name="")]
 
 def to_diffusers(workdir: Workdir, folder: Folder, which: Chosen) -> None:
     """Write the run in WORKDIR as a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
-    check_empty(epath.Path(folder))
+    check_empty(folder)
     run = which.load(workdir)
     diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=which.weights, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")

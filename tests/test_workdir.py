@@ -1,0 +1,137 @@
+"""The workdir: held by one training, its config proven by its checkpoints, its end noticed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from etils import epath
+from tiny import tiny
+
+from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.files import LOCK
+from ddpm_jax.training import init_state
+from ddpm_jax.workdir import CHECKPOINTS, check_there, enter, held, load_run, write_run
+
+CONFIG = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The text of a workdir's config.json, and the workdir."""
+    workdir = tmp_path_factory.mktemp("made") / "run"
+    write_run(workdir, CONFIG, init_state(CONFIG, jax.random.key(0)))
+    return (workdir / "config.json").read_text(), workdir
+
+
+@pytest.fixture
+def change(made):
+    """Sets a field of the workdir's config.json, for one test."""
+    text, workdir = made
+
+    def change(section, field, value):
+        values = json.loads(text)
+        values[section][field] = value
+        (workdir / "config.json").write_text(json.dumps(values))
+        return workdir
+
+    yield change
+    (workdir / "config.json").write_text(text)
+
+
+# ---- The config
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("diffusion", "beta_end", 0.3),
+        ("diffusion", "prediction", "v"),
+        ("diffusion", "schedule", "cosine"),
+        ("model", "ch", 16),
+        ("model", "dropout", 0.5),
+        ("data", "channels", 3),
+    ],
+)
+def test_a_config_that_was_changed_is_refused_with_its_field(section, field, value, change):
+    workdir = change(section, field, value)
+    with pytest.raises(UsageError) as raised:
+        load_run(workdir)
+    assert f"{section}.{field} (checkpoint " in str(raised.value)
+    assert f"config.json {value!r})" in str(raised.value)
+
+
+def test_a_config_that_was_changed_is_taken_where_one_insists(change):
+    assert load_run(change("diffusion", "beta_end", 0.3), unverified=True).config.diffusion.beta_end == 0.3
+
+
+def test_what_may_change_is_taken(change):
+    assert load_run(change("train", "steps", 10**6)).step == 0
+
+
+# ---- One training at a time
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that holds the workdir until it is killed."""
+    program = (
+        "import time; from etils import epath; from ddpm_jax.workdir import held\n"
+        f"with held(epath.Path({str(tmp_path / 'run')!r})): print('held', flush=True); time.sleep(100)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_writer_is_refused_until_the_first_is_killed(other_process, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    with pytest.raises(UsageError) as raised, held(workdir):
+        pytest.fail("held twice")
+    assert f"process {other_process.pid} on {socket.gethostname()}" in str(raised.value)
+    assert [path.name for path in workdir.iterdir()] == [LOCK]
+    other_process.kill()
+    other_process.wait()
+    assert (workdir / LOCK).exists()  # left behind, and in nobody's way
+    with held(workdir):
+        enter(workdir, CONFIG)
+        assert str(os.getpid()) in (workdir / LOCK).read_text()
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_lock_that_was_left_behind_is_no_reason_to_refuse_a_folder(tmp_path):
+    (tmp_path / LOCK).write_text("process 1 on mars")
+    enter(epath.Path(tmp_path), CONFIG)
+
+
+def test_what_killed_processes_left_half_written_goes_and_what_others_write_stays(tmp_path):
+    for name in ("config.json.7.tmp", "metrics.jsonl.7.tmp", "report.html.7.tmp"):
+        (tmp_path / name).write_text("half")
+    with held(epath.Path(tmp_path)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html.7.tmp"]
+
+
+def test_a_workdir_that_nothing_was_written_to_goes_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), held(epath.Path(tmp_path / "a/run")):
+        raise ZeroDivisionError
+    assert not (tmp_path / "a/run").exists()
+
+
+def test_a_workdir_that_is_gone_is_told(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    enter(workdir, CONFIG)
+    check_there(workdir)
+    workdir.rename(tmp_path / "moved")
+    with pytest.raises(RunError, match=r"run or its config\.json was deleted or moved .*; put it back"):
+        check_there(workdir)
+
+
+def test_checkpoints_alone_are_no_workdir(made):
+    """`write_run` writes the config last."""
+    assert {path.name for path in made[1].iterdir()} == {"config.json", CHECKPOINTS}
