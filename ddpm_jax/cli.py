@@ -55,7 +55,9 @@ def run(command: str | Callable[[], None]) -> None:
 
     def stop(signum: int, frame: Any) -> NoReturn:
         received.append(signum)
-        if main is None:  # while modules are imported: nothing is begun, and extension modules would print the exception
+        if (
+            main is None
+        ):  # while modules are imported: nothing is begun, and extension modules would print the exception
             _end_at_once(signum, left)
         # Where the exception is lost in a library's callback, or the end waits for a thread, the process ends all the same.
         timer = threading.Timer(GRACE_SECONDS, _end_at_once, (received[0], left))
