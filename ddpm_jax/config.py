@@ -183,6 +183,8 @@ MAY_CHANGE = frozenset(
     }
 )
 
+MOST = 2**31 - 1  # the devices count in 32 bits
+
 
 MOST_LAST_ALPHA_BAR = 0.01  # of a schedule that ends in noise; the paper's ends at 4e-5
 
@@ -292,6 +294,25 @@ def _check_numbers(config: Config) -> None:
     ]:
         if value < low:
             raise ConfigError(f"{name}={value} is too small; use {low} or more")
+    for name, value, high in [
+        ("data.image_size", data.image_size, MOST),
+        ("data.workers", data.workers, 1024),
+        ("model.ch", model.ch, MOST),
+        ("the number of levels of model.ch_mult", len(model.ch_mult), 31),
+        ("the largest of model.ch_mult", max(model.ch_mult, default=0), MOST),
+        ("the number of model.attn_resolutions", len(model.attn_resolutions), 31),
+        ("model.num_res_blocks", model.num_res_blocks, 100),
+        ("diffusion.T", config.diffusion.T, 1_000_000),
+        ("train.steps", train.steps, MOST),
+        ("train.warmup_steps", train.warmup_steps, MOST),
+        ("train.steps_per_dispatch", train.steps_per_dispatch, MOST),
+        ("train.batch_size", train.batch_size, MOST),
+        ("train.num_samples", train.num_samples, MOST),
+        ("train.eval_images", train.eval_images, MOST),
+        ("train.eval_samples", train.eval_samples, MOST),
+    ]:
+        if value > high:
+            raise ConfigError(f"{name}={value} is too large; use {high} or less")
     for name, fraction in [
         ("model.dropout", model.dropout),
         ("train.ema_decay", train.ema_decay),

@@ -27,6 +27,7 @@ from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.evaluation.during_training import make_evaluation, open_held_out
 from ddpm_jax.files import open_folder
+from ddpm_jax.footprint import check_training
 from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key
 from ddpm_jax.reporting import Report, best_step
 from ddpm_jax.training import TrainState, init_sharded_state, init_state, learning_rate, make_train_step
@@ -171,6 +172,7 @@ def train(
     workdir = open_folder(workdir)
     for warning in check(config, num_devices=jax.device_count()):
         tqdm.write(f"Note: {warning}.")
+    check_training(config)
     with held(workdir):
         source = open_source(config.data)
         held_out = open_held_out(config) if config.train.eval_every else None

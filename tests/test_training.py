@@ -11,7 +11,7 @@ from tiny import tiny
 
 from ddpm_jax import sharding, training
 from ddpm_jax.data import make_feed, open_source
-from ddpm_jax.diffusion.process import losses
+from ddpm_jax.diffusion import losses
 from ddpm_jax.rng import Purpose
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+from ddpm_jax.fusion import apart
 from ddpm_jax.models.convolution import conv
 
 Dtype = jnp.dtype | type
@@ -149,7 +150,7 @@ class AttentionBlock(nn.Module):
         q, k, v = (dense(C, name=name, dtype=self.dtype)(h) for name in ("q", "k", "v"))
         float32 = jnp.promote_types(x.dtype, jnp.float32)
         scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=float32) * C**-0.5
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.softmax(apart(scores), axis=-1).astype(self.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v)
         h = dense(C, name="proj_out", dtype=self.dtype, scale=_ZERO)(h)
         return x + h.reshape(B, H, W, C)
@@ -259,4 +260,4 @@ class UNet(nn.Module):
 
         h = nn.swish(GroupNorm(self.groups, name="norm_out")(h))
         out_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return Conv(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h)
+        return apart(Conv(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h))

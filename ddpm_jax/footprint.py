@@ -1,0 +1,163 @@
+"""How much memory a training needs at least, from its config alone: nothing is traced, compiled or drawn.
+
+Every number is a lower bound, so that what fits is never refused.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import room, sharding
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UsageError
+
+FLOAT32 = 4  # bytes
+STATE_COPIES = 4  # parameters, their EMA, Adam's two moments
+INCEPTION_FEATURES = 2048
+
+SMALLER_NETWORK = "lower model.ch, model.ch_mult or model.num_res_blocks, or split the state by train.fsdp"
+SMALLER_BATCH = "lower train.batch_size or data.image_size, or raise train.accumulation"
+SMALLER_EVALUATION = "lower train.batch_size or data.image_size"
+SMALLER_GRID = "lower train.num_samples or data.image_size"
+FEWER_SAMPLES = "lower train.eval_samples"
+
+
+class Layer(NamedTuple):
+    """A part of the U-Net: its kind, the height and width of its output, its channels, and whether it is a skip's start."""
+
+    kind: Literal["conv", "block", "attention"]
+    size: int
+    channels_in: int
+    channels: int
+    skip: bool = False
+
+    @property
+    def params(self) -> int:
+        """How many parameters the layer has, but for a block's projection of the time embedding."""
+        i, o = self.channels_in, self.channels
+        if self.kind == "conv":
+            return 9 * i * o + o
+        if self.kind == "attention":
+            return 2 * i + 4 * (i * o + o)
+        shortcut = i * o + o if i != o else 0
+        return 2 * i + 9 * i * o + o + 2 * o + 9 * o * o + o + shortcut
+
+    @property
+    def values(self) -> int:
+        """How many numbers its output has for one image."""
+        return self.size**2 * self.channels
+
+    def kept(self, remat: bool) -> int:
+        """How many numbers of one image the backward pass needs of a block or attention."""
+        if remat:  # its input, which is the output of the one before
+            return self.values if self.kind == "block" else 0
+        if self.kind == "block":  # the inputs of both norms
+            return self.size**2 * (self.channels_in + self.channels)
+        return 3 * self.values if self.kind == "attention" else 0  # q, k and v
+
+
+def layers(config: Config) -> Iterator[Layer]:
+    """The layers of the config's network in the order of `ddpm_jax.unet.UNet`, without those of the time embedding."""
+    model, size, last = config.model, config.data.image_size, len(config.model.ch_mult) - 1
+    c = model.ch
+    skips = [c]
+
+    def block(channels_in, channels, skip=False):
+        attends = size in model.attn_resolutions
+        yield Layer("block", size, channels_in, channels, skip=skip and not attends)
+        if attends:
+            yield Layer("attention", size, channels, channels, skip=skip)
+
+    yield Layer("conv", size, config.data.channels, c, skip=True)
+    for i, mult in enumerate(model.ch_mult):
+        for _ in range(model.num_res_blocks):
+            yield from block(c, c := model.ch * mult, skip=True)
+            skips.append(c)
+        if i != last:
+            size //= 2
+            yield Layer("conv", size, c, c, skip=True)
+            skips.append(c)
+    yield Layer("block", size, c, c)
+    yield Layer("attention", size, c, c)
+    yield Layer("block", size, c, c)
+    for i, mult in reversed(list(enumerate(model.ch_mult))):
+        for _ in range(model.num_res_blocks + 1):
+            yield from block(c + skips.pop(), c := model.ch * mult)
+        if i:
+            size *= 2
+            yield Layer("conv", size, c, c)
+    learned = config.diffusion.variance in ("learned", "learned_range")
+    yield Layer("conv", size, c, config.data.channels * (2 if learned else 1))
+
+
+def count_params(config: Config) -> int:
+    """How many parameters the config's network has, exactly."""
+    ch, last = config.model.ch, config.model.ch * config.model.ch_mult[0]
+    temb = ch * 4 * ch + 4 * ch + (4 * ch) ** 2 + 4 * ch
+    projections = sum(4 * ch * layer.channels + layer.channels for layer in layers(config) if layer.kind == "block")
+    return temb + projections + sum(layer.params for layer in layers(config)) + 2 * last  # norm_out
+
+
+class Need(NamedTuple):
+    """Bytes that one device holds at once in some part of a training, by what is lowered if they are too many."""
+
+    what: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def needs(config: Config, num_devices: int) -> list[Need]:
+    """What each part of a training needs of each device, at least. num_devices: devices over all processes."""
+    train, data = config.train, config.data
+    image = data.image_size**2 * data.channels
+    computed = np.dtype("float16").itemsize if config.model.dtype == "bfloat16" else FLOAT32
+    for_gradient = computed * sum(layer.kept(config.model.remat) for layer in layers(config))
+    for_output = computed * sum(layer.values for layer in layers(config) if layer.skip)  # all held at the middle
+    params = FLOAT32 * count_params(config)
+    state = STATE_COPIES * params // train.fsdp
+    batch = train.batch_size // num_devices  # check() has seen that it divides
+    images = batch * train.steps_per_dispatch * min(FLOAT32, image)  # as places in the data set, or themselves
+    found = [
+        Need(
+            f"a training step of {count_params(config):,} parameters and batch {train.batch_size:,}",
+            {
+                SMALLER_NETWORK: state + params // train.fsdp,  # and the gradient
+                SMALLER_BATCH: images + batch * image * FLOAT32 + batch // train.accumulation * for_gradient,
+            },
+        )
+    ]
+    if train.eval_every:
+        evaluated = {SMALLER_NETWORK: state, SMALLER_EVALUATION: batch * for_output}
+        if train.eval_samples:
+            features = INCEPTION_FEATURES if train.eval_features == "inception" else image
+            evaluated[FEWER_SAMPLES] = train.eval_samples * features * FLOAT32 // num_devices  # the host's, in all
+        found.append(Need(f"an evaluation with batch {train.batch_size:,}", evaluated))
+    if train.sample_every or (train.eval_every and train.eval_samples):
+        drawn = -(-train.num_samples // num_devices)
+        grid = {SMALLER_NETWORK: state, SMALLER_GRID: drawn * (for_output + image * FLOAT32)}
+        found.append(Need(f"a grid of train.num_samples={train.num_samples:,} images", grid))
+    return found
+
+
+def check_training(config: Config) -> None:
+    """Refuses a config, one that `check` has passed, whose training cannot fit the devices. Raises UsageError on all processes."""
+    sharding.first_decides(lambda: _check_training(config))
+
+
+def _check_training(config: Config) -> int:
+    need = max(needs(config, jax.device_count()), key=lambda need: need.total)
+    remedy = max(need.parts, key=lambda part: need.parts[part])
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu":  # all devices of this process share the host's memory
+        room.check_memory(need.total * jax.local_device_count(), need.what, remedy)
+    elif limit is not None and need.total > limit:
+        has = f"{room.gib(need.total)} of memory on each device, which has {room.gib(limit)}"
+        raise UsageError(f"{need.what} needs at least {has}; {remedy}")
+    return 0
