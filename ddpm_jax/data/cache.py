@@ -86,7 +86,9 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
             raise DamagedFileError(path, "it is of other images")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            starts = [0, *range(max(0, size - images.nbytes), size, _block_bytes(images))]
+            if not 0 < size - images.nbytes < READ_BYTES:  # the header, of a hundred bytes
+                raise DamagedFileError(path, f"it has {size:,} bytes, expected {images.nbytes:,} and a header")
+            starts = [0, *range(size - images.nbytes, size, _block_bytes(images))]
             ends = [*starts[1:], size]
             with ThreadPoolExecutor() as threads:
                 found = threads.map(functools.partial(_checksum, file.fileno()), starts, ends)
@@ -94,10 +96,7 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
                 if list(bar) != written.get("crc32"):
                     raise DamagedFileError(path, "its bytes are not those that were written")
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # of files without checksums, which older versions wrote, nothing is known
+    except (FileNotFoundError, NotADirectoryError):  # nothing is known of the files without checksums of older versions
         return None
     except OSError as error:
         raise DamagedFileError(path, f"it cannot be read: {error.strerror}") from None
