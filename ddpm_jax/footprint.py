@@ -146,7 +146,7 @@ def needs(config: Config, num_devices: int) -> list[Need]:
 
 
 def check_training(config: Config) -> None:
-    """Refuses a config, one that `check` has passed, whose training cannot fit the devices. Raises UsageError on all processes."""
+    """Refuses a config, one that `check` has passed, whose training cannot fit the devices. Raises UsageError everywhere."""
     sharding.first_decides(lambda: _check_training(config))
 
 
