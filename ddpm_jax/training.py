@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.process import Process, losses
+from ddpm_jax.diffusion import losses
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import Schedule, make_schedule
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import Purpose
