@@ -13,7 +13,7 @@ from evaluated import CONFIG, make_workdir
 from PIL import Image
 
 from ddpm_jax import config as configs
-from ddpm_jax.cli import load_config
+from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
