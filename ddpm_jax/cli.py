@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ddpm_jax import peers
-from ddpm_jax.errors import RunError, UsageError, say
+from ddpm_jax.errors import RunError, UsageError, first_line, say
 
 # What a command that was interrupted leaves, and how to go on.
 COMMANDS = {
@@ -138,6 +138,9 @@ def _tell(error: BaseException) -> None:
         raise SystemExit(128 + signal.SIGPIPE)
     if isinstance(error, OSError) and error.errno is not None:
         fail(_of_system(error), 1)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        what = f"memory is full ({first_line(error)}); what was saved before is as it was"
+        fail(f"{what}: use a smaller batch, a smaller network or more devices, and run the same command again", 1)
     if isinstance(error, Exception):
         peers.leave(1)
 

@@ -67,7 +67,9 @@ def function(body, *, grace=0.2, before=""):
     return process
 
 
-LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # as a compilation: no Python runs, and no signal breaks it
+LONG_CALL = (
+    "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # as a compilation: no Python runs, and no signal breaks it
+)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -94,7 +96,9 @@ def test_command_ends_with_one_sentence_whatever_it_does(body, signum):
 
 
 def test_command_cleans_up_first(tmp_path):
-    process = function(["try: time.sleep(60)", f"finally: time.sleep(0.3); open({str(tmp_path / 'x')!r}, 'w')"], grace=30)
+    process = function(
+        ["try: time.sleep(60)", f"finally: time.sleep(0.3); open({str(tmp_path / 'x')!r}, 'w')"], grace=30
+    )
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
