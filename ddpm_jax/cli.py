@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that an interrupt in the first second finds its handler.
 """
 
+import atexit
 import contextlib
 import errno
 import importlib
@@ -49,6 +50,8 @@ class _Interrupts:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, daemon=True).start()
+        # Registered before JAX's, so that it is called last: what follows would hand the signals back to the system.
+        atexit.register(_ignore_signals)
 
     def install(self, left: str) -> None:
         """Takes the two signals from now on. left: what an interrupt leaves, for the sentence."""
@@ -87,6 +90,11 @@ class _Interrupts:
 
 
 _interrupts: _Interrupts | None = None
+
+
+def _ignore_signals() -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def fail(message: str, code: int) -> NoReturn:
