@@ -142,7 +142,7 @@ def test_signal_at_the_very_end_leaves_the_command_finished():
 
 
 def test_signal_after_the_command_leaves_no_traceback():
-    process = function([], before="import atexit\natexit.register(time.sleep, 60)")
+    process = function(["import atexit", "atexit.register(time.sleep, 60)"])
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
