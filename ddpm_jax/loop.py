@@ -50,8 +50,10 @@ def signals() -> Iterator[list[int]]:
 
     def receive(signum, frame):
         received.append(signum)
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        if len(received) > 1:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            signal.raise_signal(signum)
 
     before = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -14,33 +14,50 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax import peers
+from ddpm_jax.errors import RunError, UsageError, first_line
 
+HEARTBEAT_SECONDS = 40  # after which a process that is silent counts as gone
 BATCH_AXES = ("data", "fsdp")
 
 
-def start_processes() -> None:
+def start_processes(*, timeout: float = 300.0) -> None:
     """Joins the processes of a multi-host run: `jax.distributed.initialize()`. Call it before anything else of JAX.
 
     It detects TPU pods, GKE and Slurm; elsewhere it takes the environment's JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. Raises UsageError if neither says which processes there are.
+    JAX_PROCESS_ID. Raises UsageError if neither says which processes there are. timeout: seconds after which a process whose
+    others have not come ends.
     """
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
     )
+    at = f" at {address}" if address else ""
+    whom = f"the other processes of this run{at}" if index == "0" or not index else f"process 0 of this run{at}"
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
-        jax.distributed.initialize(address, int(count) if count else None, int(index) if index else None)
+        processes, process = (int(number) if number else None for number in (count, index))
+        peers.listen()
+        with peers.patience(whom, seconds=timeout):
+            jax.distributed.initialize(
+                address,
+                processes,
+                process,
+                initialization_timeout=int(timeout) + 60,  # ours comes first: JAX's ends in an abort
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         raise UsageError(
-            f"the processes of this run cannot be joined ({str(error).splitlines()[0]}); outside of TPU pods, GKE and Slurm "
-            "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or leave out --distributed"
+            f"the processes of this run cannot be joined ({first_line(error)}); outside of TPU pods, GKE and Slurm set "
+            "JAX_COORDINATOR_ADDRESS (process 0's host and a free port), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or "
+            "leave out --distributed"
         ) from None
+    peers.others[:] = [i for i in range(jax.process_count()) if i != jax.process_index()]
 
 
 def first_decides(decide: Callable[[], int]) -> int:
     """What `decide` returns on the first process, on all of them; so files are looked at and written by one.
 
-    An error there that is told in a sentence is raised there, and on the others one that says so.
+    An error there is raised there, and on the others a UsageError or RunError that says so.
     """
     if jax.process_count() == 1:
         return decide()
@@ -49,14 +66,15 @@ def first_decides(decide: Callable[[], int]) -> int:
     if jax.process_index() == 0:
         try:
             value = decide()
-        except (UsageError, RunError, OSError) as problem:
+        except Exception as problem:  # whatever it is: the others wait
             error = problem
-    told = np.array([value, error is not None], np.int32)  # one type on all processes, also where decide gives a bool
-    value, failed = multihost_utils.broadcast_one_to_all(told).tolist()
+    kind = 0 if error is None else 1 if isinstance(error, UsageError) else 2
+    told = np.array([value, kind], np.int32)  # one type on all processes, also where decide gives a bool
+    value, kind = multihost_utils.broadcast_one_to_all(told).tolist()
     if error is not None:
         raise error
-    if failed:
-        raise UsageError("the first process has stopped; its message says why")
+    if kind:
+        raise (UsageError if kind == 1 else RunError)("the first process has stopped; its message says why")
     return value
 
 

@@ -210,12 +210,22 @@ def params_of(config):
         ({"dtypes": ()}, "--dtypes has no value"),
         ({"samplers": ()}, "there is nothing to measure"),
         ({"peak_tflops": -1.0}, "--peak-tflops -1 is not a positive number"),
+        ({"peak_tflops": float("nan")}, "--peak-tflops nan is not a positive number"),
+        ({"repeats": 10**9}, "--repeats 1000000000 is too large; use 10000 or less"),
+        ({"batch_sizes": (4, 10**9)}, "--batch-sizes 1000000000 is too large; use 1000000 or less"),
         ({"samplers": ("heun",), "steps": (5,), "peer": "torch"}, "no counterpart of sampler heun"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         plan.refuse(SMALL, Plan(**changes))
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused_with_the_bytes(monkeypatch):
+    monkeypatch.setattr("ddpm_jax.room.free_memory", lambda: 2**20)
+    with pytest.raises(UsageError, match=r"--batch-sizes 1000 needs at least \d+ MiB of memory, and 1 MiB are free"):
+        plan.refuse(SMALL, Plan(steps=(5,), batch_sizes=(1000,)))
+    plan.refuse(SMALL, Plan(steps=(5,), batch_sizes=(1,)))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +257,12 @@ def benchmark(monkeypatch, workdir):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return lambda *arguments: run_script("benchmark", workdir, *arguments)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(benchmark, workdir, monkeypatch):
+    monkeypatch.setattr(programs, "sampling", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UsageError, match=r"rows.json cannot be written"):
+        benchmark("--samplers", "ddim", "--steps", 5, "--json", workdir / "config.json" / "rows.json")
 
 
 def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from etils import epath
 
@@ -42,9 +43,13 @@ def as_before(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     hook = sys.unraisablehook
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
     yield
     sys.unraisablehook = hook
+    signal.set_wakeup_fd(-1)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
@@ -483,6 +488,21 @@ def test_what_the_system_refuses_is_told_with_its_path(number, run, monkeypatch)
     assert (code, out) == (1, "")
     assert f"runs/a/metrics.jsonl: {os.strerror(number)}" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nstack")]
+)
+def test_memory_that_is_full_is_told_with_what_to_do(error, run, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
+    code, out, err = run("train")
+    assert (code, out) == (1, "")
+    assert "memory is full" in err
+    assert "use a smaller batch" in err
+    assert err.count("\n") == 1
 
 
 def test_closed_event_loops_alone_are_hushed(monkeypatch):

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 from etils import epath
 
 from ddpm_jax.benchmark import programs, topology, torch_peer
@@ -16,6 +18,9 @@ from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import write_text
 from ddpm_jax.generate import SamplerOptions, build_sampler
+from ddpm_jax.room import check_memory
+
+MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
 
 
 @dataclass(frozen=True)
@@ -52,17 +57,24 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
         if getattr(plan, name) != getattr(Plan(), name):
             raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
     for name, values in (("steps", plan.steps), ("batch_sizes", plan.batch_sizes), ("repeats", (plan.repeats,))):
+        option = f"--{name.replace('_', '-')}"
         for value in values:
             if value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use 1 or more")
+                raise UsageError(f"{option} {value} is too small; use 1 or more")
+            if value > MOST[name]:
+                raise UsageError(f"{option} {value} is too large; use {MOST[name]} or less")
     if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
         raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
     if not (plan.samplers or plan.train or plan.data):
         raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
-    if plan.peak_tflops is not None and plan.peak_tflops <= 0:
+    if plan.peak_tflops is not None and not 0 < plan.peak_tflops < math.inf:
         raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
-    for options, _, _ in _sampling(plan):
+    for options, _, batch in _sampling(plan):
         build_sampler(config, options)
+        if not compiling and jax.default_backend() == "cpu":
+            # At the least: images, noise and output, and the first feature map.
+            needed = 4 * batch * config.data.image_size**2 * (3 * config.data.channels + config.model.ch)
+            check_memory(needed, f"--batch-sizes {batch}", "use a smaller one")
         if plan.peer == "torch":
             torch_peer.find_scheduler(config, options.sampler)
     if plan.peer == "torch":

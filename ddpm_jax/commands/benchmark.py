@@ -62,7 +62,11 @@ def main() -> None:
         rows, columns = compile_for(config, arguments.plan, arguments.compile_for), topology.COLUMNS
     else:
         rows = measure(config, arguments.plan, load_params)
-    done = []
+    done: list[programs.Row] = []
+    if arguments.json:
+        write_json(
+            arguments.json, config, done
+        )  # a place that cannot be written is refused before anything is measured
     try:
         for row in tqdm(rows, unit="row", leave=False):
             done.append(row)
