@@ -146,7 +146,10 @@ def needs(config: Config, num_devices: int) -> list[Need]:
 
 
 def check_training(config: Config) -> None:
-    """Refuses a config, one that `check` has passed, whose training cannot fit the devices. Raises UsageError everywhere."""
+    """Refuses a config, one that `check` has passed, whose training the devices cannot hold. Raises UsageError.
+
+    All processes must call it, and all raise where the first one does.
+    """
     sharding.first_decides(lambda: _check_training(config))
 
 

@@ -15,7 +15,8 @@ def gib(count: int) -> str:
 def free_memory() -> int | None:
     """Bytes of memory that this process may still take of the host, or None where the system does not tell (not Linux).
 
-    The least of what the machine has available and what the process's control group leaves.
+    The least of what the machine has available and what the process's control group leaves, to which the system's cache of
+    files counts as free: it gives way.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -24,8 +25,15 @@ def free_memory() -> int | None:
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, max(0, int(most) - int(used.read_text())))
+        held = int(used.read_text()) - _cached_files(limit.with_name("memory.stat"))
+        free = min(free, max(0, int(most) - held))
     return free
+
+
+def _cached_files(stat: Path) -> int:
+    """Bytes of a control group's memory that are files' content only."""
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what the tests cost; the optimisation of kernels is not what they are about.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "DDPM_JAX_TESTS_OPTIMISED" not in os.environ:  # as test_optimised.py sets it
+    # Compiling is most of what the tests cost; the optimisation of kernels is not what they are about.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 

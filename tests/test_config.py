@@ -115,6 +115,33 @@ MISTAKES = {
         "train": {"eval_every": 10, "eval_source": "digits", "keep_best": "eval_fid"}
     },
     "train.eval_samples=1 has no covariance; use 2 or more, or 0 for none": {"train": {"eval_samples": 1}},
+    "diffusion.T=10000000000 is too large; use 1000000 or less": {"diffusion": {"T": 10**10}},
+    "model.num_res_blocks=100000000 is too large; use 100 or less": {"model": {"num_res_blocks": 10**8}},
+    "the number of levels of model.ch_mult=1000000 is too large; use 31 or less": {"model": {"ch_mult": (1,) * 10**6}},
+    "the largest of model.ch_mult=10000000000 is too large; use 2147483647 or less": {
+        "model": {"ch_mult": (1, 10**10)}
+    },
+    "the number of model.attn_resolutions=1000000 is too large; use 31 or less": {
+        "model": {"attn_resolutions": (4,) * 10**6}
+    },
+    "data.workers=1000000000 is too large; use 1024 or less": {"data": {"workers": 10**9}},
+    **{
+        f"{section}.{name}=10000000000 is too large; use 2147483647 or less": {section: {name: 10**10}}
+        for section, names in {
+            "data": ("image_size",),
+            "model": ("ch",),
+            "train": (
+                "steps",
+                "warmup_steps",
+                "steps_per_dispatch",
+                "batch_size",
+                "num_samples",
+                "eval_images",
+                "eval_samples",
+            ),
+        }.items()
+        for name in names
+    },
     "train.keep_last=1 is too small; use 2 or more": {"train": {"keep_last": 1}},
     "train.steps=0 is too small; use 1 or more": {"train": {"steps": 0}},
     "train.steps_per_dispatch=0 is too small; use 1 or more": {"train": {"steps_per_dispatch": 0}},

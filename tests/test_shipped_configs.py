@@ -13,6 +13,7 @@ import pytest
 
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, check, differences, from_json, to_json
+from ddpm_jax.footprint import count_params
 from ddpm_jax.training import build_unet, init_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -55,6 +56,7 @@ def test_shipped_config_builds(path):
     assert output.dtype == jnp.float32
     assert (state.loss_history is not None) == (d.t_sampler == "loss_history")
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(state.params))
+    assert count_params(config) == count
     written = re.search(r"([\d,]+) parameters", path.read_text())
     if written:  # the paper's
         assert f"{count:,}" == written[1]

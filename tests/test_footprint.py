@@ -1,0 +1,159 @@
+"""What a training needs at least: parameters counted exactly, bytes never more than the compiled programs take."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import tiny
+
+from ddpm_jax import footprint, room, sharding
+from ddpm_jax.benchmark.programs import image_shapes
+from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.config import check
+from ddpm_jax.errors import UsageError
+from ddpm_jax.footprint import check_training, count_params, needs
+from ddpm_jax.generate import make_generator
+from ddpm_jax.loop import train
+from ddpm_jax.training import init_state, make_train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+def real_params(config):
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"ch_mult": (2,), "attn_resolutions": (8,)}},
+        {"model": {"ch_mult": (3, 1, 2), "num_res_blocks": 2, "attn_resolutions": (8, 2)}, "data": {"channels": 3}},
+        {"diffusion": {"variance": "learned", "loss": "hybrid"}},
+    ],
+)
+def test_parameters_of_any_network_are_counted_exactly(sections):
+    assert count_params(tiny(**sections)) == real_params(tiny(**sections))
+
+
+def bytes_of(compiled):
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+
+def cifar10():
+    config = load_config(str(ROOT / "configs" / "cifar10.py"))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8, num_samples=8))
+
+
+CONFIGS = {
+    "tiny": lambda: tiny(train={"batch_size": 64, "num_samples": 64}),  # programs of test_fusion.py too
+    "remat": lambda: tiny(model={"remat": True}, train={"batch_size": 64}),
+    "accumulated": lambda: tiny(train={"batch_size": 64, "accumulation": 2}),
+    "bfloat16": lambda: tiny(train={"batch_size": 64}, model={"dtype": "bfloat16"}),
+    "digits": lambda: load_config(str(ROOT / "configs" / "digits.py")),
+    "cifar10": cifar10,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "tiny")]
+)
+def test_the_compiled_programs_take_no_less_than_the_estimate(name):
+    config = CONFIGS[name]()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, sample_every=10, steps=40))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    step, grid = needs(config, 1)
+    images = image_shapes(config, config.train.steps_per_dispatch)
+    trained = bytes_of(make_train_step(config, mesh=mesh).lower(state, images, None).compile())
+    assert trained / 30 < step.total <= trained  # a bound, yet not an idle one
+    indices = jax.ShapeDtypeStruct((config.train.num_samples,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    drawn = bytes_of(make_generator(config, mesh).lower(state.params, key, indices).compile())
+    others = 3 * footprint.FLOAT32 * count_params(config)  # that the generator does not take, but the state holds
+    assert drawn / 10 < grid.total - others <= drawn
+
+
+def test_the_estimate_is_for_one_device_and_falls_with_their_number():
+    whole, eighth = (needs(tiny(train={"batch_size": 1024}), n)[0] for n in (1, 8))
+    assert eighth.parts[footprint.SMALLER_BATCH] == whole.parts[footprint.SMALLER_BATCH] // 8
+    assert eighth.parts[footprint.SMALLER_NETWORK] == whole.parts[footprint.SMALLER_NETWORK]
+    split = needs(tiny(train={"batch_size": 1024, "fsdp": 8}), 8)[0]
+    assert split.parts[footprint.SMALLER_NETWORK] == whole.parts[footprint.SMALLER_NETWORK] // 8
+
+
+# ---- What cannot fit is refused at once, with the bytes and what to lower
+
+TOO_MUCH = {
+    "train.batch_size": {"train": {"batch_size": 1_000_000_000}},
+    "train.num_samples": {"train": {"num_samples": 1_000_000_000, "sample_every": 10}},
+    "train.eval_samples": {
+        "train": {"eval_every": 10, "eval_source": "digits", "eval_samples": 1_000_000_000, "num_samples": 8}
+    },
+    "model.ch": {"model": {"ch": 1_000_000}},
+    "model.ch_mult": {"model": {"ch_mult": (1, 1_000_000_000)}},
+    "data.image_size": {"data": {"image_size": 1_000_000}, "model": {"attn_resolutions": (500_000,)}},
+}
+
+
+@pytest.mark.parametrize("field", TOO_MUCH)
+def test_a_training_beyond_any_memory_is_refused_before_anything_is_read_or_compiled(field, tmp_path, monkeypatch):
+    config = tiny(**TOO_MUCH[field])
+    monkeypatch.setattr("ddpm_jax.loop.open_source", lambda *_: pytest.fail("read"))
+    with pytest.raises(UsageError, match=r"needs at least [\d,.]+ GiB of memory.* free; lower .*") as refusal:
+        train(config, tmp_path / "run")
+    assert field in str(refusal.value).rpartition(";")[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_fits_is_not_refused(monkeypatch):
+    config = tiny(train={"batch_size": 1024, "sample_every": 10})
+    check(config, num_devices=jax.device_count())
+    needed = max(need.total for need in needs(config, jax.device_count())) * jax.local_device_count()
+    monkeypatch.setattr(room, "free_memory", lambda: needed)
+    check_training(config)
+    monkeypatch.setattr(room, "free_memory", lambda: needed - 1)
+    with pytest.raises(UsageError, match="free; lower"):
+        check_training(config)
+
+
+class Accelerator:
+    platform = "gpu"
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def memory_stats(self):
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+def test_an_accelerator_is_asked_for_its_own_limit(monkeypatch):
+    config = tiny()
+    needed = max(need.total for need in needs(config, jax.device_count()))
+    for limit in (None, needed):
+        monkeypatch.setattr(jax, "local_devices", lambda limit=limit: [Accelerator(limit)])
+        check_training(config)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(needed - 1)])
+    with pytest.raises(UsageError, match=r"of memory on each device, which has .*; lower"):
+        check_training(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--train.batch-size", "--model.ch"])
+def test_the_refusal_itself_takes_little_memory(option, tmp_path):
+    command = ["train.py", "configs/digits.py", "--workdir", str(tmp_path / "run"), option, "1000000000"]
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 2
+    assert "GiB of memory" in said
+    assert usage.ru_maxrss < 2 * 2**20  # KiB
