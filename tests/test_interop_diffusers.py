@@ -21,7 +21,7 @@ from test_unet_parity import peer_of
 from tiny import TINY, tiny
 
 from ddpm_jax import rng
-from ddpm_jax.cli import load_config
+from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.features import PIXELS
