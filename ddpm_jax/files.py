@@ -5,13 +5,17 @@ raises `DamagedFileError`. The caller decides what becomes of it: caches and par
 configurations and checkpoints are named.
 """
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from etils import epath
@@ -95,7 +99,47 @@ def write_text(path: epath.Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def check_place(file: epath.PathLike, advice: str) -> None:
+    """Raises UsageError where no such file can be made: below a file, in a folder that is not writable, of too long a name.
+
+    It and its folders are tried out in a temporary folder, so that nothing is left. A full disk raises its OSError.
+    """
+    if "://" in str(file):
+        return
+    there = Path(file).absolute()
+    names: list[str] = []
+    try:
+        while not names or not there.exists():
+            names, there = [there.name, *names], there.parent
+        with tempfile.TemporaryDirectory(dir=there) as temporary:
+            place = Path(temporary, *names)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with whole(epath.Path(place)) as tried:
+                tried.touch()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"{file} cannot be written ({error.strerror or error}); {advice}") from None
+
+
 # ---- Reading
+
+
+def is_regular(path: epath.Path) -> bool:
+    """Whether a file is there that can be read to an end: no folder, and no pipe, which would be waited for."""
+    return path.is_file() and ("://" in str(path) or stat.S_ISREG(os.stat(path).st_mode))
+
+
+def fingerprint(path: epath.Path) -> list[Any] | None:
+    """Size and SHA-256 of a file, as JSON holds them, or None where no regular file is."""
+    if not is_regular(path):
+        return None
+    sha, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+            size += len(block)
+    return [size, sha.hexdigest()]
 
 
 def read_bytes(path: epath.Path, *, most: int = MOST_BYTES) -> bytes:

@@ -14,8 +14,11 @@ from ddpm_jax import rng, sharding
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
+from ddpm_jax.room import check_memory, gib
 from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training import build_process, build_unet
+
+LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
 
 Generator = Callable[..., Any]  # (params, key, indices) -> images
 
@@ -87,10 +90,44 @@ def make_generator(
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
 
 
-def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> list[range]:
+@dataclass(frozen=True)
+class Batches:
+    """`indices` in ranges of `size`, the last one perhaps shorter; each is made when it is asked for, so any number is cheap."""
+
+    indices: range
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.size)
+
+    def __getitem__(self, place: int) -> range:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self.indices[place * self.size : (place + 1) * self.size]
+
+    def __iter__(self) -> Iterator[range]:
+        return (self[place] for place in range(len(self)))
+
+
+def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> Batches:
     """The indices in fixed ranges of batch_size, rounded up to a multiple of num_devices; the last one may be shorter."""
-    size = _padded(min(batch_size, len(indices)), num_devices)
-    return [range(i, min(i + size, indices.stop)) for i in range(indices.start, indices.stop, size)]
+    return Batches(indices, _padded(min(batch_size, len(indices)), num_devices))
+
+
+def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
+    """Raises UsageError where so large a batch cannot fit: the images four times and the widest activation twice, at least."""
+    data, model = config.data, config.model
+    image = 4 * data.image_size**2 * data.channels
+    widest = max((data.image_size // 2**i) ** 2 * model.ch * mult for i, mult in enumerate(model.ch_mult))
+    needed = batch_size * (4 * image + 2 * widest * jnp.dtype(model.dtype).itemsize)
+    what, remedy = f"--batch-size {batch_size}", "use a smaller one"
+    devices = mesh.devices.ravel()
+    if devices[0].platform == "cpu":
+        check_memory(needed, what, remedy)
+        return
+    there = (devices[0].memory_stats() or {}).get("bytes_limit", needed) * len(devices)
+    if needed > there:
+        raise UsageError(f"{what} needs at least {gib(needed)} of memory, and the devices have {gib(there)}; {remedy}")
 
 
 def _padded(count: int, num_devices: int) -> int:

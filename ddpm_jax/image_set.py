@@ -1,93 +1,273 @@
 """A set of generated images on disk, made batch by batch: killed at any moment and started again, it continues.
 
-    OUT/set.json              what defines the set, and whether it is complete
+    OUT/set.json              what defines the set, whether it is complete, and then size and SHA-256 of every file
     OUT/parts/000000.npz      the batch from image 0 on, written after its PNGs: a batch is done when this is there
     OUT/000000.png, ...       single images, format `png` and `both`
     OUT/images.npz            all images, joined from the parts at the end, format `npz` and `both`
     OUT/grid.png              the first 64
 
-With format `shards` the parts stay as they are, for sets too large for one file.
+With format `shards` the parts stay as they are, for sets too large for one file. What is missing or damaged is named and made
+again: from the same images elsewhere in the set where they are proven, else by sampling the batches that it concerns.
 """
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import io
+import itertools
 import json
+import os
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
+from PIL import Image
 from tqdm import tqdm
 
 from ddpm_jax import sharding
+from ddpm_jax.arrays import parse_arrays, write_arrays
 from ddpm_jax.errors import UsageError
-from ddpm_jax.files import is_remnant, whole, write_text
-from ddpm_jax.generate import SamplerOptions, batch_ranges, generate_batches, make_generator, sample_key
+from ddpm_jax.files import (
+    LOCK,
+    MOST_BYTES,
+    DamagedFileError,
+    check_place,
+    fingerprint,
+    is_regular,
+    is_remnant,
+    read_bytes,
+    remove_remnants,
+    sole_writer,
+    whole,
+)
+from ddpm_jax.generate import (
+    Batches,
+    SamplerOptions,
+    batch_ranges,
+    check_batch,
+    generate_batches,
+    make_generator,
+    sample_key,
+)
 from ddpm_jax.reporting import enlarge, grid, png_bytes
+from ddpm_jax.room import check_disk
+from ddpm_jax.set_mark import SET, Mark, read_mark, tell
 from ddpm_jax.workdir import Run
 
 Format = Literal["both", "png", "npz", "shards"]
-SET = "set.json"
+IMAGES, GRID = "images.npz", "grid.png"
 GRID_IMAGES = 64
+BYTES_OF_A_LINE = 200  # of set.json, for each file and batch: more than there are
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class ImageSet:
-    """The images `indices` in a folder, as a definition says.
+    """The images of `batches`, of an image_shape (H, W, C), in a folder that no other process writes until `close`.
 
     definition: everything that the images depend on, a dict for JSON. Raises UsageError if the folder holds another set, or
-    files that are none: nothing is ever mixed or written over.
+    files that are none, or cannot be written: nothing is ever mixed or written over.
     """
 
-    def __init__(self, folder: epath.Path, indices: range, definition: dict[str, Any], *, format: Format):
+    def __init__(
+        self,
+        folder: epath.Path,
+        batches: Batches,
+        image_shape: tuple[int, int, int],
+        definition: dict[str, Any],
+        *,
+        format: Format,
+    ):
         self.folder = folder
-        self.indices = indices
+        self.parts = folder / "parts"
+        self.batches = batches
+        self.image_shape = image_shape
         self.format = format
-        self.definition = definition | {"images": [indices.start, indices.stop], "format": format}
+        indices = batches.indices
+        definition = definition | {"images": [indices.start, indices.stop], "format": format}
+        self.mark = Mark(json.loads(json.dumps(definition)), files={})
+        self.identity = _sha(json.dumps(definition, sort_keys=True).encode())
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="images")
         self._pending: Future | None = None
-        self._enter()
+        self._held = contextlib.ExitStack()
+        try:
+            self._enter()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _of_pngs(self) -> bool:
+        return self.format in ("png", "both")
+
+    @property
+    def _of_one_file(self) -> bool:
+        return self.format in ("npz", "both")
 
     def _enter(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--out {self.folder} is a file; give a folder")
-        if (self.folder / SET).exists():
-            there, self.complete = self._read_mark()
-            names = sorted(there.keys() | self.definition.keys())
-            different = [n for n in names if there.get(n) != json.loads(json.dumps(self.definition.get(n)))]
-            if different:
-                fields = ", ".join(f"{n} (there {there.get(n)}, here {self.definition.get(n)})" for n in different)
-                raise UsageError(
-                    f"--out {self.folder} holds another set of images, which differs in {fields}; give another"
-                )
-        elif self.folder.exists() and not all(is_remnant(path, SET) for path in self.folder.iterdir()):
+        if not os.path.exists(self.folder / SET):
+            check_place(self.folder / SET, "give another --out")
+        begun = not self.folder.exists() or (self.folder / SET).exists()
+        if not begun and not all(is_remnant(path, SET) or path.name == LOCK for path in self.folder.iterdir()):
             raise UsageError(f"--out {self.folder} has files but no {SET}; give an empty or a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(sole_writer(self.folder))
+        for folder in (self.folder, self.parts):
+            remove_remnants(folder)
+        if (self.folder / SET).exists():
+            self._take(read_mark(self.folder, most=MOST_BYTES + BYTES_OF_A_LINE * len(self.batches.indices)))
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._mark(complete=False)
-        if not self.complete:  # after the mark: killed in between, the folder is still this set's
-            (self.folder / "parts").mkdir(exist_ok=True)
+            self.mark.write(self.folder)
+        if not self.mark.complete:  # after the mark: killed in between, the folder is still this set's
+            self.parts.mkdir(exist_ok=True)
 
-    def _read_mark(self) -> tuple[dict[str, Any], bool]:
-        path = self.folder / SET
+    def _take(self, mark: Mark) -> None:
+        there, here = mark.definition, self.mark.definition
+        if different := [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]:
+            fields = ", ".join(f"{name} (there {there.get(name)}, here {here.get(name)})" for name in different)
+            raise UsageError(
+                f"--out {self.folder} holds another set of images, which differs in {fields}; give another --out"
+            )
+        self.mark = mark
+
+    def close(self) -> None:
+        """Ends the writing and lets other processes have the folder."""
+        self._writer.shutdown()
+        self._held.close()
+
+    # ---- What there is
+
+    def missing(self) -> list[range]:
+        """The places in `batches` of what is to be made, in ranges; what is damaged is named, and what can be is recovered.
+
+        Raises UsageError where the disk has no room for it.
+        """
+        if self.mark.complete:
+            if self.mark.files is None:
+                tell([f"{self.folder} is of an earlier version, which listed no digests: complete, but not proven"])
+            damaged = dict(self._damaged())
+            if not damaged:
+                return []
+            tell([f"{path} is damaged ({reason}) and is made again" for path, reason in damaged.items()])
+            self._reopen(damaged)
+        self._check_room()
+        done = sorted(self._parts_that_are_there())
+        edges = [-1, *done, len(self.batches)]
+        return [range(a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+
+    def _names(self) -> Iterator[str]:
+        """Every file of the complete set."""
+        if self._of_pngs:
+            yield from (f"{i:06d}.png" for i in self.batches.indices)
+        if self.format == "shards":
+            yield from (f"parts/{part.start:06d}.npz" for part in self.batches)
+        if self._of_one_file:
+            yield IMAGES
+        yield GRID
+
+    def _damaged(self) -> Iterator[tuple[epath.Path, str]]:
+        for name in self._names():
+            path = self.folder / name
+            if self.mark.files is None and is_regular(path):
+                continue
+            there = fingerprint(path)
+            if there is None:
+                yield path, "it is missing"
+            elif self.mark.files is not None and self.mark.files.get(name) != there:
+                yield path, f"its {there[0]:,} bytes are not those that were written"
+
+    def _reopen(self, damaged: dict[epath.Path, str]) -> None:
+        """Makes the complete set an unfinished one, whose parts are the batches that are proven to be whole."""
+        self.parts.mkdir(exist_ok=True)
+        for path in damaged:
+            if path.parent == self.parts:
+                path.unlink(missing_ok=True)
+        for part, proof in zip(self.batches, self.mark.batches, strict=False):
+            if self._part(part).exists():
+                continue
+            for read in (self._from_one_file, self._from_pngs):
+                images = read(part)
+                if images is not None and _sha(images.tobytes()) == proof:
+                    self._write(part, images)
+                    break
+        self.mark = dataclasses.replace(self.mark, complete=False, files=self.mark.files or {})
+        self.mark.write(self.folder)
+
+    def _from_one_file(self, part: range) -> np.ndarray | None:
+        path, size = self.folder / IMAGES, int(np.prod(self.image_shape))
+        if not is_regular(path):
+            return None
+        head = io.BytesIO()
+        with zipfile.ZipFile(head, "w") as archive, self._array(archive):
+            start = head.tell()  # of the pixels, also in a file whose own head is damaged
+        with path.open("rb") as file:
+            file.seek(start + (part.start - self.batches.indices.start) * size)
+            content = file.read(len(part) * size)
+        if len(content) < len(part) * size:
+            return None
+        return np.frombuffer(content, np.uint8).reshape(-1, *self.image_shape)
+
+    def _from_pngs(self, part: range) -> np.ndarray | None:
         try:
-            content = json.loads(path.read_text())
-            return dict(content["set"]), bool(content["complete"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is damaged or no set of images ({error!r}); give another --out") from None
+            pictures = [np.asarray(Image.open(io.BytesIO(read_bytes(self._png(i))))) for i in part]
+            return np.stack(pictures).reshape(-1, *self.image_shape)
+        except Exception:  # a damaged picture raises almost anything
+            return None
 
-    def _mark(self, *, complete: bool) -> None:
-        self.complete = complete
-        write_text(self.folder / SET, json.dumps({"set": self.definition, "complete": complete}, indent=2) + "\n")
+    def _check_room(self) -> None:
+        image, count = int(np.prod(self.image_shape)), len(self.batches.indices)
+        left = max(0, count - self.batches.size * sum(1 for _ in self.parts.glob("*.npz")))
+        needed = image * (left + (left // 2 if self._of_pngs else 0) + (count if self._of_one_file else 0))
+        advice = "make room, give an --out on another disk, or ask for fewer --num-images"
+        check_disk(self.folder, needed, f"a set of {count:,} images, --format {self.format},", advice)
 
-    def _part(self, first: int) -> epath.Path:
-        return self.folder / "parts" / f"{first:06d}.npz"
+    def _parts_that_are_there(self) -> Iterator[int]:
+        """The places in `batches` of the parts that are whole; damaged ones are named, to be written over."""
+        indices, size, damaged = self.batches.indices, self.batches.size, []
+        for path in sorted(self.parts.iterdir()):
+            start = int(path.stem) if path.stem.isdecimal() else -1
+            if path.name != f"{start:06d}.npz" or start not in indices[::size]:
+                raise UsageError(f"{path} is of no batch of this set; move it away, or give another --out")
+            place = (start - indices.start) // size
+            try:
+                self._read(self.batches[place])
+            except DamagedFileError as error:
+                damaged.append(f"{path} is damaged ({error.reason}) and is made again")
+            else:
+                yield place
+        tell(damaged)
 
-    def done(self, ranges: list[range]) -> int:
-        """How many of these batches, in their order, are done."""
-        if self.complete:
-            return len(ranges)
-        return next((i for i, part in enumerate(ranges) if not self._part(part.start).exists()), len(ranges))
+    # ---- Writing
+
+    def _png(self, i: int) -> epath.Path:
+        return self.folder / f"{i:06d}.png"
+
+    def _part(self, part: range) -> epath.Path:
+        return self.parts / f"{part.start:06d}.npz"
+
+    def _of(self, part: range) -> str:
+        return f"{self.identity} {part.start} {part.stop}"
+
+    def _read(self, part: range) -> dict[str, np.ndarray]:
+        """The arrays of a batch: `images` and, with PNGs, each one's SHA-256, `pngs`. Raises DamagedFileError."""
+        path, advice = self._part(part), "run the same command again"
+        if not is_regular(path):
+            raise DamagedFileError(path, "it is missing", advice)
+        try:
+            arrays = parse_arrays(path, path.read_bytes(), of=self._of(part))
+        except DamagedFileError as error:
+            raise DamagedFileError(path, error.reason, advice) from None
+        images = arrays.get("images", np.zeros(()))
+        if images.dtype != np.uint8 or images.shape != (len(part), *self.image_shape):
+            raise DamagedFileError(path, f"it has not {len(part)} images of shape {self.image_shape}", advice)
+        return arrays
 
     def add(self, part: range, images: UInt8[np.ndarray, "n H W C"]) -> None:
         """Writes a batch in the background, after the one before it; that one's failure is raised here."""
@@ -95,11 +275,22 @@ class ImageSet:
         self._pending = self._writer.submit(self._write, part, images)
 
     def _write(self, part: range, images: np.ndarray) -> None:
-        if self.format in ("png", "both"):
-            for i, image in zip(part, images, strict=True):
-                (self.folder / f"{i:06d}.png").write_bytes(png_bytes(image))
-        with whole(self._part(part.start)) as temporary, temporary.open("wb") as file:
-            np.savez(file, images=images)
+        arrays = {"images": images}
+        if self._of_pngs:
+            listed = self.mark.files or {}
+            pairs = zip(part, images, strict=True)
+            arrays["pngs"] = np.array([self._write_png(i, im, listed.get(self._png(i).name))[1] for i, im in pairs])
+        write_arrays(self._part(part), arrays, of=self._of(part))
+
+    def _write_png(self, i: int, image: np.ndarray, listed: Any) -> list[Any]:
+        """Size and SHA-256 of a PNG: of the one that is there, where it is the listed one, else of the one that is written."""
+        path = self._png(i)
+        if listed and fingerprint(path) == listed:
+            return listed
+        content = png_bytes(image)
+        with whole(path) as temporary:
+            temporary.write_bytes(content)
+        return [len(content), _sha(content)]
 
     def wait(self) -> None:
         """Waits until everything added is on disk."""
@@ -108,42 +299,71 @@ class ImageSet:
             pending.result()
 
     def finish(self) -> None:
-        """Joins the parts into what the format says, draws the grid and marks the set complete.
+        """Joins the parts into what the format says, draws the grid and marks the set complete, with digests of all.
 
-        Raises UsageError if the parts are not the set's images.
+        Raises DamagedFileError if a part is not the set's.
         """
         self.wait()
-        self._writer.shutdown()
-        parts = self.folder / "parts"
-        if not self.complete:
-            paths = sorted((p for p in parts.iterdir() if p.suffix == ".npz"), key=lambda p: int(p.stem))
+        if not self.mark.complete:
+            files, batches = dict(self.mark.files or {}), list[str]()
             first: list[np.ndarray] = []
-            count = 0
-            for images in map(read_images, paths):
-                if count < GRID_IMAGES:
-                    first.append(images)
-                count += len(images)
-            if count != len(self.indices):
-                raise UsageError(f"{parts} has {count} images of {len(self.indices)}; give another --out")
-            (self.folder / "grid.png").write_bytes(png_bytes(enlarge(grid(np.concatenate(first)[:GRID_IMAGES]))))
-            if self.format in ("npz", "both"):
-                self._join(paths, first[0].shape[1:])
-            self._mark(complete=True)
-        if self.format != "shards" and parts.exists():
-            parts.rmtree()
+            with self._join() as join:
+                for part in self.batches:
+                    arrays = self._read(part)
+                    images = arrays["images"]
+                    batches.append(_sha(images.tobytes()))
+                    files |= self._list(part, arrays)
+                    first += [*images[: GRID_IMAGES - len(first)]]
+                    join(images.tobytes())
+            (self.folder / GRID).write_bytes(png_bytes(enlarge(grid(np.stack(first)))))
+            files |= {
+                name: fingerprint(self.folder / name) for name in ([IMAGES] if self._of_one_file else []) + [GRID]
+            }
+            self.mark = dataclasses.replace(
+                self.mark, complete=True, files=dict(sorted(files.items())), batches=batches
+            )
+            self.mark.write(self.folder)
+        if self.format != "shards" and self.parts.exists():
+            self.parts.rmtree()
 
-    def _join(self, paths: list[epath.Path], image_shape: tuple[int, ...]) -> None:
-        """images.npz, part by part, so that no more than one is in memory."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.indices), *image_shape)}
+    def _list(self, part: range, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Size and SHA-256 of a batch's own files; a PNG that was damaged since it was written is named and written again."""
+        if self.format == "shards":
+            return {f"parts/{self._part(part).name}": fingerprint(self._part(part))}
+        if not self._of_pngs:
+            return {}
+        files, damaged = {}, []
+        for i, image, sha in zip(part, arrays["images"], arrays["pngs"], strict=True):
+            path = self._png(i)
+            there = fingerprint(path)
+            if there is None or there[1] != sha:
+                damaged.append(f"{path} is damaged (it is not what was written) and is made again")
+                there = self._write_png(i, image, None)
+            files[path.name] = there
+        tell(damaged)
+        return files
+
+    @contextlib.contextmanager
+    def _join(self) -> Iterator[Callable[[bytes], Any]]:
+        """What takes the pixels of one batch after the other, into images.npz where there is to be one."""
+        if not self._of_one_file:
+            yield lambda content: None
+            return
         with (
-            whole(self.folder / "images.npz") as temporary,
+            whole(self.folder / IMAGES) as temporary,
             temporary.open("wb") as file,
             zipfile.ZipFile(file, "w") as archive,
-            archive.open("images.npy", "w", force_zip64=True) as array,
+            self._array(archive) as array,
         ):
-            np.lib.format.write_array_header_1_0(array, header)
-            for part in paths:
-                array.write(read_images(part).tobytes())
+            yield array.write
+
+    @contextlib.contextmanager
+    def _array(self, archive: zipfile.ZipFile) -> Iterator[Any]:
+        """The array `images` in an archive, its header written."""
+        shape = (len(self.batches.indices), *self.image_shape)
+        with archive.open("images.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            yield array
 
 
 def generate_set(
@@ -160,33 +380,44 @@ def generate_set(
     """Generates the images `indices` of a seed into a folder, from wherever it is to the end, with a progress bar.
 
     The devices of all processes compute; the first process reads and writes the folder. Raises UsageError if the folder holds
-    something else, or the sampler's options do not go together.
+    something else or another process writes it, if there is no room, or the sampler's options do not go together.
     """
     generator = make_generator(run.config, run.mesh, options)
-    devices = run.mesh.devices.size
-    ranges = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
+    devices, data = run.mesh.devices.size, run.config.data
+    batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": weights, "seed": seed}
     # Of the parts, which the devices round up: on others that do not, they would overlap.
-    definition |= {"batch_size": len(ranges[0]), **dataclasses.asdict(options)}
+    definition |= {"batch_size": batches.size, **dataclasses.asdict(options)}
     images: ImageSet | None = None
+    edges: list[int] = []
 
     def open_set() -> int:
         nonlocal images
-        images = ImageSet(folder, indices, definition, format=format)
-        return images.done(ranges)
+        check_batch(run.config, run.mesh, batches.size)
+        shape = (data.image_size, data.image_size, data.channels)
+        images = ImageSet(folder, batches, shape, definition, format=format)
+        edges.extend(edge for gap in images.missing() for edge in (gap.start, gap.stop))
+        return len(edges)
 
-    done = sharding.first_decides(open_set)
-    batches = generate_batches(
-        generator, run.params, sample_key(seed), ranges[done:], batch_size=len(ranges[0]), num_devices=devices
-    )
-    before = sum(map(len, ranges[:done]))
-    with tqdm(total=len(indices), initial=before, unit="image", disable=images is None) as bar:
-        for part, batch in batches:
-            if images is not None:
-                images.add(part, batch)
-            bar.update(len(part))
-    if images is not None:
-        images.finish()
+    try:
+        # What the first process found to be missing, on all of them.
+        count = sharding.first_decides(open_set)
+        edges = [sharding.first_decides(functools.partial(edges.__getitem__, i)) for i in range(count)]
+        gaps = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        parts = (batches[place] for gap in gaps for place in gap)
+        size = batches.size
+        made = generate_batches(generator, run.params, sample_key(seed), parts, batch_size=size, num_devices=devices)
+        before = len(indices) - sum(len(indices[gap.start * size : gap.stop * size]) for gap in gaps)
+        with tqdm(total=len(indices), initial=before, unit="image", disable=images is None) as bar:
+            for part, batch in made:
+                if images is not None:
+                    images.add(part, batch)
+                bar.update(len(part))
+        if images is not None:
+            images.finish()
+    finally:
+        if images is not None:
+            images.close()
 
 
 def read_images(path: epath.Path) -> UInt8[np.ndarray, "n H W C"]:

@@ -1,17 +1,21 @@
 """evaluate.py: numbers from a workdir, with all that defines them, that survive any kill."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 from evaluated import CONFIG, make_workdir
 from scipy.spatial.distance import cdist
 from tiny import tiny
@@ -25,7 +29,7 @@ from ddpm_jax.evaluation import run as evaluation_run
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
-from ddpm_jax.evaluation.run import Evaluation, Options, feature_statistics, real_features
+from ddpm_jax.evaluation.run import Evaluation, Options, feature_statistics, read_statistics, real_features
 from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
 from ddpm_jax.workdir import load_run
 
@@ -222,7 +226,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_part_is_computed_anew(tmp_path, damage):
+def test_a_damaged_part_is_computed_anew_and_named(tmp_path, damage, capsys):
     def compute(part):
         return {"x": np.arange(part.start, part.stop) ** 2}
 
@@ -235,6 +239,108 @@ def test_a_damaged_part_is_computed_anew(tmp_path, damage):
     path.write_bytes(damaged)
     np.testing.assert_array_equal(Parts(tmp_path, {"a": 1}, compute).all(10, 4, title="x")["x"], expected)
     assert load_arrays(path)["x"].tolist() == [16, 25, 36, 49]
+    assert f"{path} is damaged (" in capsys.readouterr().out
+
+
+def test_a_part_in_anothers_place_is_computed_anew(tmp_path, capsys):
+    """Of another range, of another definition, or of something else."""
+
+    def compute(part):
+        return {"x": np.arange(part.start, part.stop) ** 2}
+
+    parts, other = (Parts(tmp_path, {"a": a}, lambda part, a=a: {"x": np.full(len(part), a)}) for a in (1, 2))
+    parts.compute = compute
+    expected = parts.all(12, 4, title="x")["x"]
+    other.all(12, 4, title="x")
+    first, second, third = sorted(parts.folder.glob("*.npz"))
+    for there in (first, other.folder / second.name, tmp_path / "mine.npz"):
+        np.savez(tmp_path / "mine.npz", x=np.arange(4))
+        shutil.copy(there, second)
+        np.testing.assert_array_equal(Parts(tmp_path, {"a": 1}, compute).all(12, 4, title="x")["x"], expected)
+    assert capsys.readouterr().out.count(f"{second} is damaged") == 3
+
+
+@pytest.mark.parametrize("there", [b"", b"[]", b"[" * 100_000, b"\xff", b"{}"], ids=lambda b: repr(b[:9]))
+def test_a_damaged_definition_of_parts_is_written_anew(there, tmp_path):
+    parts = Parts(tmp_path, {"a": 1}, lambda part: {"x": np.arange(len(part))})
+    parts.get(range(3))
+    (parts.folder / "definition.json").write_bytes(there)
+    Parts(tmp_path, {"a": 1}, parts.compute).get(range(3))
+    assert json.loads((parts.folder / "definition.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_statistics_are_computed_anew(loaded, damage):
+    features = real_features(open_source(CONFIG.data), PIXELS, batch_size=8, mesh=loaded.mesh)
+    expected = feature_statistics(features, count=16, batch_size=8)
+    path = features.folder / "statistics-16.npz"
+    path.write_bytes(damage(path.read_bytes()) if b"(4,)" in path.read_bytes() else path.read_bytes()[:100])
+    np.testing.assert_array_equal(feature_statistics(features, count=16, batch_size=8).sigma, expected.sigma)
+
+
+# ---- One process, and room
+
+
+def test_a_workdir_that_another_process_evaluates_is_refused(run, loaded):
+    evaluation = Evaluation(loaded, run, PIXELS, OPTIONS)
+    with (
+        evaluation.alone(),
+        pytest.raises(UsageError, match=rf"evaluation is being written by process {os.getpid()} on "),
+    ):
+        Evaluation(loaded, run, PIXELS, OPTIONS).alone().__enter__()
+    assert not (run / "evaluation" / "lock").exists()
+
+
+def test_what_a_killed_evaluation_left_is_swept(run, loaded):
+    left = [run / "evaluation" / name for name in ("fid.json.7.tmp", "figures/a.png.7.tmp", "parts/0123/0-7.npz.7.tmp")]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with Evaluation(loaded, run, PIXELS, OPTIONS).alone():
+        assert not any(path.exists() for path in left)
+    shutil.rmtree(left[2].parent)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_computed(run, loaded, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    evaluation = Evaluation(loaded, run, PIXELS, OPTIONS)
+    monkeypatch.setattr("ddpm_jax.files.tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(
+        UsageError, match=r"evaluation/.* cannot be written \(Read-only file system\); make the workdir"
+    ):
+        evaluation.alone().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"batch_size": 10**9},
+            r"--batch-size 1000000000 needs at least [\d,.]+ GiB of memory, and .*; use a smaller one",
+        ),
+        (
+            {"num_images": 2 * 10**9},
+            r"--num-images 2000000000 .* needs at least 476.8 GiB of memory, and 1.0 GiB are free",
+        ),
+        ({"num_images": 10**10}, r"--num-images 10000000000 goes beyond image 2000000000; use fewer"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_bytes(changed, message, run, loaded, monkeypatch):
+    monkeypatch.setattr("ddpm_jax.room.free_memory", lambda: 2**30)
+    with pytest.raises(UsageError, match=message):
+        Evaluation(loaded, run, PIXELS, dataclasses.replace(OPTIONS, **changed))
+
+
+def test_samples_for_which_the_disk_has_no_room_are_refused(run, loaded, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    options = dataclasses.replace(OPTIONS, num_images=10**5)
+    with pytest.raises(UsageError, match=r"--num-images 100000 .* needs \d+ MiB on the disk, and 1 MiB are free in "):
+        Evaluation(loaded, run, PIXELS, options)
+
+
+# ---- Continuing, again
 
 
 def test_features_of_one_data_set_at_two_sizes_never_mix(loaded):
@@ -350,6 +456,7 @@ def test_too_few_images_for_the_covariance_are_refused(run, loaded):
             "has numbers that are not finite; give other statistics",
         ),
         ({"mu": np.zeros(5), "sigma": np.eye(4)}, "has mu (5,) and sigma (4, 4), expected (D,) and (D, D)"),
+        ({"mu": np.array(["a"] * 5), "sigma": np.eye(5)}, "is not an .npz file with the arrays mu and sigma"),
         ({"mean": np.zeros(5)}, "is not an .npz file with the arrays mu and sigma; give such a file"),
         ({"mu": np.array([{}] * 5), "sigma": np.eye(5)}, "is not an .npz file with the arrays mu and sigma"),
     ],
@@ -364,6 +471,19 @@ def test_a_folder_in_the_place_of_statistics_is_refused(run, loaded, tmp_path):
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path))
     message = refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
     assert message.endswith("is not an .npz file with the arrays mu and sigma; give such a file")
+
+
+@pytest.mark.parametrize(
+    "there", [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(50), b"[" * 100_000, None], ids=lambda b: repr(b)[:20]
+)
+def test_a_damaged_file_of_statistics_is_refused(there, tmp_path):
+    path = epath.Path(tmp_path / "s.npz")
+    if there is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(there)
+    with pytest.raises(UsageError, match="with the arrays mu and sigma; give such a file"):
+        read_statistics(path)
 
 
 def test_the_best_checkpoint_of_a_run_without_evaluations_is_refused(command, run):

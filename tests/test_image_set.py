@@ -1,7 +1,10 @@
 """Sets of generated images: whole, never mixed, and the same whatever they were interrupted by."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -9,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import tyro
 from etils import epath
 from interop import run_script
 from PIL import Image
@@ -21,8 +26,10 @@ from tiny import tiny
 from ddpm_jax import sharding, training
 from ddpm_jax.animation import write_animation
 from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.commands import sample
 from ddpm_jax.errors import UsageError
-from ddpm_jax.generate import SamplerOptions
+from ddpm_jax.files import sole_writer
+from ddpm_jax.generate import Batches, SamplerOptions, generate_batches
 from ddpm_jax.image_set import ImageSet, generate_set, read_images
 from ddpm_jax.workdir import enter, load_run
 
@@ -135,19 +142,24 @@ def test_a_set_broken_off_after_any_batch_continues(batches, run, whole, tmp_pat
     assert content(tmp_path / "out") == content(whole)
 
 
+def open_set(folder, count=1, size=1, **definition):
+    """A set of npz of so many images of zeros, in batches of a size."""
+    return ImageSet(epath.Path(folder), Batches(range(count), size), (8, 8, 1), definition, format="npz")
+
+
 def test_a_set_killed_before_its_first_batch_continues(tmp_path, monkeypatch):
     """At any of the steps that its folder is begun in."""
 
     def begin():
-        images = ImageSet(epath.Path(tmp_path / "out"), range(1), {}, format="npz")
-        images.add(range(1), np.zeros((1, 8, 8, 1), np.uint8))
-        images.finish()
+        with contextlib.closing(open_set(tmp_path / "out")) as images:
+            images.add(range(1), np.zeros((1, 8, 8, 1), np.uint8))
+            images.finish()
 
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("write_text", "whole"):
-        monkeypatch.setattr(f"ddpm_jax.image_set.{name}", kill)
+    for name in ("set_mark.write_text", "arrays.whole", "image_set.whole"):
+        monkeypatch.setattr(f"ddpm_jax.{name}", kill)
         with pytest.raises(KeyboardInterrupt):
             begin()
         monkeypatch.undo()
@@ -166,7 +178,7 @@ def test_a_complete_set_is_left_alone(run, whole):
     ("change", "field"),
     [
         ({"seed": 4}, r"seed \(there 3, here 4\)"),
-        ({"options": SamplerOptions(sampler="ddim", steps=(4,))}, r"steps \(there \[3\], here \(4,\)\)"),
+        ({"options": SamplerOptions(sampler="ddim", steps=(4,))}, r"steps \(there \[3\], here \[4\]\)"),
         ({"batch_size": 5}, "batch_size"),
         ({"weights": "raw"}, "weights"),
         ({"format": "png"}, "format"),
@@ -184,7 +196,8 @@ def test_a_set_is_not_continued_on_devices_that_make_other_parts(run, tmp_path, 
     """Eight devices round batches of 4 up to 8; what one device would add to them overlaps."""
 
     def first_alone(generator, params, key, ranges, **_):
-        yield ranges[0], np.zeros((len(ranges[0]), 8, 8, 1), np.uint8)
+        first = next(iter(ranges))
+        yield first, np.zeros((len(first), 8, 8, 1), np.uint8)
 
     monkeypatch.setattr("ddpm_jax.image_set.generate_batches", first_alone)
     monkeypatch.setattr(ImageSet, "finish", ImageSet.wait)
@@ -197,10 +210,10 @@ def test_a_set_is_not_continued_on_devices_that_make_other_parts(run, tmp_path, 
 
 
 def test_a_set_without_all_of_its_images_is_not_complete(tmp_path):
-    images = ImageSet(epath.Path(tmp_path / "out"), range(10), {}, format="npz")
-    images.add(range(8), np.zeros((8, 8, 8, 1), np.uint8))
-    with pytest.raises(UsageError, match="has 8 images of 10; give another --out"):
-        images.finish()
+    with contextlib.closing(open_set(tmp_path / "out", 10, 8)) as images:
+        images.add(range(8), np.zeros((8, 8, 8, 1), np.uint8))
+        with pytest.raises(UsageError, match=r"000008\.npz is damaged \(it is missing\); run the same command again"):
+            images.finish()
     assert not json.loads((tmp_path / "out" / "set.json").read_text())["complete"]
     assert not (tmp_path / "out" / "images.npz").exists()
 
@@ -212,11 +225,27 @@ def test_a_folder_with_other_files_is_refused(run, tmp_path):
     assert content(tmp_path) == {"mine.txt": b"keep"}
 
 
-@pytest.mark.parametrize("there", [b"", b'{"set": {"seed"', b"\xff", b"[]", b"{}", b'{"set": [1], "complete": true}'])
+@pytest.mark.parametrize(
+    "there",
+    [
+        b"",
+        b'{"set": {"seed"',
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"set": [1], "complete": true}',
+        b'{"set": {}, "complete": 1}',
+        b'{"set": {}, "complete": true, "files": [1]}',
+        b'{"set": {}, "complete": true, "files": {}, "batches": 3}',
+        b"[" * 100_000,
+        bytes(4096),
+    ],
+    ids=lambda there: repr(there[:60]),
+)
 def test_a_folder_with_a_damaged_or_foreign_set_json_is_refused(there, tmp_path):
     (tmp_path / "set.json").write_bytes(there)
-    with pytest.raises(UsageError, match=r"set\.json is damaged or no set of images \(.*\); give another --out$"):
-        ImageSet(epath.Path(tmp_path), range(1), {}, format="npz")
+    with pytest.raises(UsageError, match=r"set\.json is damaged \(.*\); give another --out$"):
+        open_set(tmp_path)
     assert content(tmp_path) == {"set.json": there}
 
 
@@ -244,6 +273,7 @@ def test_a_failed_write_is_told(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_the_animation_ends_with_the_images(ending, run, whole, tmp_path):
+    shutil.copy(whole / "set.json", tmp_path)
     path = epath.Path(tmp_path / f"process.{ending}")
     write_animation(run, path, range(10), seed=3, options=FEW, batch_size=64)
     with Image.open(path) as film:
@@ -254,9 +284,11 @@ def test_the_animation_ends_with_the_images(ending, run, whole, tmp_path):
         assert np.abs(last - np.asarray(picture, int)).max() <= 1
 
 
-def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, tmp_path, monkeypatch):
+def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, tmp_path, monkeypatch, capsys):
     """Whole or not at all: a write that fails leaves nothing, and the file that is there stays."""
     made, path = [], epath.Path(tmp_path / "process.gif")
+    open_set(tmp_path).close()
+    there = content(tmp_path)
 
     def generator(params, key, places):
         made.append(places.tolist())
@@ -271,10 +303,14 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
         patch.setattr(type(path), "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):
             write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
-    assert list(tmp_path.iterdir()) == []
+    assert content(tmp_path) == there
     for _ in range(2):
         write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
     assert made == [[5, 6, 7, 8]] * 2
+    path.write_bytes(path.read_bytes()[:-100])
+    write_animation(run, path, range(5, 15), seed=3, options=FEW, batch_size=4)
+    assert made == [[5, 6, 7, 8]] * 3
+    assert f"{path} is damaged" in capsys.readouterr().out
     with Image.open(path) as film:
         assert film.n_frames >= 1
 
@@ -286,6 +322,261 @@ def test_sample_writes_a_set_and_its_animation(workdir, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     with Image.open(tmp_path / "out" / "process.gif") as film:
         assert film.n_frames == 3
+
+
+# ---- Damage
+
+
+def flipped(content):
+    return content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
+
+
+DAMAGES = {
+    "flipped": flipped,
+    "its middle flipped": lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :],
+    "its start flipped": lambda b: bytes([b[0] ^ 1]) + b[1:],
+    "cut": lambda b: b[: len(b) // 2],
+    "empty": lambda b: b"",
+    "zeros": lambda b: bytes(len(b)),
+    "deleted": None,
+}
+
+
+def damage(path, how):
+    if how is None:
+        path.unlink()
+    else:
+        path.write_bytes(how(path.read_bytes()))
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The batches that are sampled."""
+    batches = []
+
+    def counted(generator, params, key, ranges, **options):
+        ranges = list(ranges)
+        batches.extend(ranges)
+        return generate_batches(generator, params, key, ranges, **options)
+
+    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", counted)
+    return batches
+
+
+@pytest.mark.parametrize("name", ["000005.png", "images.npz", "grid.png"])
+@pytest.mark.parametrize("how", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_of_a_complete_set_is_named_and_made_again(name, how, run, whole, tmp_path, sampled, capsys):
+    """From the same images elsewhere in the set: nothing is sampled."""
+    shutil.copytree(whole, tmp_path / "out")
+    damage(tmp_path / "out" / name, how)
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert sampled == []
+    said = capsys.readouterr().out
+    assert said.count("is damaged") == 1
+    assert f"{tmp_path}/out/{name} is damaged (" in said
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "batches"),
+    [
+        ("png", "000005.png", [range(4, 8)]),
+        ("shards", "parts/000004.npz", [range(4, 8)]),
+        ("npz", "images.npz", [range(4, 8)]),
+    ],
+)
+@pytest.mark.parametrize("how", ["its middle flipped", "cut", "deleted"])
+def test_what_a_damage_concerns_alone_is_sampled_again(how, format, name, batches, run, tmp_path, sampled):
+    generate(run, tmp_path / "out", format=format)
+    before = content(tmp_path / "out")
+    sampled.clear()
+    damage(tmp_path / "out" / name, DAMAGES[how])
+    generate(run, tmp_path / "out", format=format)
+    assert content(tmp_path / "out") == before
+    if format == "npz" and how != "its middle flipped":
+        batches = {"cut": [range(4, 8), range(8, 10)], "deleted": [range(4), range(4, 8), range(8, 10)]}[how]
+    assert sampled == batches
+
+
+def test_pngs_in_each_others_place_are_told(run, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    for a, b in ((1, 2), (2, 1)):
+        shutil.copy(whole / f"{a:06d}.png", tmp_path / "out" / f"{b:06d}.png")
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert capsys.readouterr().out.count("is damaged") == 2
+
+
+@pytest.fixture(scope="module")
+def half(run, tmp_path_factory):
+    """A set whose batches are there and not joined yet."""
+    folder = tmp_path_factory.mktemp("half") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageSet, "finish", ImageSet.wait)
+        generate(run, folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "another part", "another set's"])
+def test_a_damaged_part_of_a_half_made_set_is_named_and_sampled_again(
+    how, run, whole, half, tmp_path, sampled, capsys, monkeypatch
+):
+    shutil.copytree(half, tmp_path / "out")
+    path = tmp_path / "out" / "parts" / "000004.npz"
+    if how == "another part":
+        shutil.copy(half / "parts" / "000000.npz", path)
+    elif how == "another set's":
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageSet, "finish", ImageSet.wait)
+            generate(run, tmp_path / "other", seed=4)
+        shutil.copy(tmp_path / "other" / "parts" / "000004.npz", path)
+        sampled.clear()
+    else:
+        damage(path, DAMAGES[how])
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert sampled == [range(4, 8)]
+    assert (f"{path} is damaged (" in capsys.readouterr().out) == (how != "deleted")
+
+
+@pytest.mark.parametrize("how", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_png_of_a_half_made_set_is_named_and_written_again(how, run, whole, half, tmp_path, sampled, capsys):
+    shutil.copytree(half, tmp_path / "out")
+    damage(tmp_path / "out" / "000005.png", how)
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert sampled == []
+    assert f"{tmp_path}/out/000005.png is damaged (" in capsys.readouterr().out
+
+
+def test_a_set_killed_while_it_is_recovered_is_recovered(run, whole, tmp_path, monkeypatch, sampled):
+    shutil.copytree(whole, tmp_path / "out")
+    damage(tmp_path / "out" / "images.npz", DAMAGES["cut"])
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_jax.set_mark.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate(run, tmp_path / "out")
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert sampled == []
+
+
+def test_a_list_that_is_damaged_proves_nothing(run, whole, tmp_path, capsys):
+    """Entries that are missing or of another kind are as those that differ."""
+    shutil.copytree(whole, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "set.json").read_text())
+    values["files"] = {"000000.png": 3, "images.npz": values["files"]["images.npz"][::-1]}
+    values["batches"] = [None, 5]
+    (tmp_path / "out" / "set.json").write_text(json.dumps(values))
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+    assert "and so are 2 more files" in capsys.readouterr().out
+
+
+def test_a_set_of_an_earlier_version_is_taken_and_told_to_be_unproven(run, whole, tmp_path, capsys):
+    """Its set.json lists no digests; what is missing of it is made again."""
+    shutil.copytree(whole, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "set.json").read_text())
+    (tmp_path / "out" / "set.json").write_text(json.dumps({name: values[name] for name in ("set", "complete")}))
+    before = content(tmp_path / "out")
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+    assert capsys.readouterr().out.count("not proven") == 1
+    (tmp_path / "out" / "000003.png").unlink()
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_a_part_of_no_batch_is_refused(run, half, tmp_path):
+    shutil.copytree(half, tmp_path / "out")
+    shutil.copy(half / "parts" / "000004.npz", tmp_path / "out" / "parts" / "000005.npz")
+    with pytest.raises(
+        UsageError, match=r"000005\.npz is of no batch of this set; move it away, or give another --out"
+    ):
+        generate(run, tmp_path / "out")
+
+
+# ---- One process, and room
+
+
+def test_a_folder_that_another_process_writes_is_refused(run, half, tmp_path):
+    shutil.copytree(half, tmp_path / "out")
+    with sole_writer(epath.Path(tmp_path / "out")):
+        with pytest.raises(UsageError, match=rf"out is being written by process {os.getpid()} on "):
+            generate(run, tmp_path / "out")
+        with pytest.raises(UsageError, match="is being written by"):
+            write_animation(run, epath.Path(tmp_path / "out/process.gif"), range(1), seed=3, options=FEW, batch_size=1)
+    generate(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_what_a_killed_process_left_is_swept(run, whole, half, tmp_path):
+    shutil.copytree(half, tmp_path / "out")
+    for name in ("images.npz.77.tmp", "set.json.77.tmp", "process.gif.77.tmp", "parts/000004.npz.77.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.parametrize("place", ["file/out", "n" * 300, "/proc/out", "/proc/self/out"])
+def test_a_place_that_cannot_be_written_is_refused(place, run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", None)  # nothing is computed
+    with pytest.raises(UsageError, match=r"cannot be written \(.*\); give another --out") as refusal:
+        generate(run, tmp_path / place)
+    assert str(tmp_path / place) in str(refusal.value)
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_refuses_a_batch_leaves_what_was_made(number, run, whole, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_jax.image_set.write_arrays", refuse)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            generate(run, tmp_path / "out")
+    assert not any(name.endswith(("tmp", "npz", "lock")) for name in content(tmp_path / "out"))
+    generate(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.parametrize(("format", "copies"), [("shards", 1), ("npz", 2), ("png", 1.5), ("both", 2.5)])
+def test_a_set_for_which_the_disk_has_no_room_is_refused_with_the_bytes(format, copies, run, tmp_path, monkeypatch):
+    """At once, however many batches there are, and with what the format takes."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(UsageError) as refusal:
+        generate(run, tmp_path / "out", range(2 * 10**9), format=format)
+    needed = f"{2e9 * 64 * copies / 2**30:,.1f} GiB"
+    assert f"a set of 2,000,000,000 images, --format {format}, needs {needed} on the disk, and 1.0 GiB" in str(
+        refusal.value
+    )
+    assert "--num-images" in str(refusal.value)
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_the_bytes(run, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"--batch-size 1000000000 needs at least [\d,.]+ GiB of memory, and .* GiB are"
+    ):
+        generate(run, tmp_path / "out", range(10**9), batch_size=10**9)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "step_0_ema_ancestral_seed_0"),
+        (("--sampler", "ddim", "--steps", "10"), "step_0_ema_ddim_steps_10_seed_0"),
+        (("--sampler", "ddim", "--steps", "50", "--eta", "0.2"), "step_0_ema_ddim_steps_50_eta_0.2_seed_0"),
+        (("--steps", "3", "4", "--clip", "none"), "step_0_ema_ancestral_steps_3-4_clip_none_seed_0"),
+        (("--spacing", "logsnr", "--steps", "9"), "step_0_ema_ancestral_steps_9_spacing_logsnr_seed_0"),
+        (("--first-image", "64", "--seed", "2", "--weights", "raw"), "step_0_raw_ancestral_seed_2_from_64"),
+    ],
+)
+def test_a_sets_default_folder_is_named_by_all_that_defines_its_images(options, name):
+    arguments = tyro.cli(sample.Arguments, args=options)
+    assert sample.default_name(0, arguments) == name
 
 
 @pytest.mark.slow

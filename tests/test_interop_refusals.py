@@ -1,5 +1,6 @@
 """What convert.py is given and cannot use: one sentence, exit code 2, nothing executed, nothing overwritten."""
 
+import errno
 import io
 import json
 import os
@@ -7,16 +8,21 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from interop import ROOT, convert, drawn, write_drawn_run
 from tiny import TINY, tiny
 
+from ddpm_jax import cli
 from ddpm_jax import workdir as workdirs
 from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.commands import convert as convert_command
 from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import flatten, parameters
@@ -99,13 +105,56 @@ def test_folder_without_config_or_weights_is_refused(model, refused):
     (model / SAFETENSORS).unlink()
     refused(f"MODEL has neither {SAFETENSORS} nor {BIN}; give the folder of a whole diffusers model")
     (model / "config.json").write_text("[1, 2]")
-    refused("MODEL/config.json holds no JSON object; get a whole copy of the file")
+    refused("MODEL/config.json is damaged (it holds a JSON list, expected dict); get a whole copy of the file")
     (model / "config.json").write_text('{"act_fn": ')
     refused(
-        "MODEL/config.json cannot be read (Expecting value: line 1 column 12 (char 11)); get a whole copy of the file"
+        "MODEL/config.json is damaged (it is not JSON: Expecting value: line 1 column 12 (char 11)); "
+        "get a whole copy of the file"
     )
     (model / "config.json").unlink()
     refused("MODEL has no config.json; give the folder of a diffusers model")
+
+
+@pytest.mark.parametrize(
+    "there", [b"", b"[" * 100_000, b"\xff{}", b'{"norm_eps": NaN}', bytes(100)], ids=lambda b: repr(b[:20])
+)
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
+def test_a_damaged_config_of_diffusers_is_told(name, there, model, tmp_path):
+    (model / name).write_bytes(there)
+    with pytest.raises(UsageError, match=rf"^{model / name} is damaged \(.*\); get a whole copy of the file$"):
+        convert("from-diffusers", model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def of_header(values, body=b""):
+    header = values if isinstance(values, bytes) else json.dumps(values).encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**60).to_bytes(8, "little") + b"{}",
+        of_header(b"[" * 100_000),
+        of_header(b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', bytes(4)),
+        of_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)),
+        of_header({"a": {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]}}, bytes(4)),
+        of_header({"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+        of_header({"a": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)),
+        of_header(b"\xff\xfe"),
+    ],
+    ids=lambda content: repr(content[8:60]),
+)
+def test_damaged_headers_of_safetensors_are_told(content, model, tmp_path):
+    """Of a model and of the Inception weights."""
+    (model / SAFETENSORS).write_bytes(content)
+    with pytest.raises(
+        UsageError, match=rf"^{model / SAFETENSORS} .*(get the weights unquantised|a whole copy of the file)$"
+    ):
+        convert("from-diffusers", model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=rf"^{model / SAFETENSORS} cannot be read as safetensors"):
+        load_inception(model / SAFETENSORS)
 
 
 def test_tensors_that_do_not_fit_are_named(model, refused):
@@ -206,6 +255,50 @@ def test_import_that_fails_leaves_no_workdir(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["file/new", "n" * 300, "/proc/new"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(place, model, tmp_path, monkeypatch):
+    write_drawn_run(tmp_path / "run", TINY)
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("ddpm_jax.commands.convert.load_run", None)
+    monkeypatch.setattr("ddpm_jax.interop.diffusers.read_model", None)
+    for arguments in [
+        ("from-diffusers", model, tmp_path / place),
+        ("from-tensorflow", tmp_path / "ckpt", tmp_path / place, "--config", "configs/cifar10.py"),
+        ("to-diffusers", tmp_path / "run", tmp_path / place),
+        ("export", tmp_path / "run", tmp_path / f"{place}.safetensors"),
+        ("export", tmp_path / "run", tmp_path / place / "sampler.jax_export"),
+    ]:
+        with pytest.raises(UsageError, match=r"cannot be written \(.*\); give another"):
+            convert(*arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("arguments", [("to-diffusers", "new"), ("export", "new.safetensors")], ids=lambda a: a[0])
+def test_a_disk_that_refuses_leaves_nothing_and_is_told_in_one_sentence(
+    number, arguments, tmp_path, monkeypatch, capsys
+):
+    write_drawn_run(tmp_path / "run", TINY)
+    write, written = Path.write_bytes, []
+
+    def refuse(self, content):
+        written.append(write(self, content[:100]))
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
+    monkeypatch.setattr(sys, "argv", ["convert.py", arguments[0], str(tmp_path / "run"), str(tmp_path / arguments[1])])
+    with pytest.raises(SystemExit) as end:
+        cli.run(convert_command.main)
+    assert end.value.code == 1
+    assert written
+    said = capsys.readouterr().err
+    assert said.startswith("convert.py: ")
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # ---- Configs
 
 
@@ -302,6 +395,50 @@ def test_config_of_wrong_types_is_refused(broken, model, tmp_path):
     (model / "config.json").write_text(json.dumps(unet_config(TINY) | broken))
     with pytest.raises(UsageError, match=f"^{model} cannot be imported: "):
         convert("from-diffusers", model, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "broken"),
+    [
+        ("config.json", {"layers_per_block": 10**9}),
+        ("config.json", {"block_out_channels": [8] * 10**6}),
+        ("config.json", {"block_out_channels": [10**9, 10**9]}),
+        ("config.json", {"sample_size": 10**9}),
+        ("config.json", {"in_channels": 10**9, "out_channels": 10**9}),
+        ("config.json", {"down_block_types": ["DownBlock2D"] * 10**6}),
+        ("scheduler_config.json", {"num_train_timesteps": 10**12}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_network_beyond_all_bounds_is_refused_before_anything_is_built(file, broken, model, monkeypatch):
+    values = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(values | broken))
+    monkeypatch.setattr("ddpm_jax.interop.diffusers_config.Config", None)
+    with pytest.raises(
+        UsageError, match=f"^{model} cannot be imported: its .*{next(iter(broken))} is .* from 1 to|no list of 1 to"
+    ):
+        read_model(str(model))
+
+
+@pytest.mark.parametrize(
+    ("base", "variance"), [(None, "learned_range"), ("learned", "learned"), ("learned_range",) * 2]
+)
+def test_two_outputs_a_channel_without_a_scheduler_are_a_learned_variance(base, variance, model):
+    """Learned as a share of the range, or as the config says."""
+    learned = tiny(
+        diffusion={"variance": variance, "loss": "rescaled_hybrid", "T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    )
+    arrays = flatten(drawn(learned))
+    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(learned)}
+    safetensors.numpy.save_file(tensors, model / SAFETENSORS)
+    (model / "config.json").write_text(json.dumps(unet_config(learned)))
+    (model / "scheduler_config.json").unlink()
+    config, params = read_model(str(model), learned if base else None)
+    assert (config.diffusion.variance, config.diffusion.prediction) == (variance, "eps")
+    assert flatten(params).keys() == arrays.keys()
+    fixed = tiny(diffusion={"T": 1000, "beta_start": 1e-4, "beta_end": 0.02})
+    with pytest.raises(UsageError, match=r"diffusion.variance \('learned_range' there, 'fixed_large' in the config\)"):
+        read_model(str(model), fixed)
 
 
 def test_config_of_another_model_is_refused(model):

@@ -9,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from etils import epath
 from evaluated import CONFIG, make_workdir
 from PIL import Image
 
@@ -17,7 +18,7 @@ from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
-from ddpm_jax.evaluation.report import describe, write_report
+from ddpm_jax.evaluation.report import describe, results_of_step, write_report
 from ddpm_jax.evaluation.run import Evaluation, Options
 from ddpm_jax.figures import Chains, curves, draw_figures, nearest_grid
 from ddpm_jax.workdir import load_run
@@ -35,6 +36,7 @@ def reported(tmp_path_factory):
         results = evaluate(evaluation, tuple(name for name in METRICS if name != "is"))
         draw_figures(evaluation, results)
     later = json.loads(json.dumps(results["fid"]))
+    del later["sha256"]  # as earlier versions wrote it
     later["definition"]["sampling"]["step"], later["value"] = 80, 1.25
     (workdir / "evaluation" / "fid-00000080-00000000.json").write_text(json.dumps(later))
     later["definition"]["sampling"]["images"] = 50  # another way to take it, at one step only
@@ -158,6 +160,65 @@ def test_paper_configs_are_told_by_every_field_that_matters(changes, fid):
 def test_every_config_of_the_paper_has_its_numbers(name, fid):
     config = load_config(f"configs/{name}.py")
     assert papers_numbers(configs.flatten(config), config.data.source).get("fid") == fid
+
+
+# ---- Damaged results
+
+
+@pytest.fixture(scope="module")
+def alone(reported, tmp_path_factory):
+    """A workdir with the result files of one step, that tests copy and damage."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    shutil.copytree(reported[0], workdir, ignore=shutil.ignore_patterns("parts", "figures", "fid-00000080*"))
+    return workdir
+
+
+DAMAGES = {
+    "a digit": lambda b: re.sub(
+        rb'"value": (\d)', lambda m: b'"value": 9' if m[1] != b"9" else b'"value": 8', b, count=1
+    ),
+    "half": lambda b: b[: len(b) // 2],
+    "empty": lambda b: b"",
+    "zeros": lambda b: bytes(len(b)),
+    "binary": lambda b: b"\xff\xfe" + b,
+    "[]": lambda b: b"[]",
+    "{}": lambda b: b"{}",
+    "brackets": lambda b: b"[" * 100_000,
+    "nan": lambda b: re.sub(rb'"value": [\d.e-]+', b'"value": NaN', b, count=1),
+    "another JSON": lambda b: b'{"metric": ["fid"], "definition": {"sampling": {"step": "x"}}}',
+    "an old one, of texts": lambda b: b'{"metric": "fid", "value": "3", "definition": {"sampling": {"step": 3}}}',
+    "an old one of no table": lambda b: b'{"metric": "rate-distortion", "definition": {"bound": {"step": 3, "T": 4}}}',
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_result_is_left_out_with_a_note_and_the_others_are_reported(how, alone, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    shutil.copytree(alone, workdir)
+    [path] = (workdir / "evaluation").glob("nll-*.json")
+    path.write_bytes(DAMAGES[how](path.read_bytes()))
+    page = write_report(workdir).read_text()
+    assert f"{path.name} is left out (" in page
+    assert "evaluate again, or move it away" in page
+    assert "<td>fid</td>" in page
+    assert "<td>nll</td>" not in page
+    assert {metric for metric, *_ in results_of_step(workdir, 40)} == set(METRICS) - {"is", "nll"}
+
+
+def test_a_result_in_anothers_place_is_left_out(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    [one], [other] = ((tmp_path / "run" / "evaluation").glob(f"{name}-*.json") for name in ("kid", "nll"))
+    shutil.copy(one, other)
+    page = write_report(tmp_path / "run").read_text()
+    assert f"{other.name} is left out (it is not what was written there)" in page
+    assert page.count("<td>kid</td>") == 1
+
+
+def test_other_files_beside_the_figures_are_no_figures(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    (tmp_path / "run" / "evaluation" / "figures").mkdir()
+    (tmp_path / "run" / "evaluation" / "figures" / "samples-mine.png").write_bytes(b"mine")
+    assert "<h2>Figures</h2>" not in write_report(tmp_path / "run").read_text()
 
 
 # ---- Figures

@@ -1,5 +1,7 @@
 """Every sampler: the right distribution, the theoretical order, the paper's special cases, and one compiled loop."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -343,6 +345,38 @@ def test_each_spacing_is_spaced_as_it_says():
     gaps = np.diff(lambdas[choose_steps(schedule, 11, "logsnr")])
     np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.15)  # the first t's lie far apart
     np.testing.assert_array_equal(choose_steps(schedule, (2, 3)), [0, 499, 500, 750, 999])
+
+
+def theirs(T, counts):
+    """Nichol & Dhariwal's rounding in exact fractions: no sum of their strides lies near a half but those that are one."""
+    size, extra = divmod(T, len(counts))
+    steps, start = [], 0
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        stride = Fraction(length - 1, count - 1) if count > 1 else Fraction(1)
+        steps += [start + round(k * stride) for k in range(count)]  # halves to the even number, as Python rounds
+        start += length
+    return steps
+
+
+# Computed by hand: T = 1000 in sections of 334, 333, 333 from 0, 334 and 667 with strides 333/9 = 37, 332/14 = 23.71...
+# and 332/24 = 13.83...; T = 11 in sections of 4, 4, 3 from 0, 4 and 8 with strides 3/2, 1 and 2.
+SECTIONS = {
+    (1000, (10, 15, 25)): [
+        *(0, 37, 74, 111, 148, 185, 222, 259, 296, 333),
+        *(334, 358, 381, 405, 429, 453, 476, 500, 524, 547, 571, 595, 619, 642, 666),
+        *(667, 681, 695, 709, 722, 736, 750, 764, 778, 791, 805, 819, 833),
+        *(847, 861, 875, 888, 902, 916, 930, 944, 957, 971, 985, 999),
+    ],
+    (11, (3, 1, 2)): [0, 2, 3, 4, 8, 10],
+}
+
+
+@pytest.mark.parametrize(("T", "counts"), SECTIONS)
+def test_sections_are_nichols_and_dhariwals(T, counts):
+    expected = SECTIONS[T, counts]
+    assert expected == theirs(T, counts)
+    np.testing.assert_array_equal(choose_steps(make_schedule("linear", T=T), counts), expected)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_batches_are_fixed_ranges_and_the_padding_is_left_out(trained):
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     devices = {"batch_size": 7, "num_devices": mesh.devices.size}
     ranges = batch_ranges(range(13), **devices)
-    assert ranges == [range(8), range(8, 13)]
+    assert list(ranges) == [range(8), range(8, 13)]
     batches = list(generate_batches(make_generator(config, mesh), params, sample_key(3), ranges, **devices))
     assert [part for part, _ in batches] == [range(8), range(8, 13)]
     together = np.concatenate([b for _, b in batches]).astype(int)

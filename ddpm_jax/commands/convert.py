@@ -10,15 +10,22 @@ import tyro
 from ddpm_jax import sharding
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.evaluation.inception_weights import convert_inception
+from ddpm_jax.files import check_place
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.training import state_from_params
-from ddpm_jax.workdir import Run, check_empty, load_run, write_run
+from ddpm_jax.workdir import CONFIG, Run, check_empty, load_run, write_run
 
 Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER-OR-ID")]
 File = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+
+
+def check_workdir(workdir: str) -> None:
+    """Refuses a workdir that holds anything, or cannot be made. Raises UsageError."""
+    check_place(epath.Path(workdir) / CONFIG, "give another workdir")
+    check_empty(epath.Path(workdir))
 
 
 def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
@@ -29,7 +36,7 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
         workdir: New folder that the run is written to.
         config: configs/NAME.py of the same model, whose data and training options the run shall have.
     """
-    check_empty(workdir)
+    check_workdir(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
     write_run(workdir, run_config, state_from_params(run_config, params))
     d = run_config.diffusion
@@ -44,7 +51,7 @@ def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
         workdir: New folder that the run is written to.
         config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
     """
-    check_empty(workdir)
+    check_workdir(workdir)
     run_config = load_config(config)
     state, unused = tensorflow.read_checkpoint(checkpoint, run_config)
     write_run(workdir, run_config, state)
@@ -74,7 +81,7 @@ Chosen = Annotated[Which, tyro.conf.arg(name="")]
 
 def to_diffusers(workdir: Workdir, folder: Folder, which: Chosen) -> None:
     """Write the run in WORKDIR as a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
-    check_empty(folder)
+    diffusers.check_new(folder)
     run = which.load(workdir)
     diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=which.weights, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")

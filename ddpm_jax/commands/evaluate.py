@@ -73,10 +73,11 @@ def main() -> None:
     if not metrics:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
     evaluation = Evaluation(run, workdir, features, arguments.options, arguments.sampler)
-    results = evaluate(evaluation, metrics)
-    if arguments.figures:
-        draw_figures(evaluation, results)
-    if first:
-        for name, result in results.items():
-            print(f"{name}: {describe(result)}")
-        print(f"The report: {write_report(workdir)}")
+    with evaluation.alone():
+        results = evaluate(evaluation, metrics)
+        if arguments.figures:
+            draw_figures(evaluation, results)
+        if first:
+            for name, result in results.items():
+                print(f"{name}: {describe(result)}")
+            print(f"The report: {write_report(workdir)}")

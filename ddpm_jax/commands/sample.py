@@ -10,11 +10,9 @@ from etils import epath
 from ddpm_jax import sharding
 from ddpm_jax.animation import write_animation
 from ddpm_jax.errors import UsageError
-from ddpm_jax.generate import SamplerOptions
+from ddpm_jax.generate import LAST_IMAGE, SamplerOptions
 from ddpm_jax.image_set import Format, generate_set
 from ddpm_jax.workdir import load_run
-
-LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,20 @@ class Arguments:
     """Use the checkpoint even if its manifest is missing or does not match."""
 
 
+def default_name(step: int, arguments: Arguments) -> str:
+    """A folder's name by what defines its images, where that is not the default: step_40_ema_ddim_steps_50_eta_0.2_seed_0."""
+    options, default = arguments.options, SamplerOptions()
+    parts: list[object] = ["step", step, arguments.weights, options.sampler]
+    for name in ("steps", "spacing", "eta", "clip"):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            parts += [name, "-".join(map(str, value)) if isinstance(value, tuple) else value]
+    parts += ["seed", arguments.seed]
+    if arguments.first_image:
+        parts += ["from", arguments.first_image]
+    return "_".join(map(str, parts))
+
+
 def main() -> None:
     """Parses the command line, samples and writes."""
     if {"-h", "--help"} & set(sys.argv):
@@ -65,8 +77,7 @@ def main() -> None:
     if arguments.distributed:
         sharding.start_processes()
     run = load_run(workdir, step=arguments.step, weights=arguments.weights, unverified=arguments.unverified)
-    name = f"step_{run.step}_{arguments.weights}_{arguments.options.sampler}_seed_{arguments.seed}"
-    out = epath.Path(arguments.out or f"{workdir}/generated/{name}")
+    out = epath.Path(arguments.out or f"{workdir}/generated/{default_name(run.step, arguments)}")
     indices = range(arguments.first_image, arguments.first_image + arguments.num_images)
     generate_set(
         run,

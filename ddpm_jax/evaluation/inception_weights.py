@@ -134,7 +134,7 @@ def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
         )
     try:
         tensors = load(content)
-    except SafetensorError as error:
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:  # the others of kinds that NumPy has not
         raise UsageError(f"{path} cannot be read as safetensors ({error}); {HOW_TO_GET}") from None
     wrong = {n: s for n, s in _shapes().items() if n not in tensors or tensors[n].shape != s}
     if wrong:

@@ -1,7 +1,7 @@
 """The metrics of a run, each a function of an `Evaluation`, and the files that they are written to.
 
-WORKDIR/evaluation/METRIC-STEP-DIGEST.json   a result with all that defines it; one file for each definition, so that none
-                                             overwrites another
+WORKDIR/evaluation/METRIC-STEP-DIGEST.json   a result with all that defines it and, last, its own SHA-256; one file for each
+                                             definition, so that none overwrites another
 """
 
 import json
@@ -117,6 +117,17 @@ METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 WITHOUT_FEATURES = ("nll", "rate-distortion", "nearest")
 
 
+def step_of(result: dict[str, Any]) -> int:
+    """The step of the checkpoint that a result is of."""
+    made_of = result["definition"].get("sampling") or result["definition"]["bound"]
+    return made_of["step"]
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """The name of a result's file."""
+    return f"{result['metric']}-{step_of(result):08d}-{digest(result['definition'])[:8]}.json"
+
+
 def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Computes metrics and writes each into its file; what was begun before is continued. Returns the results by metric.
 
@@ -127,9 +138,9 @@ def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict
     results = {}
     for name in metrics:
         result = {"metric": name, **METRICS[name](evaluation)}
+        result["sha256"] = digest(result)
         if jax.process_index() == 0:
             evaluation.folder.mkdir(parents=True, exist_ok=True)
-            path = evaluation.folder / f"{name}-{evaluation.run.step:08d}-{digest(result['definition'])[:8]}.json"
-            write_text(path, json.dumps(result, indent=2) + "\n")
+            write_text(evaluation.folder / file_name(result), json.dumps(result, indent=2) + "\n")
         results[name] = result
     return results

@@ -7,7 +7,6 @@ Of several processes the first one reads and writes, and tells the others what i
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +17,8 @@ from etils import epath
 from tqdm import tqdm
 
 from ddpm_jax import sharding
-from ddpm_jax.files import whole, write_text
-
-Arrays = dict[str, np.ndarray]
+from ddpm_jax.arrays import Arrays, parse_arrays, write_arrays
+from ddpm_jax.files import DamagedFileError, write_text
 
 
 def digest(definition: Any) -> str:
@@ -28,24 +26,32 @@ def digest(definition: Any) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
+def _of(path: epath.Path) -> str:
+    # The folder's name is the digest of what the arrays depend on, the file's name which of them they are.
+    return f"{path.parent.name}/{path.name}"
+
+
 def save_arrays(path: epath.Path, arrays: Arrays) -> None:
     """Writes an .npz file whole or not at all, on the first process."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # it takes one name for an option of its own
+    write_arrays(path, arrays, of=_of(path))
 
 
 def load_arrays(path: epath.Path) -> Arrays | None:
-    """The arrays of a file that `save_arrays` wrote, or None if it is not there or damaged (an .npz has checksums)."""
+    """The arrays of a file that `save_arrays` wrote, or None if it is not there, damaged, or was moved from another place.
+
+    A damaged one is named on the first process.
+    """
     content = sharding.first_reads(path)
     if content is None:
         return None
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception:  # a damaged header raises almost anything
+        return parse_arrays(path, content, of=_of(path))
+    except DamagedFileError as error:
+        if jax.process_index() == 0:
+            tqdm.write(f"{path} is damaged ({error.reason}) and is made again")
         return None
 
 
@@ -59,6 +65,7 @@ class Parts:
         self.folder = folder / digest(definition)[:16]
         self.definition = definition
         self.compute = compute
+        self._described = False
 
     def get(self, part: range) -> Arrays:
         """The arrays of one range, read or computed."""
@@ -66,11 +73,17 @@ class Parts:
         arrays = load_arrays(path)
         if arrays is None:
             arrays = self.compute(part)
-            if jax.process_index() == 0 and not (self.folder / "definition.json").exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self.folder / "definition.json", json.dumps(self.definition, indent=2) + "\n")
             save_arrays(path, arrays)
+        self._describe()
         return arrays
+
+    def _describe(self) -> None:
+        """Says in the folder what its name is the digest of: nothing reads it, and a person may."""
+        path, text = self.folder / "definition.json", json.dumps(self.definition, indent=2) + "\n"
+        if jax.process_index() == 0 and not self._described:
+            if not path.exists() or path.read_bytes() != text.encode():
+                write_text(path, text)
+            self._described = True
 
     def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
         """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar on the first process."""

@@ -5,17 +5,17 @@ It is written from the workdir's files alone, holds its pictures within itself a
 
 import base64
 import html
-import json
 from typing import Any
 
 from etils import epath
 
 from ddpm_jax import config as configs
-from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation.metrics import file_name, step_of
 from ddpm_jax.evaluation.paper import papers_numbers
+from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.evaluation.run import EVALUATION
 from ddpm_jax.figures import FOLDER, curves
-from ddpm_jax.files import write_text
+from ddpm_jax.files import DamagedFileError, read_json, remove_remnants, write_text
 from ddpm_jax.reporting import read_metrics
 from ddpm_jax.workdir import read_config
 
@@ -69,30 +69,48 @@ def _number(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
-def read_results(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The results of a workdir's evaluations, by metric and step. Raises UsageError for a damaged file."""
-    folder = workdir / EVALUATION
-    results = []
+def read_results(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results of a workdir's evaluations, by metric and step; and of each file that is none, what is wrong with it."""
+    folder, results, notes = workdir / EVALUATION, [], []
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
         try:
-            results.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UsageError(f"{path} cannot be read ({error}); evaluate again, or move it away") from None
-    return sorted(results, key=lambda result: (result["metric"], _step(result)))
+            results.append(_read_result(path))
+        except DamagedFileError as error:
+            notes.append(f"{path.name} is left out ({error.reason}); evaluate again, or move it away")
+    return sorted(results, key=lambda result: (result["metric"], step_of(result))), notes
+
+
+def _read_result(path: epath.Path) -> dict[str, Any]:
+    """A result that is proven or, of an earlier version, can be shown. Raises DamagedFileError."""
+    result = read_json(path)
+    proof = result.pop("sha256", None)
+    try:
+        proven = proof is not None and proof == digest(result) and path.name == file_name(result)
+        if proof is None:
+            _show(result)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFileError(path, f"it holds no result of an evaluation: {error!r}") from None
+    if proof is not None and not proven:
+        raise DamagedFileError(path, "it is not what was written there")
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Makes all that the report makes of a result, to see whether it can."""
+    texts = [f"{step_of(result):,d}", describe(result), _made_of(result["definition"]), result["metric"]]
+    texts += [f"{name} {version}" for name, version in result["definition"]["software"].items()]
+    _table([""], [texts])
+    if result["metric"] == "rate-distortion":
+        _rate_distortion([result])
 
 
 def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
     """What was measured of a step: the metric, its value in a line, and what it is of."""
     return [
         (result["metric"], describe(result), _made_of(result["definition"]))
-        for result in read_results(workdir)
-        if _step(result) == step
+        for result in read_results(workdir)[0]
+        if step_of(result) == step
     ]
-
-
-def _step(result: dict[str, Any]) -> int:
-    made_of = result["definition"].get("sampling") or result["definition"]["bound"]
-    return made_of["step"]
 
 
 def _made_of(definition: dict[str, Any]) -> str:
@@ -133,7 +151,7 @@ def _figure(content: bytes, kind: str, caption: str) -> str:
 def _training_curve(workdir: epath.Path) -> str:
     lines = {}
     for name, label in (("loss", "training images"), ("eval_loss", "held-out images, EMA parameters")):
-        logged = [line for line in read_metrics(workdir) if name in line]
+        logged = [line for line in read_metrics(workdir) if isinstance(line.get(name), float | int)]
         if logged:
             lines[label] = [line["step"] for line in logged], [line[name] for line in logged]
     return _figure(curves(lines, x="step", y="loss", log=True), "svg", "The training loss.") if lines else ""
@@ -144,10 +162,10 @@ def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
-            lines.setdefault(_made_of(result["definition"]), {})[_step(result)] = result["value"]
+            lines.setdefault(_made_of(result["definition"]), {})[step_of(result)] = result["value"]
     for line in read_metrics(workdir):
-        if "eval_fid" in line:
-            lines.setdefault(f"while training ({line['eval_of']})", {})[line["step"]] = line["eval_fid"]
+        if isinstance(line.get("eval_fid"), float | int):
+            lines.setdefault(f"while training ({line.get('eval_of')})", {})[line["step"]] = line["eval_fid"]
     several = {name: (list(points), list(points.values())) for name, points in sorted(lines.items()) if len(points) > 1}
     return (
         _figure(curves(several, x="step", y="FID", marks=True), "svg", "FID against training steps.") if several else ""
@@ -157,7 +175,7 @@ def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
 def _rate_distortion(results: list[dict[str, Any]]) -> str:
     if not results:
         return ""
-    newest = max(results, key=_step)
+    newest = max(results, key=step_of)
     rows = [[f"{row['reverse_time']}", f"{row['rate']:.5f}", f"{row['distortion']:.5f}"] for row in newest["table"]]
     T = newest["definition"]["bound"]["T"]
     columns = {
@@ -181,9 +199,9 @@ def _rate_distortion(results: list[dict[str, Any]]) -> str:
 def _pictures(workdir: epath.Path) -> str:
     folder, said = workdir / EVALUATION / FOLDER, []
     for name, caption in CAPTIONS.items():
-        paths = sorted(folder.glob(f"{name}-*.png")) if folder.exists() else []
+        paths = sorted(folder.glob(f"{name}-{'[0-9]' * 8}.png")) if folder.exists() else []
         if paths:
-            step = int(paths[-1].stem.rsplit("-", 1)[1])
+            step = int(paths[-1].stem[-8:])
             said.append(_figure(paths[-1].read_bytes(), "png", f"{caption} Step {step:,}."))
     return "<h2>Figures</h2>" + "".join(said) if said else ""
 
@@ -191,14 +209,14 @@ def _pictures(workdir: epath.Path) -> str:
 def write_report(workdir: epath.PathLike) -> epath.Path:
     """Writes report.html from what lies in the workdir, and returns its path."""
     workdir = epath.Path(workdir)
-    config, results = read_config(workdir), read_results(workdir)
+    config, (results, notes) = read_config(workdir), read_results(workdir)
     flat = configs.flatten(config)
     paper = papers_numbers(flat, config.data.source)
     head = ["metric", "step", *(["the paper's"] if paper else []), "value, and what it is of"]
     rows = [
         [
             result["metric"],
-            f"{_step(result):,}",
+            f"{step_of(result):,}",
             *([paper.get(result["metric"], "")] if paper else []),
             f"{describe(result)}\n{_made_of(result['definition'])}",
         ]
@@ -212,12 +230,14 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(workdir.name)}</h1>"
         f"<h2>Results</h2>{_table(head, rows)}{of_paper if paper else ''}"
-        f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(workdir, results)}"
+        + "".join(f"<p><small>{html.escape(note)}</small></p>" for note in notes)
+        + f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(workdir, results)}"
         + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
         + _pictures(workdir)
         + f"<h2>Config</h2>{_table(['field', 'value'], [[name, str(value)] for name, value in flat.items()])}"
         f"<p><small>{html.escape(', '.join(f'{name} {version}' for name, version in software.items()))}</small></p>"
         "</body></html>"
     )
+    remove_remnants(workdir, REPORT)
     write_text(workdir / REPORT, page)
     return workdir / REPORT

@@ -6,11 +6,13 @@
 The properties of an `Evaluation` are computed once, when first asked for; of several processes all must ask.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +22,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import sharding
+from ddpm_jax.arrays import Arrays, parse_arrays
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import likelihood, scores
-from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.features import PIXELS, Features
 from ddpm_jax.evaluation.likelihood import Drawn
-from ddpm_jax.evaluation.parts import Arrays, Parts, load_arrays, save_arrays
+from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.scores import Statistics
-from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
+from ddpm_jax.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
+from ddpm_jax.generate import (
+    LAST_IMAGE,
+    SamplerOptions,
+    check_batch,
+    generate_batches,
+    make_generator,
+    sample_key,
+)
+from ddpm_jax.room import check_disk, check_memory
 from ddpm_jax.workdir import Run
 
 EVALUATION = "evaluation"
@@ -88,10 +100,44 @@ class Evaluation:
         # One compiled program for all parts: every device takes as many images.
         devices = run.mesh.devices.size
         self.batch_size = -(-options.batch_size // devices) * devices
+        sharding.first_decides(self._check_room)
         self.T = run.schedule.T
         self.edges = likelihood.strata(self.T, options.terms or self.T - 1)
         self.software = software(run.mesh)
         self.model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
+
+    def _check_room(self) -> int:
+        check_batch(self.run.config, self.run.mesh, self.batch_size)
+        if count := self.options.num_images:
+            what, remedy = f"--num-images {count}", "use fewer"
+            if count > LAST_IMAGE:
+                raise UsageError(f"{what} goes beyond image {LAST_IMAGE}; {remedy}")
+            image = int(np.prod(self.source.images.shape[1:]))
+            # Of a function of a user's own no more is known than that it gives numbers.
+            number = {PIXELS.name: image}.get(self.features.name, 1)
+            check_memory(4 * number * count, f"{what} (their features)", remedy)
+            there = sum(path.stat().length for path in (self.folder / "parts").glob("*/*.npz"))
+            check_disk(self.folder, (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
+        return 0
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds WORKDIR/evaluation while the block runs, swept of what killed processes left; of all processes all must ask.
+
+        Raises UsageError where another command holds it, or it cannot be written.
+        """
+        with contextlib.ExitStack() as held:
+
+            def enter() -> int:
+                check_place(self.folder / "figures" / "x", "make the workdir writable, or evaluate a copy of it")
+                self.folder.mkdir(exist_ok=True)
+                held.enter_context(sole_writer(self.folder))
+                for folder in (self.folder, self.folder / "figures", *(self.folder / "parts").glob("*/")):
+                    remove_remnants(folder)
+                return 0
+
+            sharding.first_decides(enter)
+            yield
 
     # ---- What defines the numbers
 
@@ -237,7 +283,7 @@ def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Stati
     """Mean and covariance of the first `count` images' features, computed once and kept beside them."""
     path = features.folder / f"statistics-{count}.npz"
     kept = load_arrays(path)
-    if kept is None:
+    if kept is None or set(kept) != set(Statistics._fields):
         parts = features.each(count, batch_size, title="real images")
         computed = scores.statistics_of_parts(part["features"] for part in parts)
         save_arrays(path, computed._asdict())
@@ -256,10 +302,14 @@ def weights_checksum(params: Any) -> str:
 
 def read_statistics(path: epath.Path) -> Statistics:
     """mu and sigma of an .npz file, as published for data sets. Raises UsageError for any other file."""
-    arrays = load_arrays(path)
-    if arrays is None or not {"mu", "sigma"} <= set(arrays):
-        raise UsageError(f"--statistics {path} is not an .npz file with the arrays mu and sigma; give such a file")
-    mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    content = sharding.first_reads(path) if sharding.first_decides(lambda: is_regular(path)) else None
+    try:
+        arrays = parse_arrays(path, content or b"")
+        mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    except (DamagedFileError, KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"--statistics {path} is not an .npz file with the arrays mu and sigma; give such a file"
+        ) from None
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UsageError(f"--statistics {path} has numbers that are not finite; give other statistics")
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.errors import UsageError, first_line
+from ddpm_jax.files import DamagedFileError, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
-from ddpm_jax.training import build_schedule
+from ddpm_jax.training import build_schedule, build_unet
 from ddpm_jax.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -37,7 +38,8 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
 
     source: a folder, or an id on the hub such as google/ddpm-cifar10-32. base: a config of the same network and diffusion,
     whose data and training options are taken; without it the data are `none`. A folder without a scheduler's config is
-    taken to be the paper's. Raises UsageError for what is missing, damaged or not one of our networks.
+    taken to be the paper's; its variance is then what the base says, or learned where the outputs are two for each channel.
+    Raises UsageError for what is missing, damaged or not one of our networks.
     """
     folder = _find_folder(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -45,7 +47,7 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
     schedulers = [
         p for p in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json") if p.exists()
     ]
-    scheduler = _read_json(schedulers[0]) if schedulers else {"variance_type": "fixed_large"}
+    scheduler = _read_json(schedulers[0]) if schedulers else None
     try:
         config = from_diffusers_configs(unet, scheduler)
     except UsageError as error:
@@ -53,7 +55,7 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UsageError(f"{source} cannot be imported: its config is not one of diffusers ({error})") from None
     if base is not None:
-        config = _with_options_of(base, config, source)
+        config = _with_options_of(base, config, source, without_scheduler=scheduler is None)
     return config, _read_parameters(unet_folder, parameters(config))
 
 
@@ -88,20 +90,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{path.parent} has no {path.name}; give the folder of a diffusers model")
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no JSON object; get a whole copy of the file")
-    return values
+        return read_json(epath.Path(path))
+    except DamagedFileError as error:
+        raise DamagedFileError(path, error.reason, "get a whole copy of the file") from None
 
 
-def _with_options_of(base: Config, config: Config, source: str) -> Config:
+def _with_options_of(base: Config, config: Config, source: str, *, without_scheduler: bool) -> Config:
     check(base)
     betas, others = build_schedule(base).betas, build_schedule(config).betas
     # Equal betas may have other names: those of const are a linear schedule's as well.
     same = betas.shape == others.shape and np.allclose(betas, others, rtol=1e-5, atol=0)
     names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
+    if without_scheduler and build_unet(base).out_channels == build_unet(config).out_channels:
+        names -= {"diffusion.variance"}  # nothing else says which
     differ = [name for name in differences(base, config) if name in names]
     if differ:
         was, now = flatten_config(base), flatten_config(config)
@@ -139,7 +140,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
-    except AttributeError as error:  # of numpy, which is asked for the type by name
+    except (AttributeError, TypeError) as error:  # of numpy, which is asked for the type by name
         raise UsageError(f"{path} holds numbers that NumPy has not ({error}); get the weights unquantised") from None
 
 
@@ -158,6 +159,14 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{path} is damaged or holds something else than weights, so nothing of it was used; "
             f"get {WEIGHTS}.safetensors instead"
         ) from None
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder that holds anything, or cannot be made. Raises UsageError."""
+    check_place(folder / "model_index.json", "give another folder")
+    check_empty(epath.Path(folder))
+    if not folder.name:
+        raise UsageError(f"{folder} cannot be replaced by a folder; give the name of a new one")
 
 
 def write_pipeline(run: Run, folder: Path, card: str) -> None:
@@ -179,15 +188,14 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
     tensors = {
         p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
     }
-    check_empty(epath.Path(folder))
-    if not folder.name:
-        raise UsageError(f"{folder} cannot be replaced by a folder; give the name of a new one")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / folder.name
         for name, values in files.items():
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(tensors, whole / f"unet/{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        # Not by save_file, which tells a full disk in a kind of error of its own.
+        (whole / f"unet/{WEIGHTS}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (whole / "README.md").write_text(card)
         whole.replace(folder)

@@ -66,6 +66,8 @@ _SAMPLER_DEFAULTS: dict[str, Any] = _SAMPLER | {
     "variance_type": "fixed_small",
 }
 _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+MOST_LEVELS, MOST_CHANNELS, MOST_STEPS = 16, 2**15, 10**6
+_MOST = {"in_channels": 64, "layers_per_block": 32, "norm_num_groups": MOST_CHANNELS, "sample_size": 2**14}
 _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 # Their "learned" is the variance, ours its logarithm, so neither stands for the other.
 _VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
@@ -111,22 +113,27 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     }
 
 
-def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any]) -> Config:
+def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | None) -> Config:
     """Our config of a network and a scheduler of diffusers; its data are `none`, its training options the defaults.
 
+    Without a scheduler the diffusion is the paper's, of a variance that is learned_range where a channel has two outputs.
     Raises UsageError, naming the fields, if our network or sampler cannot be that.
     """
     given = _NETWORK | _NETWORK_DEFAULTS | unet
     missing = [name for name in ("block_out_channels", "down_block_types", "up_block_types") if name not in given]
     if missing:
         raise UsageError(f"its network's config has no {missing[0]}; give the folder of a UNet2DModel")
+    _check_sizes(given)
+    if scheduler is None:
+        learned = given["out_channels"] == 2 * given["in_channels"]
+        scheduler = {"variance_type": "learned_range" if learned else "fixed_large"}
     diffusion = _diffusion(scheduler)
     attends = [kind == "AttnDownBlock2D" for kind in given["down_block_types"]]
     widths, size = given["block_out_channels"], given["sample_size"]
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
     if not isinstance(size, int):
-        raise UsageError(f"its network's sample_size is {json.dumps(size)}, expected the images' height and width")
+        raise UsageError(f"its network's sample_size is {json.dumps(size)}, expected equal height and width")
     ch = widths[0]
     config = Config(
         data=DataConfig(source="none", image_size=size, channels=given["in_channels"]),
@@ -155,8 +162,29 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any]) -> C
     return config
 
 
+def _check_sizes(given: dict[str, Any]) -> None:
+    """Refuses networks beyond all that are known before anything is built of their numbers. Raises UsageError."""
+    for name, most in _MOST.items():
+        _check_most(given, name, most, "network")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(given[name], list) or not 1 <= len(given[name]) <= MOST_LEVELS:
+            raise UsageError(f"its network's {name} is no list of 1 to {MOST_LEVELS} levels; give another model")
+    for width in given["block_out_channels"]:
+        _check_most({"block_out_channels": width}, "block_out_channels", MOST_CHANNELS, "network")
+
+
+def _check_most(given: dict[str, Any], name: str, most: int, what: str) -> None:
+    for value in given[name] if isinstance(given[name], list) else [given[name]]:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            said = json.dumps(value)[:40]
+            raise UsageError(
+                f"its {what}'s {name} is {said}, expected a whole number from 1 to {most}; give another model"
+            )
+
+
 def _diffusion(scheduler: dict[str, Any]) -> DiffusionConfig:
     given = _SAMPLER_DEFAULTS | scheduler
+    _check_most(given, "num_train_timesteps", MOST_STEPS, "sampler")
     _refuse_differences({name: given[name] for name in _SAMPLER}, _SAMPLER, "sampler")
     if given["variance_type"] == "fixed_small_log":  # the same, computed another way
         given["variance_type"] = "fixed_small"

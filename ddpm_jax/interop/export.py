@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from ddpm_jax import config as configs
 from ddpm_jax import rng
 from ddpm_jax.errors import UsageError
-from ddpm_jax.files import whole
+from ddpm_jax.files import check_place, whole
 from ddpm_jax.generate import to_uint8
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.rng import Purpose
@@ -66,12 +66,13 @@ def sampler_file(run: Run) -> bytes:
 
 
 def check_file(file: epath.PathLike) -> None:
-    """Refuses a file of another ending, and one that is there. Raises UsageError."""
+    """Refuses a file of another ending, one that is there, and one that cannot be written. Raises UsageError."""
     file = epath.Path(file)
     if file.suffix not in (".safetensors", ".jax_export"):
         raise UsageError(
             f"got the file {file}, expected one that ends in .safetensors (parameters) or .jax_export (sampler)"
         )
+    check_place(file, "give another file")
     if file.exists():
         raise UsageError(f"{file} exists; choose another name, or move it away")
 

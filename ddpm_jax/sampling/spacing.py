@@ -58,7 +58,7 @@ SPACINGS: dict[str, Callable[[Schedule, int], Steps]] = {
 def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: str = "linspace") -> Steps:
     """The steps to visit: all (no counts), n of them by a spacing of `SPACINGS`, or so many in each of equal sections of T.
 
-    The sections (Nichol & Dhariwal's, e.g. 10, 20, 30: the first number is for the least noise) are spaced by linspace.
+    The sections are Nichol & Dhariwal's (e.g. 10, 20, 30: the first number is for the least noise), with their rounding.
     Raises ValueError for an unknown spacing or more steps than there are.
     """
     counts = (counts,) if isinstance(counts, int) else tuple(counts)
@@ -68,7 +68,8 @@ def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: 
         return np.arange(schedule.T)
     if len(counts) > 1 and spacing != "linspace":
         raise ValueError(f"got sections of {counts} steps and spacing {spacing!r}, expected linspace for sections")
-    ends = [schedule.T * i // len(counts) for i in range(len(counts) + 1)]
+    size, longer = divmod(schedule.T, len(counts))
+    ends = [size * i + min(i, longer) for i in range(len(counts) + 1)]
     for count, first, end in zip(counts, ends, ends[1:], strict=False):
         if not 1 <= count <= end - first:
             raise ValueError(
@@ -76,9 +77,13 @@ def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: 
             )
     if len(counts) == 1:
         return SPACINGS[spacing](schedule, counts[0])
-    return np.concatenate(
-        [
-            np.round(np.linspace(first, end - 1, c)).astype(np.int64)
-            for c, first, end in zip(counts, ends, ends[1:], strict=False)
-        ]
-    )
+    return np.concatenate([_section(*each) for each in zip(counts, ends, ends[1:], strict=False)])
+
+
+def _section(count: int, first: int, end: int) -> Steps:
+    """`count` of the steps first .. end-1, as Nichol & Dhariwal space them: the stride is added up, and the sum rounded."""
+    stride = (end - first - 1) / (count - 1) if count > 1 else 1.0
+    places = [0.0]
+    while len(places) < count:
+        places.append(places[-1] + stride)
+    return np.array([first + round(place) for place in places])

@@ -1,0 +1,72 @@
+"""OUT/set.json: what defines a set of images, whether it is complete, and then the digests that prove what is there."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from ddpm_jax.files import MOST_BYTES, DamagedFileError, fingerprint, read_json, write_text
+
+SET = "set.json"
+MOST_TOLD = 10  # damaged files that are named one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What set.json says: the set's definition, whether it is complete, and then what is there, which proves it."""
+
+    definition: dict[str, Any]
+    complete: bool = False
+    files: dict[str, Any] | None = None  # size and SHA-256 by name; None in sets of earlier versions
+    batches: list[Any] = dataclasses.field(default_factory=list)  # SHA-256 of the pixels of each batch
+
+    def write(self, folder: epath.Path) -> None:
+        """Writes set.json."""
+        values = {"set": self.definition, "complete": self.complete}
+        if self.files is not None:
+            values |= {"files": self.files, "batches": self.batches}
+        write_text(folder / SET, json.dumps(values, indent=2) + "\n")
+
+
+def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
+    """What the folder's set.json says. Raises FileNotFoundError, or DamagedFileError."""
+    path, advice = folder / SET, "give another --out"
+    try:
+        values = read_json(path, most=most)
+    except DamagedFileError as error:
+        raise DamagedFileError(path, error.reason, advice) from None
+    mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
+    if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):
+        raise DamagedFileError(path, "it is of no set of images", advice)
+    if not isinstance(mark.files, dict | None) or not isinstance(mark.batches, list):
+        raise DamagedFileError(path, "its files and batches are no lists of digests", advice)
+    return mark
+
+
+def is_listed(path: epath.Path) -> bool:
+    """Whether a file beside set.json is there and as it was listed; one that is not is named."""
+    there, files = fingerprint(path), read_mark(path.parent).files
+    if there is None:
+        return False
+    if files is None or files.get(path.name) == there:
+        return True
+    tell([f"{path} is damaged (it is not what set.json lists) and is made again"])
+    return False
+
+
+def add_to_list(path: epath.Path) -> None:
+    """Lists a file beside set.json there."""
+    mark = read_mark(path.parent)
+    files = (mark.files or {}) | {path.name: fingerprint(path)}
+    if mark.files is not None:
+        dataclasses.replace(mark, files=files).write(path.parent)
+
+
+def tell(sentences: list[str]) -> None:
+    """Says what is damaged, the first of it one by one."""
+    for sentence in sentences[:MOST_TOLD]:
+        tqdm.write(sentence)
+    if len(sentences) > MOST_TOLD:
+        tqdm.write(f"and so are {len(sentences) - MOST_TOLD} more files")
