@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import time
+import zlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -24,6 +25,7 @@ from ddpm_jax.files import read_bytes, whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"
+CHECKSUM = "crc32"  # the last entry of a line
 MOST_LOG_BYTES = 2**34  # a long run's grids are among the events
 
 
@@ -79,7 +81,15 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         return None
+    checksum = values.pop(CHECKSUM, None)  # lines of earlier versions have none
+    if checksum is not None and checksum != _checksum(values):
+        return None
     return values if all(_is_scalar(value) for value in values.values()) else None
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    """The CRC-32 of a line's values, without which a flipped digit would go unnoticed."""
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def _is_scalar(value: Any) -> bool:
@@ -165,8 +175,9 @@ class Report:
         self._metrics = (workdir / METRICS).open("a")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, {"step": step, **values}, and one TensorBoard scalar for each number among the values."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        """One line of metrics.jsonl, {"step": step, **values, "crc32": checksum}, and one TensorBoard scalar for each number."""
+        line = {"step": step, **values}
+        self._metrics.write(json.dumps({**line, CHECKSUM: _checksum(line)}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             if not isinstance(value, str):

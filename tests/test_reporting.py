@@ -37,7 +37,9 @@ def workdir(tmp_path):
 
 
 def metrics(workdir):
-    return [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+    assert all(list(line)[-1] == "crc32" for line in lines)
+    return [{name: value for name, value in line.items() if name != "crc32"} for line in lines]
 
 
 def records(path):
@@ -162,6 +164,25 @@ def test_a_damaged_line_is_cut_and_no_intact_one(damage, workdir):
     assert f"{path} had 2 damaged lines" in note
     Report(workdir, last_step=30, say=said.append).close()
     assert said == [note]
+
+
+def test_a_flipped_bit_anywhere_in_a_line_changes_no_number_in_silence(workdir):
+    write(workdir, [10, 20])
+    path = workdir / METRICS
+    content, intact = path.read_bytes(), read_metrics(workdir)
+    name = content.index(b'"crc32"')  # with its name flipped, the checksum is a number more
+    for position in range(content.index(b"\n")):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            lines = read_metrics(workdir)
+            if name < position < name + 7 and len(lines) == 2:
+                assert set(intact[0].items()) < set(lines[0].items())
+            else:
+                assert lines in (intact, intact[1:]), (position, bit)
+    path.write_text('{"step": 5, "loss": 0.5}\n')  # of an earlier version
+    assert read_metrics(workdir) == [{"step": 5, "loss": 0.5}]
 
 
 def test_zeros_before_a_line_cost_no_line(workdir):
