@@ -1,6 +1,7 @@
 """OUT/set.json: what defines a set of images, whether it is complete, and then the digests that prove what is there."""
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -24,10 +25,13 @@ class Mark:
 
     def write(self, folder: epath.Path) -> None:
         """Writes set.json."""
-        values = {"set": self.definition, "complete": self.complete}
-        if self.files is not None:
-            values |= {"files": self.files, "batches": self.batches}
+        values = {"set": self.definition, "complete": self.complete, "files": self.files, "batches": self.batches}
+        values["sha256"] = _proof(values)
         write_text(folder / SET, json.dumps(values, indent=2) + "\n")
+
+
+def _proof(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
@@ -37,11 +41,12 @@ def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
         values = read_json(path, most=most)
     except DamagedFileError as error:
         raise DamagedFileError(path, error.reason, advice) from None
+    proof, of_an_earlier_version = values.pop("sha256", None), set(values) == {"set", "complete"}
+    if not of_an_earlier_version and proof != _proof(values):
+        raise DamagedFileError(path, "it is not what was written", advice)
     mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
     if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):
         raise DamagedFileError(path, "it is of no set of images", advice)
-    if not isinstance(mark.files, dict | None) or not isinstance(mark.batches, list):
-        raise DamagedFileError(path, "its files and batches are no lists of digests", advice)
     return mark
 
 
@@ -59,9 +64,8 @@ def is_listed(path: epath.Path) -> bool:
 def add_to_list(path: epath.Path) -> None:
     """Lists a file beside set.json there."""
     mark = read_mark(path.parent)
-    files = (mark.files or {}) | {path.name: fingerprint(path)}
     if mark.files is not None:
-        dataclasses.replace(mark, files=files).write(path.parent)
+        dataclasses.replace(mark, files=mark.files | {path.name: fingerprint(path)}).write(path.parent)
 
 
 def tell(sentences: list[str]) -> None:

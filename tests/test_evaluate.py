@@ -422,7 +422,7 @@ def refused(call):
         ({"bootstrap": 1}, "--bootstrap 1 has no spread; use 0 for none, or 2 or more"),
         ({"seed": 2**32}, "--seed 4294967296 is outside of 0 .. 4294967295; choose another"),
         ({"terms": 10}, "got 10 terms of the bound, expected 1 to 9; 0 stands for all"),
-        ({"source": "none.npz"}, "data.source='none.npz' is not a file; give the path of an .npy or .npz file"),
+        ({"source": "none.npz"}, "data.source='none.npz' does not exist; use one of "),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused(run, loaded, changed, message):

@@ -461,16 +461,15 @@ def test_a_set_killed_while_it_is_recovered_is_recovered(run, whole, tmp_path, m
     assert sampled == []
 
 
-def test_a_list_that_is_damaged_proves_nothing(run, whole, tmp_path, capsys):
-    """Entries that are missing or of another kind are as those that differ."""
+@pytest.mark.parametrize(
+    ("there", "then"), [(b"files", b"filet"), (b'"000000.png"', b'"000010.png"'), (b'"seed": 3', b'"seed": 7')]
+)
+def test_a_set_json_that_is_changed_is_told(there, then, run, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
-    values = json.loads((tmp_path / "out" / "set.json").read_text())
-    values["files"] = {"000000.png": 3, "images.npz": values["files"]["images.npz"][::-1]}
-    values["batches"] = [None, 5]
-    (tmp_path / "out" / "set.json").write_text(json.dumps(values))
-    generate(run, tmp_path / "out")
-    assert content(tmp_path / "out") == content(whole)
-    assert "and so are 2 more files" in capsys.readouterr().out
+    path = tmp_path / "out" / "set.json"
+    path.write_bytes(path.read_bytes().replace(there, then, 1))
+    with pytest.raises(UsageError, match=r"set\.json is damaged \(it is not what was written\); give another --out"):
+        generate(run, tmp_path / "out")
 
 
 def test_a_set_of_an_earlier_version_is_taken_and_told_to_be_unproven(run, whole, tmp_path, capsys):

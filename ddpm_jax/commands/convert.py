@@ -24,8 +24,8 @@ File = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
 
 def check_workdir(workdir: str) -> None:
     """Refuses a workdir that holds anything, or cannot be made. Raises UsageError."""
-    check_place(epath.Path(workdir) / CONFIG, "give another workdir")
-    check_empty(epath.Path(workdir))
+    check_place(f"{workdir}/{CONFIG}", "give another workdir")
+    check_empty(workdir)
 
 
 def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
