@@ -51,6 +51,8 @@ def start_processes(*, timeout: float = 300.0) -> None:
             "JAX_COORDINATOR_ADDRESS (process 0's host and a free port), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or "
             "leave out --distributed"
         ) from None
+    # Gloo connects at the first computation together, and gives up after 30 s: here, where all have just come.
+    multihost_utils.sync_global_devices("joined")
     peers.others[:] = [i for i in range(jax.process_count()) if i != jax.process_index()]
 
 
