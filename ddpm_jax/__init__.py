@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm_jax.commands.train import train
     from ddpm_jax.config import Config
     from ddpm_jax.diffusion.bound import bits_per_dim
     from ddpm_jax.diffusion.losses import simple_loss
@@ -14,24 +15,28 @@ if TYPE_CHECKING:
     from ddpm_jax.diffusion.schedules import Schedule, make_schedule
     from ddpm_jax.models.unet import UNet
     from ddpm_jax.sampling import make_sampler, sample
-    from ddpm_jax.training import TrainState, init_state, make_train_step
-    from ddpm_jax.workdir import Run, load_run
+    from ddpm_jax.training.experiment import Experiment
+    from ddpm_jax.training.step import TrainState, init_state, make_train_step
+    from ddpm_jax.training.workdir import Run, load_run
 
 _MODULES = {
+    "commands.train": ["train"],
     "config": ["Config"],
     "diffusion.process": ["Process", "p_mean_logvar", "predict_x_0", "q_posterior", "q_sample"],
     "diffusion.bound": ["bits_per_dim"],
     "diffusion.losses": ["simple_loss"],
     "sampling": ["make_sampler", "sample"],
     "diffusion.schedules": ["Schedule", "make_schedule"],
-    "training": ["TrainState", "init_state", "make_train_step"],
+    "training.experiment": ["Experiment"],
+    "training.step": ["TrainState", "init_state", "make_train_step"],
     "models.unet": ["UNet"],
-    "workdir": ["Run", "load_run"],
+    "training.workdir": ["Run", "load_run"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Config",
+    "Experiment",
     "Process",
     "Run",
     "Schedule",
@@ -49,6 +54,7 @@ __all__ = [
     "q_sample",
     "sample",
     "simple_loss",
+    "train",
 ]
 
 

@@ -7,33 +7,69 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from ddpm_jax.diffusion.process import Prediction, Variance
 from ddpm_jax.diffusion.schedules import Schedule, make_schedule
 from ddpm_jax.errors import UsageError
+from ddpm_jax.rng import LAST_SEED
+
+MOST = 2**31 - 1  # the devices count in 32 bits
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a field takes, or each number of a tuple: low to high; strictly above low, or below high, if so said."""
+
+    low: float
+    high: float = MOST
+    above: bool = False
+    below: bool = False
+
+    def refusal(self, value: float) -> str | None:
+        """What is wrong with a value, and what to do; None if it is inside."""
+        inside = self.low < value if self.above else self.low <= value
+        if inside and (value < self.high if self.below else value <= self.high):
+            return None
+        if self.above:
+            return "is not a positive number"
+        if self.below:
+            return f"is outside of [{self.low}, {self.high}); choose a value inside"
+        if value < self.low:
+            return f"is too small; use {self.low} or more"
+        return f"is too large; use {self.high} or less"
+
+
+FRACTION = Bounds(0, 1, below=True)
+POSITIVE = Bounds(0, float("inf"), above=True, below=True)
+LONGEST = 31  # of a tuple: levels that halve an image so often leave nothing
+
+# Marks what may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes. Where its
+# images come from and which are left out may change too, for the data set's identity is looked at by itself.
+MAY_CHANGE = "may change when the run is continued"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and what they become."""
 
-    source: str = "digits"
+    source: Annotated[str, MAY_CHANGE] = "digits"
     """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a file
     `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
-    image_size: int = 32
+    image_size: Annotated[int, Bounds(1)] = 32
     """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
     channels: int = 3
     """1 for grey images, 3 for RGB."""
-    cache: Literal["auto", "device", "host", "none"] = "auto"
+    cache: Annotated[Literal["auto", "device", "host", "none"], MAY_CHANGE] = "auto"
     """Decode pictures once and keep them on the devices or in a file that the host maps; none: decode them at every step.
     auto: device up to 1 GiB, host up to 8 GiB, else none. Changes speed only."""
-    workers: int = 0
+    workers: Annotated[int, Bounds(0, 1024), MAY_CHANGE] = 0
     """Threads that decode pictures; 0: one for each CPU core. Changes speed only."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_image: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What a picture that cannot be decoded does: stop the run, or be left out, if prepare_data.py --check listed it."""
 
 
@@ -41,21 +77,21 @@ class DataConfig:
 class ModelConfig:
     """The U-Net."""
 
-    ch: int = 128
+    ch: Annotated[int, Bounds(4)] = 128
     """Base channels C."""
-    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    ch_mult: Annotated[tuple[int, ...], Bounds(1)] = (1, 2, 2, 2)
     """Channels of each level, in units of ch; each level after the first halves the resolution."""
-    num_res_blocks: int = 2
+    num_res_blocks: Annotated[int, Bounds(1, 100)] = 2
     """Residual blocks per level on the way down (one more on the way up)."""
-    attn_resolutions: tuple[int, ...] = (16,)
+    attn_resolutions: Annotated[tuple[int, ...], Bounds(1)] = (16,)
     """Resolutions with self-attention after every block (the middle always has it)."""
-    dropout: float = 0.1
+    dropout: Annotated[float, FRACTION] = 0.1
     """Probability that a feature is dropped in training."""
-    groups: int = 32
+    groups: Annotated[int, Bounds(1)] = 32
     """Groups of every group normalisation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters, norm statistics, softmax, output and losses stay float32."""
-    remat: bool = False
+    remat: Annotated[bool, MAY_CHANGE] = False
     """Recompute every block in the backward pass instead of storing its inside: less memory, about a third more time."""
 
 
@@ -63,7 +99,7 @@ class ModelConfig:
 class DiffusionConfig:
     """The forward process, what the network predicts, and the loss."""
 
-    T: int = 1000
+    T: Annotated[int, Bounds(2, 1_000_000)] = 1000
     """Number of diffusion steps."""
     schedule: Literal["linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine", "sigmoid"] = "linear"
     """Variance schedule."""
@@ -79,7 +115,7 @@ class DiffusionConfig:
     """L_simple, the variational bound's term, or both (the hybrid ones need a learned variance)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each t in the simple loss."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: Annotated[float, POSITIVE] = 5.0
     """Where min-SNR weighting clips the signal-to-noise ratio."""
     t_sampler: Literal["uniform", "loss_history"] = "uniform"
     """How t is drawn in training: uniformly, or by importance from the history of losses."""
@@ -89,57 +125,57 @@ class DiffusionConfig:
 class TrainConfig:
     """Optimisation, and what is written on the way."""
 
-    steps: int = 800_000
+    steps: Annotated[int, Bounds(1), MAY_CHANGE] = 800_000
     """Last step; the same command continues up to it, and stops there."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Bounds(1)] = 128
     """Images per step, over all devices and processes."""
-    accumulation: int = 1
+    accumulation: Annotated[int, Bounds(1), MAY_CHANGE] = 1
     """Parts that a batch's gradient is summed from, one after the other: less memory, same result to rounding."""
-    lr: float = 2e-4
+    lr: Annotated[float, POSITIVE] = 2e-4
     """Adam's learning rate after the warm-up."""
-    warmup_steps: int = 5000
+    warmup_steps: Annotated[int, Bounds(0)] = 5000
     """Steps over which the learning rate rises linearly from 0."""
-    adam_b1: float = 0.9
+    adam_b1: Annotated[float, FRACTION] = 0.9
     """Adam's decay of the first moment."""
-    adam_b2: float = 0.999
+    adam_b2: Annotated[float, FRACTION] = 0.999
     """Adam's decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, POSITIVE] = 1e-8
     """Adam's epsilon."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, POSITIVE] = 1.0
     """Largest global norm of the gradient."""
-    ema_decay: float = 0.9999
+    ema_decay: Annotated[float, FRACTION] = 0.9999
     """Decay of the exponential moving average of the parameters, which samples are drawn from."""
     flip: bool = True
     """Mirror half of the images, drawn anew at every step."""
-    steps_per_dispatch: int = 1
+    steps_per_dispatch: Annotated[int, Bounds(1), MAY_CHANGE] = 1
     """Steps that run on the devices without the host; divides steps and every interval below."""
-    log_every: int = 100
+    log_every: Annotated[int, Bounds(1), MAY_CHANGE] = 100
     """Steps between two log lines."""
-    sample_every: int = 10_000
+    sample_every: Annotated[int, Bounds(0), MAY_CHANGE] = 10_000
     """Steps between two sample grids; 0: none."""
-    num_samples: int = 64
+    num_samples: Annotated[int, Bounds(1), MAY_CHANGE] = 64
     """Images of a sample grid."""
-    save_every: int = 5000
+    save_every: Annotated[int, Bounds(1), MAY_CHANGE] = 5000
     """Steps between two checkpoints."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Bounds(2), MAY_CHANGE] = 2
     """How many of the newest checkpoints stay, at least 2."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
     """Keep every checkpoint whose step is a multiple of this as well; 0: none."""
-    eval_every: int = 0
+    eval_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
     """Steps between two evaluations of the EMA parameters on held-out images, each at a checkpoint; 0: none."""
-    eval_source: str = ""
+    eval_source: Annotated[str, MAY_CHANGE] = ""
     """The held-out images, as data.source names them: a test split, say."""
-    eval_images: int = 1024
+    eval_images: Annotated[int, Bounds(2), MAY_CHANGE] = 1024
     """How many of them, taken at equal distances, at least 2."""
-    eval_samples: int = 0
+    eval_samples: Annotated[int, Bounds(0), MAY_CHANGE] = 0
     """Images drawn at each evaluation for the FID against the training images; 0: none."""
-    eval_features: Literal["inception", "pixels"] = "inception"
+    eval_features: Annotated[Literal["inception", "pixels"], MAY_CHANGE] = "inception"
     """What that FID compares images by: Inception-v3, or their bare pixels."""
-    keep_best: Literal["eval_loss", "eval_bits_per_dim", "eval_fid"] = "eval_loss"
+    keep_best: Annotated[Literal["eval_loss", "eval_bits_per_dim", "eval_fid"], MAY_CHANGE] = "eval_loss"
     """The checkpoint at which this was least is kept too: `--step best`."""
     init_from: str = ""
     """Workdir of a run whose EMA parameters this one starts from; empty: start from random ones."""
-    fsdp: int = 1
+    fsdp: Annotated[int, Bounds(1), MAY_CHANGE] = 1
     """Devices over which parameters, EMA and optimizer state are split, for models too big for one device."""
 
 
@@ -147,43 +183,12 @@ class TrainConfig:
 class Config:
     """A run, but for the folder it is written to."""
 
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
     """Seed of every random draw, 0 to 4294967295."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-# What may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes. Where its
-# images come from and which are left out may change too, for the data set's identity is looked at by itself.
-MAY_CHANGE = frozenset(
-    {
-        "data.cache",
-        "data.on_bad_image",
-        "data.source",
-        "data.workers",
-        "model.remat",
-        "train.steps",
-        "train.accumulation",
-        "train.steps_per_dispatch",
-        "train.log_every",
-        "train.sample_every",
-        "train.num_samples",
-        "train.save_every",
-        "train.keep_last",
-        "train.keep_every",
-        "train.eval_every",
-        "train.eval_source",
-        "train.eval_images",
-        "train.eval_samples",
-        "train.eval_features",
-        "train.keep_best",
-        "train.fsdp",
-    }
-)
-
-MOST = 2**31 - 1  # the devices count in 32 bits
 
 
 MOST_LAST_ALPHA_BAR = 0.01  # of a schedule that ends in noise; the paper's ends at 4e-5
@@ -193,15 +198,16 @@ class ConfigError(UsageError):
     """A config that cannot be run."""
 
 
-def check(config: Config, *, num_devices: int | None = 1) -> list[str]:
+def check(config: Config, *, num_devices: int | None = 1, own_network: bool = False) -> list[str]:
     """Refuses a config that could not run, before anything is compiled; returns warnings, one sentence each.
 
-    num_devices: devices over all processes, or None where a config is looked at that may be of other devices. Raises
-    ConfigError.
+    num_devices: devices over all processes, or None where a config is looked at that may be of other devices. own_network:
+    the network is another than the U-Net of config.model, which is not looked at then. Raises ConfigError.
     """
     check_types(config)
     _check_numbers(config)
-    _check_network(config)
+    if not own_network:
+        _check_network(config)
     schedule = _check_diffusion(config.diffusion)
     _check_intervals(config.train)
     if num_devices is not None:
@@ -268,71 +274,34 @@ def _describe(hint: Any) -> str:
     return names.get(hint, f"a {hint.__name__}")
 
 
+def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Every field of a config: its full name, its type, and what is said beside it (`Bounds`, `MAY_CHANGE`)."""
+    for name, hint in typing.get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+            yield prefix + name, hint, marks
+
+
+def changeable() -> frozenset[str]:
+    """The names of the fields that may change when a run is continued."""
+    return frozenset(name for name, _, marks in fields_of() if MAY_CHANGE in marks)
+
+
 def _check_numbers(config: Config) -> None:
-    model, train, data = config.model, config.train, config.data
-    for name, value, low in [
-        ("data.image_size", data.image_size, 1),
-        ("data.workers", data.workers, 0),
-        ("model.ch", model.ch, 4),
-        ("model.num_res_blocks", model.num_res_blocks, 1),
-        ("model.groups", model.groups, 1),
-        ("train.steps", train.steps, 1),
-        ("train.batch_size", train.batch_size, 1),
-        ("train.accumulation", train.accumulation, 1),
-        ("train.warmup_steps", train.warmup_steps, 0),
-        ("train.steps_per_dispatch", train.steps_per_dispatch, 1),
-        ("train.log_every", train.log_every, 1),
-        ("train.sample_every", train.sample_every, 0),
-        ("train.num_samples", train.num_samples, 1),
-        ("train.save_every", train.save_every, 1),
-        ("train.keep_last", train.keep_last, 2),
-        ("train.keep_every", train.keep_every, 0),
-        ("train.eval_every", train.eval_every, 0),
-        ("train.eval_images", train.eval_images, 2),
-        ("train.eval_samples", train.eval_samples, 0),
-        ("train.fsdp", train.fsdp, 1),
-    ]:
-        if value < low:
-            raise ConfigError(f"{name}={value} is too small; use {low} or more")
-    for name, value, high in [
-        ("data.image_size", data.image_size, MOST),
-        ("data.workers", data.workers, 1024),
-        ("model.ch", model.ch, MOST),
-        ("the number of levels of model.ch_mult", len(model.ch_mult), 31),
-        ("the largest of model.ch_mult", max(model.ch_mult, default=0), MOST),
-        ("the number of model.attn_resolutions", len(model.attn_resolutions), 31),
-        ("model.num_res_blocks", model.num_res_blocks, 100),
-        ("diffusion.T", config.diffusion.T, 1_000_000),
-        ("train.steps", train.steps, MOST),
-        ("train.warmup_steps", train.warmup_steps, MOST),
-        ("train.steps_per_dispatch", train.steps_per_dispatch, MOST),
-        ("train.batch_size", train.batch_size, MOST),
-        ("train.num_samples", train.num_samples, MOST),
-        ("train.eval_images", train.eval_images, MOST),
-        ("train.eval_samples", train.eval_samples, MOST),
-    ]:
-        if value > high:
-            raise ConfigError(f"{name}={value} is too large; use {high} or less")
-    for name, fraction in [
-        ("model.dropout", model.dropout),
-        ("train.ema_decay", train.ema_decay),
-        ("train.adam_b1", train.adam_b1),
-        ("train.adam_b2", train.adam_b2),
-    ]:
-        if not 0 <= fraction < 1:
-            raise ConfigError(f"{name}={fraction} is outside of [0, 1); choose a value inside")
-    for name, positive in [
-        ("train.lr", train.lr),
-        ("train.adam_eps", train.adam_eps),
-        ("train.grad_clip", train.grad_clip),
-        ("diffusion.min_snr_gamma", config.diffusion.min_snr_gamma),
-    ]:
-        if not 0 < positive < float("inf"):
-            raise ConfigError(f"{name}={positive} is not a positive number")
-    if data.channels not in (1, 3):
-        raise ConfigError(f"data.channels={data.channels} is neither 1 (grey) nor 3 (RGB)")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed={config.seed} is outside of 0 .. 4294967295")
+    values = flatten(config)
+    for name, _, marks in fields_of():
+        for bounds in (mark for mark in marks if isinstance(mark, Bounds)):
+            value = values[name]
+            several = isinstance(value, tuple)
+            if several and len(value) > LONGEST:
+                raise ConfigError(f"{name} has {len(value)} numbers, which are too many; use {LONGEST} or fewer")
+            for number in value if several else (value,):
+                if refusal := bounds.refusal(number):
+                    raise ConfigError(f"{name}={number} {refusal}")
+    if config.data.channels not in (1, 3):
+        raise ConfigError(f"data.channels={config.data.channels} is neither 1 (grey) nor 3 (RGB)")
 
 
 def _check_network(config: Config) -> None:
@@ -340,8 +309,6 @@ def _check_network(config: Config) -> None:
     for name, values in [("model.ch_mult", model.ch_mult), ("model.attn_resolutions", model.attn_resolutions)]:
         if not values:
             raise ConfigError(f"{name} is empty; give at least one number")
-        if min(values) < 1:
-            raise ConfigError(f"{name}={values} has a number below 1")
     halvings = len(model.ch_mult) - 1
     if size % 2**halvings:
         raise ConfigError(
@@ -479,7 +446,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def fixed_fields(config: Config) -> dict[str, Any]:
     """The fields that must stay as they are while a run goes on, {"seed": 0, ...}, as JSON values."""
-    fixed = {name: value for name, value in flatten(config).items() if name not in MAY_CHANGE}
+    fixed = {name: value for name, value in flatten(config).items() if name not in changeable()}
     return json.loads(json.dumps(fixed))
 
 
@@ -493,5 +460,5 @@ def changed_fields(recorded: dict[str, Any], config: Config) -> list[str]:
     return [
         f"{name} (checkpoint {value!r}, config.json {now.get(name, 'has no such field')!r})"
         for name, value in was.items()
-        if name not in MAY_CHANGE and (name not in now or now[name] != value)
+        if name not in changeable() and (name not in now or now[name] != value)
     ]

@@ -1,8 +1,10 @@
 """The two kinds of failure that a person is told in one sentence: what was got, what was expected, what to do."""
 
 import contextlib
+import importlib
 import os
 import sys
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -16,6 +18,20 @@ class RunError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says first, or its kind if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def import_extra(module: str, extra: str, what: str, otherwise: str = "") -> Any:
+    """A module of an extra of the package. what: needs it, the subject of the sentence. otherwise: what to do instead.
+
+    Raises UsageError where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        instead = f", or {otherwise}" if otherwise else ""
+        raise UsageError(
+            f'{what} needs {module}, which cannot be imported ({first_line(error)}); pip install "ddpm-jax[{extra}]"{instead}'
+        ) from None
 
 
 def say(message: str, *, before: str = "\n") -> None:

@@ -10,11 +10,16 @@ takes to repeat a draw. See docs/reproducibility.md.
 """
 
 import enum
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
+
+from ddpm_jax.errors import UsageError
+
+LAST_SEED = 2**32 - 1
 
 
 class Purpose(enum.IntEnum):
@@ -34,9 +39,14 @@ def root_key(seed: int) -> Key[Array, ""]:
 
     seed: an integer in 0 .. 2**32 - 1. Raises ValueError outside of it, where JAX would silently wrap.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"got seed {seed}, expected an integer from 0 to 4294967295; choose another seed")
+    check_seed(seed)
     return jax.random.key(seed, impl="threefry2x32")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError, a ValueError, for a seed that no key can be made of."""
+    if not 0 <= seed <= LAST_SEED:
+        raise UsageError(f"got seed {seed}, expected a whole number from 0 to {LAST_SEED}; choose another")
 
 
 def stream(root: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:
@@ -66,3 +76,31 @@ def image_normal(
     size = math.prod(shape)
     draw = jax.vmap(lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (size,), dtype))
     return draw(keys, jnp.broadcast_to(k, keys.shape)).reshape(*keys.shape, *shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
+    """jax.random.bits(keys[b], shape) for each b, of threefry2x32 keys.
+
+    The generator (Salmon et al. 2011, 20 rounds) is written out here as elementwise operations, which XLA fuses into the use
+    of the bits. JAX's own is a loop over whole arrays on CPU, slow to compile and slow to run.
+    """
+    words = jax.random.key_data(keys)
+    if words.shape[-1] != 2:
+        raise ValueError(
+            f"got keys of {words.shape[-1]} words, expected the 2 words of threefry2x32; see ddpm_jax.rng.root_key"
+        )
+    first, second = words.T.reshape(2, -1, *[1] * len(shape))
+    schedule = (first, second, first ^ second ^ 0x1BD11BDA)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    count = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), 1 + axis) * stride for axis, stride in enumerate(strides)
+    )
+    x_0, x_1 = schedule[0], schedule[1] + count
+    for i in range(5):
+        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x_0 = x_0 + x_1
+            x_1 = x_0 ^ (x_1 << distance | x_1 >> 32 - distance)
+        x_0 = x_0 + schedule[(i + 1) % 3]
+        x_1 = x_1 + schedule[(i + 2) % 3] + (i + 1)
+    return x_0 ^ x_1

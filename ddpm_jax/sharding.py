@@ -114,6 +114,11 @@ def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh
     return Mesh(np.array(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def round_up(count: int, mesh: Mesh) -> int:
+    """The least multiple of the mesh's devices that is not below a number of images."""
+    return -(-count // mesh.devices.size) * mesh.devices.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

@@ -13,9 +13,9 @@ from jaxtyping import install_import_hook
 
 # Modules of pure functions only: a pytree's class is rebuilt with tracers and None inside, which checks must not see.
 CHECKED = (
-    "ddpm_jax.diffusion.process.process.process.process",
-    "ddpm_jax.diffusion.process.process.process.process.bound",
-    "ddpm_jax.diffusion.process.process.process.process.losses",
+    "ddpm_jax.diffusion.process",
+    "ddpm_jax.diffusion.bound",
+    "ddpm_jax.diffusion.losses",
     "ddpm_jax.rng",
 )
 install_import_hook(CHECKED, "beartype.beartype")

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import training
-from ddpm_jax.checkpoint import Checkpoints
-from ddpm_jax.workdir import CHECKPOINTS, enter
+from ddpm_jax.training import step as training
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.workdir import CHECKPOINTS, enter
 
 CONFIG = tiny(
     model={"ch_mult": (1,), "attn_resolutions": (8,), "dropout": 0.0}, diffusion={"T": 10, "variance": "fixed_small"}
@@ -21,7 +21,7 @@ CONFIG = tiny(
 def random_params(config, seed=0):
     """EMA parameters with no zero layers, drawn on the host: nothing is compiled."""
     generator = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: training.init_state(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: training.init_state(experiment(config), jax.random.key(0)))
     return jax.tree.map(lambda leaf: generator.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes.ema_params)
 
 
@@ -29,7 +29,7 @@ def make_workdir(path, *, step=40, config=CONFIG):
     """Writes a config, a checkpoint and a training curve of three lines."""
     workdir = epath.Path(path)
     enter(workdir, config)
-    shapes = jax.eval_shape(lambda: training.init_state(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: training.init_state(experiment(config), jax.random.key(0)))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     state = dataclasses.replace(state, step=jnp.asarray(step), ema_params=random_params(config, step))
     checkpoints = Checkpoints(workdir / CHECKPOINTS)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import experiment
 
 from ddpm_jax.interop.names import parameters, unflatten
-from ddpm_jax.training import state_from_params
-from ddpm_jax.workdir import write_run
+from ddpm_jax.training.step import state_from_params
+from ddpm_jax.training.workdir import write_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,10 +44,14 @@ def drawn(config, seed=0):
             p.path.split("/")[-1]
         ]
 
-    return unflatten({p.path: draw(p) for p in parameters(config)})
+    return unflatten({p.path: draw(p) for p in parameters(experiment(config))})
 
 
 def write_drawn_run(workdir, config):
     """A workdir whose raw parameters are `drawn` with seed 0 and whose EMA with seed 1."""
-    state = state_from_params(config, jax.tree.map(jnp.asarray, drawn(config)))
-    write_run(workdir, config, state.replace(ema_params=jax.tree.map(jnp.asarray, drawn(config, seed=1))))
+    state = state_from_params(experiment(config), jax.tree.map(jnp.asarray, drawn(config)))
+    write_run(
+        workdir,
+        experiment(config),
+        state.replace(ema_params=jax.tree.map(jnp.asarray, drawn(config, seed=1))),
+    )

@@ -15,14 +15,14 @@ import pytest
 from interop import drawn, run_script, write_drawn_run
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax import sharding
 from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
 from ddpm_jax.data import pictures
 from ddpm_jax.errors import UsageError
-from ddpm_jax.training import init_state
+from ddpm_jax.training.step import init_state
 
 SMALL = tiny(
     model={"ch": 4, "ch_mult": (1,), "attn_resolutions": (8,), "groups": 2, "dropout": 0.0},
@@ -58,7 +58,7 @@ def by_hand(ch, size, channels):
 def test_flops_agree_with_a_count_by_hand():
     config = tiny(model={"ch": 512, "ch_mult": (1,), "attn_resolutions": (8,)})
     expected = 3 * by_hand(512, 8, 1)
-    assert programs.network_flops(config, 3) == pytest.approx(expected, rel=0.01)
+    assert programs.network_flops(experiment(config), 3) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_training_step_is_three_evaluations_whatever_is_computed_twice():
@@ -66,7 +66,7 @@ def test_a_training_step_is_three_evaluations_whatever_is_computed_twice():
     model = {"ch": 256, "ch_mult": (1,), "attn_resolutions": (8,), "remat": True}
     config = tiny(model=model, train={"batch_size": 256, "accumulation": 4})
     # More than three, for the CPU's gradient of a convolution multiplies with the zeros that pad an image as well.
-    assert 3 <= programs.step_flops(config) / programs.network_flops(config, 256) < 3.2
+    assert 3 <= programs.step_flops(experiment(config)) / programs.network_flops(experiment(config), 256) < 3.2
 
 
 HLO = """
@@ -122,7 +122,13 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     config = SMALL
     wanted = Plan(samplers=("heun",), steps=(2,), batch_sizes=(2,), repeats=2, train=True, data=True, peak_tflops=1e-3)
     plan.refuse(config, wanted)
-    rows = list(plan.measure(config, wanted, lambda: jax.jit(lambda: init_state(config, jax.random.key(0)).params)()))
+    rows = list(
+        plan.measure(
+            config,
+            wanted,
+            lambda: jax.jit(lambda: init_state(experiment(config), jax.random.key(0)).params)(),
+        )
+    )
     assert [row["what"] for row in rows] == ["heun", "train step", "data feed", "NumPy gather"]
     sampler, train, feed, gather = rows
     assert sampler["steps"] == 3  # network evaluations: Heun's method takes two a step, one in the last
@@ -134,8 +140,8 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     for row, images, times in ((sampler, 2, 3), (train, 8, 1), (feed, 512, 64), (gather, 512, 64)):
         assert row["images_per_s"] == images / row["median_s"]
         assert row["ms_each"] == 1000 * row["median_s"] / times
-    assert sampler["flops"] == 3 * programs.network_flops(config, 2)
-    assert train["flops"] == programs.step_flops(config)
+    assert sampler["flops"] == 3 * programs.network_flops(experiment(config), 2)
+    assert train["flops"] == programs.step_flops(experiment(config))
     for row in (sampler, train):
         assert row["compile_s"] > 0
         assert row["peak_share"] == pytest.approx(row["flops"] / row["median_s"] / (row["devices"] * 1e9))
@@ -197,7 +203,7 @@ def test_memory_of_the_host_is_what_the_process_holds_without_the_files_it_maps(
 
 
 def params_of(config):
-    return jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    return jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)).params)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +291,8 @@ def test_a_workdir_in_the_place_of_a_config_is_measured_with_its_parameters(benc
     seen = []
     monkeypatch.setattr(programs, "sampling", lambda config, params, *_, **__: seen.append((config, params)) or [])
     benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, "--dtypes", "bfloat16")
-    [(config, params)] = seen
-    assert config == dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="bfloat16"))
+    [(measured, params)] = seen
+    assert measured.config == dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="bfloat16"))
     jax.tree.map(np.testing.assert_array_equal, params, drawn(SMALL, seed=1))  # the EMA
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import optax
 import pytest
 from orbax.checkpoint._src.futures import future
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import checkpoint, sharding
-from ddpm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
+from ddpm_jax import sharding
 from ddpm_jax.diffusion.losses import init_loss_history
 from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.training import TrainState, init_state
+from ddpm_jax.training import checkpoint
+from ddpm_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage
+from ddpm_jax.training.step import TrainState, init_state
 
 META = {"data": {"images": 1797, "sha256": "00ff"}, "since_log": {"loss": [0.1 + 0.2, 1e-45, -0.0]}}
 
@@ -137,7 +138,9 @@ def test_a_networks_whole_state_comes_back_bit_for_bit(tmp_path):
         values[: len(special)] = special[: leaf.size]
         return values.reshape(leaf.shape)
 
-    state = jax.device_put(jax.tree.map(fill, jax.eval_shape(lambda: init_state(config, jax.random.key(0)))))
+    state = jax.device_put(
+        jax.tree.map(fill, jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0))))
+    )
     assert len(jax.tree.leaves(state.opt_state)) > 2 * len(jax.tree.leaves(state.params))
     with Opened(tmp_path) as checkpoints:
         checkpoints.save(state, META)

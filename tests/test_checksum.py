@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tensorboardX import record_writer
 
-from ddpm_jax.checksum import ROWS, crc32c, masked_crc32c
+from ddpm_jax.training.checksum import ROWS, crc32c, masked_crc32c
 
 CONTENT = np.random.default_rng(0).bytes(2**18)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax.models.convolution import conv
+from ddpm_jax.models.convolution import conv, conv_in_training
 
 # height, width, kernel size, stride
 CASES = [
@@ -42,7 +42,7 @@ def test_output_and_both_gradients_match_the_plain_convolution(x64, height, widt
 
         return jax.jit(run)(x, kernel, g)
 
-    for got, expected in zip(output_and_gradients(conv), output_and_gradients(plain_conv), strict=True):
+    for got, expected in zip(output_and_gradients(conv_in_training), output_and_gradients(plain_conv), strict=True):
         assert got.dtype == jnp.float64
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -55,7 +55,7 @@ def test_gradients_in_a_scan_match_the_plain_convolution_outside(x64, stride):
     def gradients(f, scale):
         return jax.grad(lambda x, kernel: jnp.vdot(f(scale * x, kernel, stride), g), argnums=(0, 1))(x, kernel)
 
-    _, got = jax.jit(lambda: lax.scan(lambda carry, scale: (carry, gradients(conv, scale)), 0, scales))()
+    _, got = jax.jit(lambda: lax.scan(lambda carry, scale: (carry, gradients(conv_in_training, scale)), 0, scales))()
     for i, scale in enumerate(scales):
         for got_i, expected in zip(got, gradients(plain_conv, scale), strict=True):
             np.testing.assert_allclose(got_i[i], expected, rtol=1e-12, atol=1e-12)
@@ -75,7 +75,7 @@ def test_same_padding_of_even_images_is_at_the_bottom_and_right_only():
 
 def test_bfloat16_stays_bfloat16():
     x, kernel, g = (jnp.asarray(a, jnp.bfloat16) for a in images_kernel_and_cotangent(6, 6, 3, 1))
-    output, pullback = jax.vjp(lambda x, kernel: conv(x, kernel, 1), x, kernel)
+    output, pullback = jax.vjp(lambda x, kernel: conv_in_training(x, kernel, 1), x, kernel)
     assert [a.dtype for a in (output, *pullback(g))] == [jnp.bfloat16] * 3
 
 
@@ -85,7 +85,7 @@ def test_bfloat16_stays_bfloat16():
 )
 def test_each_platform_gets_its_own_gradients(platform, convolutions, dots):
     x, kernel, _ = images_kernel_and_cotangent(6, 6, 3, 1, np.float32)
-    step = jax.jit(jax.value_and_grad(lambda kernel, x: (conv(x, kernel, 1) ** 2).sum(), argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(lambda kernel, x: (conv_in_training(x, kernel, 1) ** 2).sum(), argnums=(0, 1)))
     text = step.trace(kernel, x).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
     assert ("stablehlo.dot_general" in text) == dots
@@ -93,6 +93,6 @@ def test_each_platform_gets_its_own_gradients(platform, convolutions, dots):
 
 def test_lowered_for_several_platforms_at_once():
     x, kernel, _ = images_kernel_and_cotangent(6, 6, 3, 2, np.float32)
-    step = jax.jit(jax.grad(lambda kernel, x: (conv(x, kernel, 2) ** 2).sum()))
+    step = jax.jit(jax.grad(lambda kernel, x: (conv_in_training(x, kernel, 2) ** 2).sum()))
     exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(kernel, x)
     np.testing.assert_allclose(exported.call(kernel, x), step(kernel, x), rtol=1e-5, atol=1e-5)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax import room, sharding
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source
 from ddpm_jax.errors import UsageError
-from ddpm_jax.loop import start_state
-from ddpm_jax.training import draw
+from ddpm_jax.training.start import start_state
+from ddpm_jax.training.step import draw
 
 SIZES = [(10, 4), (10, 5), (7, 7), (5, 12), (1, 3), (1797, 128)]  # images, images in a batch
 sizes = pytest.mark.parametrize(("size", "batch_size"), SIZES)
@@ -498,12 +498,14 @@ def test_auto_caches_on_the_devices_up_to_a_size(monkeypatch, digits):
 
 def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_differs(digits):
     before = {"images": 1796, "sha256": "0f"}
-    checkpoints = SimpleNamespace(choose=lambda **_: 5, restore_meta=lambda _: {"data": before, "since_log": {}})
+    checkpoints = SimpleNamespace(
+        sweep=lambda: 0, choose=lambda **_: 5, restore_meta=lambda _: {"data": before, "since_log": {}}
+    )
     with refuses(
         f"the data set has changed since the checkpoint of step 5: it was {before} and is {digits.identity}; "
         "give the same data, start in another workdir, or go on with these by --changed-data"
     ):
-        start_state(tiny(), digits, mesh_of(1), checkpoints)
+        start_state(experiment(tiny()), digits, mesh_of(1), checkpoints)
 
 
 def test_device_cache_is_sent_once(digits):
@@ -516,7 +518,7 @@ def test_every_image_is_flipped_in_some_epochs_and_not_in_others():
     config, size, flips = tiny(train={"batch_size": 16}), 16, []
     for step in range(30 * size // 16):
         images = batch_indices(config.seed, step, 1, 16, size)[0]
-        drawn = np.asarray(draw(config, jnp.int32(step), (16, 1, 1, 1), None).flip)
+        drawn = np.asarray(draw(experiment(config), jnp.int32(step), (16, 1, 1, 1), None).flip)
         flips.append(np.stack([images, drawn]))
     images, drawn = np.concatenate(flips, axis=1)
     shares = np.bincount(images, drawn) / 30

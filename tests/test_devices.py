@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import SMALLER, assert_metrics_agree, run
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import sharding, training
+from ddpm_jax import sharding
+from ddpm_jax.training import step as training
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,9 @@ def test_losses_agree_on_any_number_of_devices(one_device, count):
 def test_draws_are_identical_on_any_number_of_devices(count):
     config, shape = tiny(), (16, 8, 8, 1)
     split = sharding.split(sharding.make_mesh(devices=jax.devices()[:count]))
-    draw = jax.jit(lambda step: training.draw(config, step, shape, None), out_shardings=split)
+    draw = jax.jit(lambda step: training.draw(experiment(config), step, shape, None), out_shardings=split)
     for step in (0, 7):
-        here, there = draw(jnp.int32(step)), training.draw(config, jnp.int32(step), shape, None)
+        here, there = draw(jnp.int32(step)), training.draw(experiment(config), jnp.int32(step), shape, None)
         assert here.eps.sharding.num_devices == count
         for a, b in zip(here[:-1], there[:-1], strict=True):
             np.testing.assert_array_equal(a, b)

@@ -18,20 +18,20 @@ import pytest
 from etils import epath
 from evaluated import CONFIG, make_workdir
 from scipy.spatial.distance import cdist
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax.commands import evaluate as commands_evaluate
 from ddpm_jax.config import to_json
 from ddpm_jax.data import open_source
 from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import evaluation as evaluation_module
 from ddpm_jax.evaluation import metrics, scores
-from ddpm_jax.evaluation import run as evaluation_run
+from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statistics, read_statistics, real_features
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
-from ddpm_jax.evaluation.run import Evaluation, Options, feature_statistics, read_statistics, real_features
-from ddpm_jax.generate import SamplerOptions, generate_batches, make_generator, sample_key
-from ddpm_jax.workdir import load_run
+from ddpm_jax.generation.generator import SamplerOptions, generate_batches, make_generator, sample_key
+from ddpm_jax.training.workdir import load_run
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = Options(num_images=20, num_real=30, batch_size=8, bootstrap=4)
@@ -67,7 +67,7 @@ FEATURES = Features("five sums", projection)
 @pytest.fixture(scope="module")
 def evaluated(run, loaded):
     """All metrics, on features of a user's own; (evaluation, results, what was in each file)."""
-    evaluation = Evaluation(loaded, run, FEATURES, OPTIONS)
+    evaluation = Evaluation.of_run(loaded, run, FEATURES, OPTIONS)
     results = evaluate(evaluation, tuple(METRICS))
     files = {json.loads(path.read_text())["metric"]: path for path in (run / "evaluation").glob("*.json")}
     return evaluation, results, files
@@ -78,7 +78,12 @@ def samples(loaded):
     """The 20 samples, by the functions that sample.py calls."""
     ranges = [range(8), range(8, 16), range(16, 24)]
     batches = generate_batches(
-        make_generator(CONFIG, loaded.mesh), loaded.params, sample_key(0), ranges, batch_size=8, num_devices=8
+        make_generator(experiment(CONFIG), loaded.mesh),
+        loaded.params,
+        sample_key(0),
+        ranges,
+        batch_size=8,
+        num_devices=8,
     )
     return np.concatenate([images for _, images in batches])[:20]
 
@@ -135,7 +140,7 @@ def test_results_hold_everything_that_defines_them(evaluated, run):
 
 
 def test_the_weights_checksum_is_that_of_the_ema_parameters(evaluated, run):
-    from ddpm_jax.evaluation.run import weights_checksum
+    from ddpm_jax.evaluation.evaluation import weights_checksum
 
     recorded = evaluated[1]["fid"]["definition"]["sampling"]["weights_sha256"]
     assert recorded == weights_checksum(load_run(run).params)
@@ -156,7 +161,7 @@ def test_fid_of_enough_images_by_inception_is_not_labelled(evaluated, monkeypatc
 
 def test_fid_of_features_that_are_not_inceptions_is_labelled(run, loaded, monkeypatch):
     monkeypatch.setattr(scores, "MIN_COMPARABLE", 20)
-    result = metrics.fid(Evaluation(loaded, run, PIXELS, OPTIONS))
+    result = metrics.fid(Evaluation.of_run(loaded, run, PIXELS, OPTIONS))
     assert "its features are pixels, not Inception's" in result["not_comparable"]
     assert "20 images leave the covariance of 64 features singular" in result["not_comparable"]
 
@@ -165,14 +170,14 @@ def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loa
     real = scores.statistics(projection(digits())["features"])
     np.savez(tmp_path / "statistics.npz", **real._asdict())
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "statistics.npz"))
-    result = evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",))["fid"]
+    result = evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",))["fid"]
     assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
     assert set(result["definition"]["statistics"]) == {"statistics", "sha256"}
 
 
 def test_results_of_another_definition_are_other_files(evaluated, run, loaded):
     before = evaluated[2]["prdc"].read_bytes()
-    evaluate(Evaluation(loaded, run, Features("other", projection), OPTIONS), ("prdc",))
+    evaluate(Evaluation.of_run(loaded, run, Features("other", projection), OPTIONS), ("prdc",))
     assert len(list((run / "evaluation").glob("prdc-*.json"))) == 2
     assert evaluated[2]["prdc"].read_bytes() == before
 
@@ -191,12 +196,12 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(evaluation_run, "generate_batches", never)
-    monkeypatch.setattr(evaluation_run.likelihood, "make_bound", lambda *args: never)
+    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(evaluation_module.bits, "make_bound", lambda *args: never)
     monkeypatch.setattr(
         scores, "statistics", lambda features, f=scores.statistics: f(features) if len(features) == 20 else never()
     )
-    again = evaluate(Evaluation(loaded, run, FEATURES, OPTIONS), ("fid", "kid", "nll"))
+    again = evaluate(Evaluation.of_run(loaded, run, FEATURES, OPTIONS), ("fid", "kid", "nll"))
     for name, result in again.items():
         assert result == evaluated[1][name]
 
@@ -208,12 +213,12 @@ def test_more_images_continue_from_those_that_are_there(evaluated, run, loaded, 
         asked.extend(args[3])
         return f(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_run, "generate_batches", counted)
+    monkeypatch.setattr(evaluation_module, "generate_batches", counted)
     options = dataclasses.replace(OPTIONS, num_images=32)
-    evaluation = Evaluation(loaded, run, FEATURES, options)
-    assert len(evaluation.generated["features"]) == 32
+    evaluation = Evaluation.of_run(loaded, run, FEATURES, options)
+    assert len(evaluation.generated()["features"]) == 32
     assert asked == [range(16, 24), range(24, 32)]  # 16 .. 19 were a part of their own
-    np.testing.assert_array_equal(evaluation.generated["features"][:16], evaluated[0].generated["features"][:16])
+    np.testing.assert_array_equal(evaluation.generated()["features"][:16], evaluated[0].generated()["features"][:16])
 
 
 DAMAGES = {
@@ -282,12 +287,12 @@ def test_damaged_statistics_are_computed_anew(loaded, damage):
 
 
 def test_a_workdir_that_another_process_evaluates_is_refused(run, loaded):
-    evaluation = Evaluation(loaded, run, PIXELS, OPTIONS)
+    evaluation = Evaluation.of_run(loaded, run, PIXELS, OPTIONS)
     with (
         evaluation.alone(),
         pytest.raises(UsageError, match=rf"evaluation is being written by process {os.getpid()} on "),
     ):
-        Evaluation(loaded, run, PIXELS, OPTIONS).alone().__enter__()
+        Evaluation.of_run(loaded, run, PIXELS, OPTIONS).alone().__enter__()
     assert not (run / "evaluation" / "lock").exists()
 
 
@@ -296,7 +301,7 @@ def test_what_a_killed_evaluation_left_is_swept(run, loaded):
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
-    with Evaluation(loaded, run, PIXELS, OPTIONS).alone():
+    with Evaluation.of_run(loaded, run, PIXELS, OPTIONS).alone():
         assert not any(path.exists() for path in left)
     shutil.rmtree(left[2].parent)
 
@@ -305,7 +310,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_computed
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    evaluation = Evaluation(loaded, run, PIXELS, OPTIONS)
+    evaluation = Evaluation.of_run(loaded, run, PIXELS, OPTIONS)
     monkeypatch.setattr("ddpm_jax.files.tempfile.TemporaryDirectory", refuse)
     with pytest.raises(
         UsageError, match=r"evaluation/.* cannot be written \(Read-only file system\); make the workdir"
@@ -330,14 +335,14 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_computed
 def test_what_cannot_fit_is_refused_with_the_bytes(changed, message, run, loaded, monkeypatch):
     monkeypatch.setattr("ddpm_jax.room.free_memory", lambda: 2**30)
     with pytest.raises(UsageError, match=message):
-        Evaluation(loaded, run, PIXELS, dataclasses.replace(OPTIONS, **changed))
+        Evaluation.of_run(loaded, run, PIXELS, dataclasses.replace(OPTIONS, **changed))
 
 
 def test_samples_for_which_the_disk_has_no_room_are_refused(run, loaded, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     options = dataclasses.replace(OPTIONS, num_images=10**5)
     with pytest.raises(UsageError, match=r"--num-images 100000 .* needs \d+ MiB on the disk, and 1 MiB are free in "):
-        Evaluation(loaded, run, PIXELS, options)
+        Evaluation.of_run(loaded, run, PIXELS, options)
 
 
 # ---- Continuing, again
@@ -355,7 +360,7 @@ def test_features_of_one_data_set_at_two_sizes_never_mix(loaded):
 
 def test_results_of_raw_parameters_say_so(run):
     raw = load_run(run, weights="raw")
-    assert Evaluation(raw, run, PIXELS, OPTIONS).model["weights"] == "raw"
+    assert Evaluation.of_run(raw, run, PIXELS, OPTIONS).model["weights"] == "raw"
 
 
 def test_parts_of_another_definition_never_mix_in(tmp_path):
@@ -420,27 +425,27 @@ def refused(call):
         ({"num_images": -1}, "--num-images -1 is too small; use 0 or more"),
         ({"batch_size": 0}, "--batch-size 0 is too small; use 1 or more"),
         ({"bootstrap": 1}, "--bootstrap 1 has no spread; use 0 for none, or 2 or more"),
-        ({"seed": 2**32}, "--seed 4294967296 is outside of 0 .. 4294967295; choose another"),
+        ({"seed": 2**32}, "got seed 4294967296, expected a whole number from 0 to 4294967295; choose another"),
         ({"terms": 10}, "got 10 terms of the bound, expected 1 to 9; 0 stands for all"),
         ({"source": "none.npz"}, "data.source='none.npz' does not exist; use one of "),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused(run, loaded, changed, message):
     options = dataclasses.replace(OPTIONS, **changed)
-    assert refused(lambda: Evaluation(loaded, run, PIXELS, options)).startswith(message)
+    assert refused(lambda: Evaluation.of_run(loaded, run, PIXELS, options)).startswith(message)
 
 
 def test_a_reference_with_another_image_size_is_refused(run, loaded, tmp_path):
     np.save(tmp_path / "real.npy", np.zeros((4, 16, 16, 1), np.uint8))
     options = dataclasses.replace(OPTIONS, source=str(tmp_path / "real.npy"))
     assert "has images of shape (16, 16, 1), but data.image_size and data.channels say (8, 8, 1)" in refused(
-        lambda: Evaluation(loaded, run, PIXELS, options)
+        lambda: Evaluation.of_run(loaded, run, PIXELS, options)
     )
 
 
 def test_too_few_images_for_the_covariance_are_refused(run, loaded):
     options = dataclasses.replace(OPTIONS, num_real=1)
-    message = refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+    message = refused(lambda: evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",)))
     assert message == "got 1 image(s), but a covariance needs at least 2; take more images"
 
 
@@ -464,12 +469,12 @@ def test_too_few_images_for_the_covariance_are_refused(run, loaded):
 def test_statistics_that_do_not_fit_are_refused(run, loaded, tmp_path, arrays, message):
     np.savez(tmp_path / "s.npz", **arrays)
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "s.npz"))
-    assert message in refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+    assert message in refused(lambda: evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",)))
 
 
 def test_a_folder_in_the_place_of_statistics_is_refused(run, loaded, tmp_path):
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path))
-    message = refused(lambda: evaluate(Evaluation(loaded, run, FEATURES, options), ("fid",)))
+    message = refused(lambda: evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",)))
     assert message.endswith("is not an .npz file with the arrays mu and sigma; give such a file")
 
 
@@ -493,7 +498,7 @@ def test_the_best_checkpoint_of_a_run_without_evaluations_is_refused(command, ru
 
 
 def test_the_inception_score_needs_logits(run, loaded):
-    message = refused(lambda: evaluate(Evaluation(loaded, run, PIXELS, OPTIONS), ("is",)))
+    message = refused(lambda: evaluate(Evaluation.of_run(loaded, run, PIXELS, OPTIONS), ("is",)))
     assert message == "the metric is needs logits, which --features pixels does not have; use inception"
 
 
@@ -543,7 +548,7 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
     options = ["--num-images", 20, "--num-real", 30, "--batch-size", 8, "--no-figures"]
     code, out, _ = command(run, *options)
     assert code == 0
-    assert "Without Inception weights only nll, rate-distortion, nearest are computed; download" in out
+    assert "Without Inception weights only losses, nll, rate-distortion, nearest are computed; download" in out
     assert f"nll: {evaluated[1]['nll']['value']:.4g} ±" in out
     assert "The report: " in out
 
@@ -556,7 +561,7 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
         (["nowhere"], "nowhere does not exist; give the folder of a run that train.py made"),
         (
             ["nowhere", "--metrics"],
-            "--metrics is empty; give some of fid, is, kid, prdc, nll, rate-distortion, nearest",
+            "--metrics is empty; give some of fid, is, kid, prdc, losses, nll, rate-distortion, nearest",
         ),
     ],
 )
@@ -583,9 +588,11 @@ def test_help_shows_every_option(command):
 def test_samples_of_another_sampler_are_a_result_of_their_own(evaluated, run, loaded):
     """--sampler and its options define a result, and are told apart from Algorithm 2's."""
     sampler = SamplerOptions(sampler="ddim", steps=(3,))
-    evaluation = Evaluation(loaded, run, FEATURES, OPTIONS, sampler)
+    evaluation = Evaluation.of_run(loaded, run, FEATURES, OPTIONS, sampler)
     made_of = evaluation.definition("sampling")["sampling"]
     assert (made_of["sampler"], made_of["steps"]) == ("ddim", 3)
-    images = np.asarray(make_generator(CONFIG, loaded.mesh, sampler)(loaded.params, sample_key(0), np.arange(8)))
-    np.testing.assert_array_equal(evaluation.first_samples, images)
-    assert not np.array_equal(evaluation.first_samples, evaluated[0].first_samples)
+    images = np.asarray(
+        make_generator(experiment(CONFIG), loaded.mesh, sampler)(loaded.params, sample_key(0), np.arange(8))
+    )
+    np.testing.assert_array_equal(evaluation.first_samples(), images)
+    assert not np.array_equal(evaluation.first_samples(), evaluated[0].first_samples())

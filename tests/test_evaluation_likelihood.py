@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from evaluated import CONFIG, random_params
 from scipy import integrate, stats
+from tiny import experiment
 
-from ddpm_jax import sharding, training
+from ddpm_jax import sharding
 from ddpm_jax.diffusion.bound import bits_per_dim, bound_terms, prior_bits
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UsageError
-from ddpm_jax.evaluation import likelihood
-from ddpm_jax.evaluation.likelihood import Drawn, draw_times, make_bound, rate_distortion, strata, summarize_bound
+from ddpm_jax.evaluation import bits as likelihood
+from ddpm_jax.evaluation.bits import Drawn, draw_times, make_bound, rate_distortion, strata, summarize_bound
 
 LN2 = math.log(2)
 MEAN, STD = 0.2, 0.15
@@ -152,7 +153,7 @@ INDICES = np.arange(8, dtype=np.int32)
 def network():
     """compute(terms, images, indices) -> Drawn of a small network on four devices, compiled once for each number of terms."""
     params, mesh = random_params(CONFIG), sharding.make_mesh(devices=jax.devices()[:4])
-    compiled = {terms: make_bound(CONFIG, mesh, strata(12, terms)) for terms in (4, 11)}
+    compiled = {terms: make_bound(experiment(CONFIG), mesh, strata(12, terms)) for terms in (4, 11)}
 
     def compute(terms, images=IMAGES, indices=INDICES):
         return Drawn(**jax.device_get(compiled[terms](params, likelihood.bound_key(3), images, indices)))
@@ -161,11 +162,11 @@ def network():
 
 
 def test_all_terms_are_bits_per_dims_and_the_sum_of_the_parts_equals_the_total(network):
-    unet, edges = training.build_unet(CONFIG), strata(12, 11)
+    unet, edges = experiment(CONFIG).network, strata(12, 11)
     params = random_params(CONFIG)
     whole = jax.jit(
         lambda images: bits_per_dim(
-            Process(training.build_schedule(CONFIG), variance=CONFIG.diffusion.variance),
+            Process(experiment(CONFIG).process.schedule, variance=CONFIG.diffusion.variance),
             lambda x_t, t: unet.apply({"params": params}, x_t, t),
             likelihood.bound_key(3),
             images.astype(jnp.float32) / 127.5 - 1,

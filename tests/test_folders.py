@@ -21,8 +21,8 @@ from tiny import tiny
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, sources
 from ddpm_jax.errors import UsageError
-from ddpm_jax.image_set import SET
-from ddpm_jax.workdir import CHECKPOINTS, CONFIG
+from ddpm_jax.generation.image_set import SET
+from ddpm_jax.training.workdir import CHECKPOINTS, CONFIG
 
 NAMES = ["b/2.png", "b/10.png", "a/x.PNG", "B/y.webp", "a/sub/z.bmp", "é.jpeg", "a.jpg"]
 SORTED = ["B/y.webp", "a.jpg", "a/sub/z.bmp", "a/x.PNG", "b/10.png", "b/2.png", "é.jpeg"]

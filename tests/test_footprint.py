@@ -10,23 +10,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import footprint, room, sharding
+from ddpm_jax import room, sharding
 from ddpm_jax.benchmark.programs import image_shapes
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.commands.train import train
 from ddpm_jax.config import check
 from ddpm_jax.errors import UsageError
-from ddpm_jax.footprint import check_training, count_params, needs
-from ddpm_jax.generate import make_generator
-from ddpm_jax.loop import train
-from ddpm_jax.training import init_state, make_train_step
+from ddpm_jax.generation.generator import make_generator
+from ddpm_jax.training import footprint
+from ddpm_jax.training.footprint import check_training, count_params, needs
+from ddpm_jax.training.step import init_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
 
 
 def real_params(config):
-    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    shapes = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)).params)
     return sum(math.prod(a.shape) for a in jax.tree.leaves(shapes))
 
 
@@ -70,14 +71,14 @@ def test_the_compiled_programs_take_no_less_than_the_estimate(name):
     config = CONFIGS[name]()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, sample_every=10, steps=40))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)))
     step, grid = needs(config, 1)
-    images = image_shapes(config, config.train.steps_per_dispatch)
-    trained = bytes_of(make_train_step(config, mesh=mesh).lower(state, images, None).compile())
+    images = image_shapes(experiment(config), config.train.steps_per_dispatch)
+    trained = bytes_of(make_train_step(experiment(config), mesh=mesh).lower(state, images, None).compile())
     assert trained / 30 < step.total <= trained  # a bound, yet not an idle one
     indices = jax.ShapeDtypeStruct((config.train.num_samples,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    drawn = bytes_of(make_generator(config, mesh).lower(state.params, key, indices).compile())
+    drawn = bytes_of(make_generator(experiment(config), mesh).lower(state.params, key, indices).compile())
     others = 3 * footprint.FLOAT32 * count_params(config)  # that the generator does not take, but the state holds
     assert drawn / 10 < grid.total - others <= drawn
 
@@ -107,9 +108,9 @@ TOO_MUCH = {
 @pytest.mark.parametrize("field", TOO_MUCH)
 def test_a_training_beyond_any_memory_is_refused_before_anything_is_read_or_compiled(field, tmp_path, monkeypatch):
     config = tiny(**TOO_MUCH[field])
-    monkeypatch.setattr("ddpm_jax.loop.open_source", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("ddpm_jax.commands.train.open_source", lambda *_: pytest.fail("read"))
     with pytest.raises(UsageError, match=r"needs at least [\d,.]+ GiB of memory.* free; lower .*") as refusal:
-        train(config, tmp_path / "run")
+        train(experiment(config), tmp_path / "run")
     assert field in str(refusal.value).rpartition(";")[2]
     assert not (tmp_path / "run").exists()
 

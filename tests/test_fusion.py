@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax import sharding
 from ddpm_jax.benchmark.programs import image_shapes
-from ddpm_jax.evaluation.during_training import make_quarter_losses
-from ddpm_jax.evaluation.likelihood import make_bound
-from ddpm_jax.fusion import apart
-from ddpm_jax.generate import SamplerOptions, make_generator
-from ddpm_jax.training import init_state, make_train_step
+from ddpm_jax.evaluation.bits import make_bound
+from ddpm_jax.evaluation.quarters import make_quarter_losses
+from ddpm_jax.generation.generator import SamplerOptions, make_generator
+from ddpm_jax.models.fusion import apart
+from ddpm_jax.training.step import init_state, make_train_step
 
 CONFIG = tiny(train={"batch_size": 64})
 LEARNED = tiny(
@@ -74,16 +74,18 @@ def program(name):
     """A program of ours for one device, lowered."""
     config = LEARNED if name == "learned" else CONFIG
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-    images, indices = image_shapes(config), jax.ShapeDtypeStruct((64,), jnp.int32)
+    state = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)))
+    images, indices = image_shapes(experiment(config)), jax.ShapeDtypeStruct((64,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if name in ("train", "learned"):
-        return make_train_step(config, mesh=mesh).lower(state, image_shapes(config, 2), None)
+        return make_train_step(experiment(config), mesh=mesh).lower(state, image_shapes(experiment(config), 2), None)
     if name == "bound":
-        return make_bound(config, mesh, np.arange(config.diffusion.T)).lower(state.params, key, images, indices)
+        return make_bound(experiment(config), mesh, np.arange(config.diffusion.T)).lower(
+            state.params, key, images, indices
+        )
     if name == "quarters":
-        return make_quarter_losses(config, mesh).lower(state.params, key, images, indices)
-    return make_generator(config, mesh, SamplerOptions(name)).lower(state.params, key, indices)
+        return make_quarter_losses(experiment(config), mesh).lower(state.params, key, images, indices)
+    return make_generator(experiment(config), mesh, SamplerOptions(name)).lower(state.params, key, indices)
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,18 @@ import tyro
 from etils import epath
 from interop import run_script
 from PIL import Image
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import sharding, training
-from ddpm_jax.animation import write_animation
-from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax import sharding
 from ddpm_jax.commands import sample
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import sole_writer
-from ddpm_jax.generate import Batches, SamplerOptions, generate_batches
-from ddpm_jax.image_set import ImageSet, generate_set, read_images
-from ddpm_jax.workdir import enter, load_run
+from ddpm_jax.generation.animation import write_animation
+from ddpm_jax.generation.generator import Batches, SamplerOptions, generate_batches
+from ddpm_jax.generation.image_set import ImageSet, generate_set, read_images
+from ddpm_jax.training import step as training
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.workdir import enter, load_run
 
 ROOT = Path(__file__).parent.parent
 FEW = SamplerOptions(sampler="ddim", steps=(3,))
@@ -42,7 +43,7 @@ def workdir(tmp_path_factory):
     """A run of the tiny network at step 0, its zero layers drawn."""
     path = epath.Path(tmp_path_factory.mktemp("run") / "w")
     config = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
-    state = jax.jit(lambda: training.init_state(config, jax.random.key(0)))()
+    state = jax.jit(lambda: training.init_state(experiment(config), jax.random.key(0)))()
     leaves, structure = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     ema = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
@@ -60,7 +61,8 @@ def run(workdir):
 
 
 def generate(run, out, indices=range(10), **options):
-    given = {"seed": 3, "options": FEW, "weights": "ema", "batch_size": 4, "format": "both"} | options
+    given = {"seed": 3, "options": FEW, "batch_size": 4, "format": "both"} | options
+    run = dataclasses.replace(run, weights=given.pop("weights", run.weights))
     generate_set(run, epath.Path(out), indices, **given)
 
 
@@ -158,7 +160,7 @@ def test_a_set_killed_before_its_first_batch_continues(tmp_path, monkeypatch):
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("set_mark.write_text", "arrays.whole", "image_set.whole"):
+    for name in ("generation.set_mark.write_text", "arrays.whole", "generation.image_set.whole"):
         monkeypatch.setattr(f"ddpm_jax.{name}", kill)
         with pytest.raises(KeyboardInterrupt):
             begin()
@@ -199,7 +201,7 @@ def test_a_set_is_not_continued_on_devices_that_make_other_parts(run, tmp_path, 
         first = next(iter(ranges))
         yield first, np.zeros((len(first), 8, 8, 1), np.uint8)
 
-    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", first_alone)
+    monkeypatch.setattr("ddpm_jax.generation.image_set.generate_batches", first_alone)
     monkeypatch.setattr(ImageSet, "finish", ImageSet.wait)
     generate(dataclasses.replace(run, mesh=sharding.make_mesh()), tmp_path / "out")
     before = content(tmp_path / "out")
@@ -266,7 +268,7 @@ def test_a_failed_write_is_told(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddpm_jax.image_set.png_bytes", full)
+    monkeypatch.setattr("ddpm_jax.generation.image_set.png_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         generate(run, tmp_path / "out")
 
@@ -298,7 +300,7 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
         self.open("wb").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddpm_jax.animation.make_generator", lambda *_, **__: generator)
+    monkeypatch.setattr("ddpm_jax.generation.animation.make_generator", lambda *_, **__: generator)
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):
@@ -359,7 +361,7 @@ def sampled(monkeypatch):
         batches.extend(ranges)
         return generate_batches(generator, params, key, ranges, **options)
 
-    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", counted)
+    monkeypatch.setattr("ddpm_jax.generation.image_set.generate_batches", counted)
     return batches
 
 
@@ -453,7 +455,7 @@ def test_a_set_killed_while_it_is_recovered_is_recovered(run, whole, tmp_path, m
     shutil.copytree(whole, tmp_path / "out")
     damage(tmp_path / "out" / "images.npz", DAMAGES["cut"])
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_jax.set_mark.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ddpm_jax.generation.set_mark.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate(run, tmp_path / "out")
     generate(run, tmp_path / "out")
@@ -520,7 +522,7 @@ def test_what_a_killed_process_left_is_swept(run, whole, half, tmp_path):
 @pytest.mark.parametrize("place", ["file/out", "n" * 300, "/proc/out", "/proc/self/out"])
 def test_a_place_that_cannot_be_written_is_refused(place, run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("ddpm_jax.image_set.generate_batches", None)  # nothing is computed
+    monkeypatch.setattr("ddpm_jax.generation.image_set.generate_batches", None)  # nothing is computed
     with pytest.raises(UsageError, match=r"cannot be written \(.*\); give another --out") as refusal:
         generate(run, tmp_path / place)
     assert str(tmp_path / place) in str(refusal.value)
@@ -533,7 +535,7 @@ def test_a_disk_that_refuses_a_batch_leaves_what_was_made(number, run, whole, tm
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_jax.image_set.write_arrays", refuse)
+        patch.setattr("ddpm_jax.generation.image_set.write_arrays", refuse)
         with pytest.raises(OSError, match=os.strerror(number)):
             generate(run, tmp_path / "out")
     assert not any(name.endswith(("tmp", "npz", "lock")) for name in content(tmp_path / "out"))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors
 from interop import convert, drawn, write_drawn_run
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax import config as configs
-from ddpm_jax.generate import generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.sharding import make_mesh
 
@@ -62,7 +62,7 @@ def test_exported_sampler_gives_the_same_images_where_only_jax_and_flatbuffers_a
     convert("export", workdir, tmp_path / "sampler.jax_export")
     mesh = make_mesh(devices=jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, drawn(CONFIG, seed=1))
-    generator = make_generator(CONFIG, mesh)
+    generator = make_generator(experiment(CONFIG), mesh)
     [(_, expected)] = generate_batches(generator, params, sample_key(SEED), [INDICES], batch_size=3, num_devices=1)
     site = tmp_path / "site"
     site.mkdir()

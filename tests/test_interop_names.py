@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TINY, tiny
+from tiny import TINY, experiment, tiny
 
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
@@ -59,7 +59,7 @@ model/norm_out/gamma (128,)
 conv_norm_out.weight (128,)
 conv_norm_out.weight
 """
-CIFAR10 = parameters(Config())
+CIFAR10 = parameters(experiment(Config()))
 
 
 def row_of(p):
@@ -86,7 +86,7 @@ def test_every_name_of_the_cifar10_network_is_that_of_the_others():
 
 @pytest.mark.parametrize("config", [Config(), TINY, tiny(model={"ch_mult": (1, 2, 2), "num_res_blocks": 2})])
 def test_names_are_one_to_one(config):
-    table = parameters(config)
+    table = parameters(experiment(config))
     for kind in ("path", "tensorflow", "diffusers", "diffusers_old"):
         assert len({getattr(p, kind) for p in table}) == len(table)
 
@@ -98,7 +98,7 @@ def test_the_table_holds_every_parameter_of_the_cifar10_network():
 
 def test_arrays_come_back_from_the_layout_of_pytorch():
     rng = np.random.default_rng(0)
-    for p in parameters(TINY):
+    for p in parameters(experiment(TINY)):
         array = rng.normal(size=p.shape)
         there = p.to_diffusers(array)
         assert there.shape == p.diffusers_shape

@@ -15,11 +15,9 @@ import pytest
 import safetensors.numpy
 from etils import epath
 from interop import ROOT, convert, drawn, write_drawn_run
-from tiny import TINY, tiny
+from tiny import TINY, experiment, tiny
 
 from ddpm_jax import cli
-from ddpm_jax import workdir as workdirs
-from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.commands import convert as convert_command
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.evaluation.inception_weights import load_inception
@@ -27,8 +25,10 @@ from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import flatten, parameters
 from ddpm_jax.interop.tensorflow import _told
-from ddpm_jax.training import state_from_params
-from ddpm_jax.workdir import write_run
+from ddpm_jax.training import workdir as workdirs
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.step import state_from_params
+from ddpm_jax.training.workdir import write_run
 
 SAFETENSORS, BIN = (f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin"))
 
@@ -38,10 +38,10 @@ def model(tmp_path):
     """A folder of diffusers, as older versions write it: config, scheduler and weights side by side."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(unet_config(TINY)))
-    (folder / "scheduler_config.json").write_text(json.dumps(scheduler_config(TINY)))
+    (folder / "config.json").write_text(json.dumps(unet_config(experiment(TINY))))
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler_config(experiment(TINY))))
     arrays = flatten(drawn(TINY))
-    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(TINY)}
+    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(experiment(TINY))}
     safetensors.numpy.save_file(tensors, folder / SAFETENSORS)
     return folder
 
@@ -53,7 +53,7 @@ def refused(model, tmp_path):
     def refused(sentence):
         with pytest.raises(UsageError) as refusal:
             convert("from-diffusers", model, tmp_path / "run")
-        assert str(refusal.value).replace(str(model), "MODEL") == sentence
+        assert str(refusal.value).replace(str(model), "MODEL").startswith(sentence)
         assert not (tmp_path / "run").exists()
 
     return refused
@@ -87,7 +87,7 @@ def test_malicious_pickle_is_refused_and_not_executed(model, refused, tmp_path):
 def test_pickle_without_pytorch_is_refused(model, refused, monkeypatch):
     (model / SAFETENSORS).rename(model / BIN)
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(f'MODEL/{BIN} needs PyTorch: pip install "ddpm-jax[torch]", or get {SAFETENSORS} instead')
+    refused(f"MODEL/{BIN} needs torch, which cannot be imported")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
@@ -244,14 +244,14 @@ def test_import_that_fails_leaves_no_workdir(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    state = state_from_params(TINY, drawn(TINY))
+    state = state_from_params(experiment(TINY), drawn(TINY))
     monkeypatch.setattr(workdirs, "write_text", full)  # the config, when the checkpoint lies there
     with pytest.raises(UsageError, match="cannot be written"):
-        write_run(tmp_path / "run", TINY, state)
+        write_run(tmp_path / "run", experiment(TINY), state)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(Checkpoints, "save", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
     with pytest.raises(RunError, match="the disk is full"):
-        write_run(tmp_path / "run", TINY, state)
+        write_run(tmp_path / "run", experiment(TINY), state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -330,7 +330,7 @@ def test_a_disk_that_refuses_leaves_nothing_and_is_told_in_one_sentence(
 )
 def test_network_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
     with pytest.raises(UsageError) as refusal:
-        from_diffusers_configs(unet_config(TINY) | changed, scheduler_config(TINY))
+        from_diffusers_configs(unet_config(experiment(TINY)) | changed, scheduler_config(experiment(TINY)))
     assert str(refusal.value).startswith("its network is not one of ddpm_jax: ")
     assert fields in str(refusal.value)
 
@@ -343,7 +343,7 @@ def test_fields_that_are_left_out_mean_what_diffusers_takes_them_for():
         "freq_shift": 0,
         "norm_eps": 1e-5,
     }
-    unet = unet_config(TINY)
+    unet = unet_config(experiment(TINY))
     for name, value in left_out.items():
         with pytest.raises(UsageError, match=f"{name} is {json.dumps(value)}, expected"):
             from_diffusers_configs({n: v for n, v in unet.items() if n != name}, {})
@@ -356,10 +356,10 @@ def test_fields_that_are_left_out_mean_what_diffusers_takes_them_for():
 def test_other_words_for_our_network_are_understood():
     words = {"act_fn": "swish", "attention_head_dim": 16, "attn_norm_num_groups": 4, "sample_size": [8, 8]}
     words |= {"time_embedding_dim": 32, "num_train_timesteps": 20, "a_field_of_tomorrow": False, "_note": "x"}
-    read = from_diffusers_configs(unet_config(TINY) | words, scheduler_config(TINY))
+    read = from_diffusers_configs(unet_config(experiment(TINY)) | words, scheduler_config(experiment(TINY)))
     assert (read.model, read.diffusion) == (TINY.model, TINY.diffusion)
     assert (
-        from_diffusers_configs(unet_config(TINY), {"variance_type": "fixed_small_log"}).diffusion.variance
+        from_diffusers_configs(unet_config(experiment(TINY)), {"variance_type": "fixed_small_log"}).diffusion.variance
         == "fixed_small"
     )
 
@@ -381,7 +381,7 @@ def test_other_words_for_our_network_are_understood():
 )
 def test_sampler_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
     with pytest.raises(UsageError) as refusal:
-        from_diffusers_configs(unet_config(TINY), scheduler_config(TINY) | changed)
+        from_diffusers_configs(unet_config(experiment(TINY)), scheduler_config(experiment(TINY)) | changed)
     assert str(refusal.value).startswith("its sampler")
     assert fields in str(refusal.value)
 
@@ -392,7 +392,7 @@ def test_sampler_that_ours_cannot_be_is_refused_by_its_fields(changed, fields):
     ids=str,
 )
 def test_config_of_wrong_types_is_refused(broken, model, tmp_path):
-    (model / "config.json").write_text(json.dumps(unet_config(TINY) | broken))
+    (model / "config.json").write_text(json.dumps(unet_config(experiment(TINY)) | broken))
     with pytest.raises(UsageError, match=f"^{model} cannot be imported: "):
         convert("from-diffusers", model, tmp_path / "run")
 
@@ -429,9 +429,11 @@ def test_two_outputs_a_channel_without_a_scheduler_are_a_learned_variance(base, 
         diffusion={"variance": variance, "loss": "rescaled_hybrid", "T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
     )
     arrays = flatten(drawn(learned))
-    tensors = {p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(learned)}
+    tensors = {
+        p.diffusers: np.ascontiguousarray(p.to_diffusers(arrays[p.path])) for p in parameters(experiment(learned))
+    }
     safetensors.numpy.save_file(tensors, model / SAFETENSORS)
-    (model / "config.json").write_text(json.dumps(unet_config(learned)))
+    (model / "config.json").write_text(json.dumps(unet_config(experiment(learned))))
     (model / "scheduler_config.json").unlink()
     config, params = read_model(str(model), learned if base else None)
     assert (config.diffusion.variance, config.diffusion.prediction) == (variance, "eps")

@@ -8,15 +8,15 @@ import numpy as np
 import optax
 import pytest
 from interop import convert
-from tiny import TINY
+from tiny import TINY, experiment
 
-from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.errors import UsageError
 from ddpm_jax.interop import tensorflow
 from ddpm_jax.interop.names import flatten, parameters
 from ddpm_jax.interop.tensorflow import read_checkpoint
-from ddpm_jax.training import build_optimizer, init_state
-from ddpm_jax.workdir import load_run
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.step import init_state
+from ddpm_jax.training.workdir import load_run
 
 EMA = "/ExponentialMovingAverage"
 STEPS = 3
@@ -40,7 +40,7 @@ class Reader:
 def checkpoint(*kinds):
     """Arrays as in a checkpoint of TINY: the parameters, and the kinds of variables beside them."""
     draws = np.random.default_rng(0)
-    names = {p.tensorflow + kind: p.shape for kind in ("", *kinds) for p in parameters(TINY)}
+    names = {p.tensorflow + kind: p.shape for kind in ("", *kinds) for p in parameters(experiment(TINY))}
     arrays = {name: draws.normal(size=shape).astype(np.float32) for name, shape in names.items()}
     return arrays | {"global_step": np.int64(30), "beta1_power": np.float32(0.9), "beta2_power": np.float32(0.999)}
 
@@ -52,15 +52,15 @@ def read(monkeypatch):
     def read(arrays):
         reader = Reader(arrays)
         monkeypatch.setattr(tensorflow, "_reader", lambda prefix: reader)
-        return *read_checkpoint("PREFIX", TINY), reader
+        return *read_checkpoint("PREFIX", experiment(TINY)), reader
 
     return read
 
 
 def assert_is(tree, arrays, kind):
     ours = flatten(tree)
-    assert ours.keys() == {p.path for p in parameters(TINY)}
-    for p in parameters(TINY):
+    assert ours.keys() == {p.path for p in parameters(experiment(TINY))}
+    for p in parameters(experiment(TINY)):
         np.testing.assert_array_equal(ours[p.path], arrays[p.tensorflow + kind], err_msg=p.path)
 
 
@@ -81,7 +81,7 @@ def test_every_variable_is_used_exactly_once(read):
 
 def test_without_adams_moments_the_optimizer_starts_anew(read):
     state, _, _ = read(checkpoint(EMA))
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, build_optimizer(TINY).init(state.params))
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, experiment(TINY).optimizer.init(state.params))
     assert int(state.step) == 30
 
 
@@ -109,9 +109,9 @@ def test_missing_extra_and_misshapen_variables_are_named(read):
 def test_without_tensorflow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UsageError) as refusal:
-        read_checkpoint("PREFIX", TINY)
-    message = 'TensorFlow is needed to read its checkpoints: pip install "ddpm-jax[tensorflow]"'
-    assert str(refusal.value) == message
+        read_checkpoint("PREFIX", experiment(TINY))
+    assert "PREFIX needs tensorflow" in str(refusal.value)
+    assert 'pip install "ddpm-jax[tensorflow]"' in str(refusal.value)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,8 @@ def written(tf, tmp_path_factory):
     v1, draws = tf.compat.v1, np.random.default_rng(0)
     with tf.Graph().as_default():
         variables = [
-            v1.Variable(draws.normal(size=p.shape).astype(np.float32), name=p.tensorflow) for p in parameters(TINY)
+            v1.Variable(draws.normal(size=p.shape).astype(np.float32), name=p.tensorflow)
+            for p in parameters(experiment(TINY))
         ]
         loss = tf.add_n([tf.reduce_sum(variable**2) for variable in variables])
         train = v1.train.AdamOptimizer(0.01).minimize(loss, global_step=v1.train.get_or_create_global_step())
@@ -158,7 +159,7 @@ def test_checkpoint_of_tensorflow_becomes_a_run_with_raw_and_ema_parameters(writ
     differ = [np.any(a != b) for a, b in zip(jax.tree.leaves(raw.params), jax.tree.leaves(ema.params), strict=True)]
     assert all(differ)
     checkpoints = Checkpoints(tmp_path / "run/checkpoints")
-    state = checkpoints.restore_state(STEPS, jax.eval_shape(lambda: init_state(TINY, jax.random.key(0))))
+    state = checkpoints.restore_state(STEPS, jax.eval_shape(lambda: init_state(experiment(TINY), jax.random.key(0))))
     checkpoints.close()
     assert_is(state.opt_state[1].mu, arrays, "/Adam")
     assert_is(state.opt_state[1].nu, arrays, "/Adam_1")
@@ -176,6 +177,6 @@ def test_checkpoint_that_is_missing_or_cut_short_is_refused(tf, written, tmp_pat
         for ending, content in zip((".index", ".data-00000-of-00001"), files, strict=False):
             Path(copy + ending).write_bytes(content)
         with pytest.raises(UsageError, match=message):
-            read_checkpoint(copy, TINY)
+            read_checkpoint(copy, experiment(TINY))
         for path in tmp_path.iterdir():
             path.unlink()

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop import convert, drawn, run_script, write_drawn_run
-from tiny import TINY, tiny
+from tiny import TINY, experiment, tiny
 
-from ddpm_jax.checkpoint import MANIFEST
+from ddpm_jax.commands.train import train
 from ddpm_jax.errors import UsageError
 from ddpm_jax.interop.names import flatten
-from ddpm_jax.loop import train
-from ddpm_jax.training import state_from_params
-from ddpm_jax.workdir import load_run, write_run
+from ddpm_jax.training.checkpoint import MANIFEST
+from ddpm_jax.training.step import state_from_params
+from ddpm_jax.training.workdir import load_run, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_imported_model_is_sampled_without_data(model, tmp_path):
     with np.load(tmp_path / "samples/images.npz") as file:
         assert file["images"].shape == (8, 8, 8, 1)
     with pytest.raises(UsageError, match=r"data\.source='none'"):
-        train(load_run(workdir).config, workdir)
+        train(experiment(load_run(workdir).config), workdir)
 
 
 def test_imported_model_is_trained_from_step_0(tmp_path):
@@ -50,7 +50,7 @@ def test_imported_model_is_trained_from_step_0(tmp_path):
     convert("to-diffusers", tmp_path / "original", tmp_path / "model")
     (tmp_path / "config.py").write_text(f"from ddpm_jax.config import *\nconfig = {config!r}\n")
     convert("from-diffusers", tmp_path / "model", tmp_path / "run", "--config", tmp_path / "config.py")
-    state = train(config, tmp_path / "run")
+    state = train(experiment(config), tmp_path / "run")
     assert int(state.step) == 2
     for name, array in flatten(drawn(config, seed=1)).items():
         # Adam's steps are about the learning rate long, and that of step 0 has length 0.
@@ -61,9 +61,9 @@ def test_imported_model_is_trained_from_step_0(tmp_path):
 def test_imported_checkpoint_is_trained_on_from_its_step_on_any_data(tmp_path):
     config = tiny(train={"steps": 32}, model=SMALLER)
     params = jax.tree.map(jnp.asarray, drawn(config))
-    imported = dataclasses.replace(state_from_params(config, params), step=jnp.asarray(30, jnp.int32))
-    write_run(tmp_path / "run", config, imported)
-    state = train(config, tmp_path / "run")
+    imported = dataclasses.replace(state_from_params(experiment(config), params), step=jnp.asarray(30, jnp.int32))
+    write_run(tmp_path / "run", experiment(config), imported)
+    state = train(experiment(config), tmp_path / "run")
     assert int(state.step) == 32
     for name, array in flatten(drawn(config)).items():
         difference = np.abs(np.asarray(flatten(state.params)[name]) - array)

@@ -12,11 +12,22 @@ from ddpm_jax import make_schedule, q_sample, rng
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import choose_steps, make_sampler, reverse, sample_loop
 from ddpm_jax.sampling.inpainting import _walk, inpaint
-from ddpm_jax.sampling.latents import from_noised, interpolate, progressive_generation, shared_latents, start_row
+from ddpm_jax.sampling.latents import (
+    from_noised,
+    interpolate,
+    make_chain,
+    progressive_generation,
+    shared_latents,
+    start_row,
+)
 
 SCHEDULE = make_schedule("linear", T=40, beta_start=2e-3, beta_end=0.4)
 MODEL = model_of(mixture_x_0, SCHEDULE)
 KEY = jax.random.key(0)
+
+
+def chain_of(sampler):
+    return make_chain(sampler, MODEL, KEY, image_shape=SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +36,7 @@ def images():
 
 
 def test_progressive_generation_shows_predictions_and_ends_with_the_images(images):
-    seen = progressive_generation(
-        make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(5), image_shape=SHAPE, count=4
-    )
+    seen = progressive_generation(chain_of(make_sampler(Process(SCHEDULE))), jnp.arange(5), count=4)
     np.testing.assert_array_equal(seen.t, [39, 26, 13, 0])
     np.testing.assert_allclose(seen.images, images, atol=1e-6)
     x_T = rng.image_normal(rng.image_keys(KEY, jnp.arange(5)), 0, SHAPE)
@@ -38,7 +47,7 @@ def test_progressive_generation_shows_predictions_and_ends_with_the_images(image
 
 def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
     sampler = make_sampler(Process(SCHEDULE), "ddim", steps=5)
-    seen = progressive_generation(sampler, MODEL, KEY, jnp.arange(2), image_shape=SHAPE)
+    seen = progressive_generation(chain_of(sampler), jnp.arange(2))
     np.testing.assert_array_equal(seen.t, [39, 29, 20, 10, 0])
     np.testing.assert_allclose(seen.x_0[-1], seen.images, atol=1e-6)
     assert all(jnp.abs(x_0).max() > 0 for x_0 in seen.x_0)
@@ -47,7 +56,7 @@ def test_progressive_generation_of_fewer_rows_than_asked_for_shows_each_once():
 def test_shared_latents_begin_with_the_image_itself_and_share_more_the_later_they_part(images):
     spread = []
     for t in (39, 20, 5, 1):
-        together = shared_latents(make_sampler(Process(SCHEDULE)), MODEL, KEY, 2, image_shape=SHAPE, t=t, count=40)
+        together = shared_latents(chain_of(make_sampler(Process(SCHEDULE))), 2, t=t, count=40)
         np.testing.assert_allclose(together[0], images[2], atol=1e-5)
         spread.append(float(together.std(axis=0).mean()))
     assert spread == sorted(spread, reverse=True)
@@ -58,7 +67,7 @@ def test_a_noised_image_comes_back_like_itself_from_little_noise():
     x_0 = jnp.asarray([-0.6, 0.1, 0.7, 0.1]).reshape(1, *SHAPE) * jnp.ones((30, 1, 1, 1))
     away = []
     for t in (2, 15, 39):
-        back = from_noised(SCHEDULE, make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(30), x_0, t=t)
+        back = from_noised(chain_of(make_sampler(Process(SCHEDULE))), SCHEDULE, jnp.arange(30), x_0, t=t)
         away.append(float(jnp.abs(back - x_0).mean()))
     assert away == sorted(away)
     assert away[0] < 0.2
@@ -68,10 +77,8 @@ def test_a_noised_image_comes_back_like_itself_from_little_noise():
 def test_interpolation_goes_from_one_image_to_the_other_in_x_t():
     x_0, other = (jnp.full((2, *SHAPE), v) for v in (-0.6, 0.7))
     images = interpolate(
+        chain_of(make_sampler(Process(SCHEDULE))),
         SCHEDULE,
-        make_sampler(Process(SCHEDULE)),
-        MODEL,
-        KEY,
         jnp.arange(2),
         x_0,
         other,
@@ -79,7 +86,7 @@ def test_interpolation_goes_from_one_image_to_the_other_in_x_t():
         fractions=(0.0, 0.5, 1.0),
     )
     assert images.shape == (3, 2, *SHAPE)
-    start = from_noised(SCHEDULE, make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(2), x_0, t=15)
+    start = from_noised(chain_of(make_sampler(Process(SCHEDULE))), SCHEDULE, jnp.arange(2), x_0, t=15)
     np.testing.assert_allclose(images[0], start, atol=1e-5)
     # By hand: the middle of both x_t, decoded over the last rows with the noise of images 0 and 1.
     level = jnp.full(2, 15)
@@ -95,6 +102,11 @@ def test_a_chain_starts_at_the_noisiest_step_that_is_at_most_t():
     assert [start_row(sampler, t) for t in (39, 38, 20, 0)] == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="got t = 4, expected at least 10"):
         start_row(dataclasses.replace(sampler, rows={"t": np.array([20, 10])}), 4)
+
+
+def test_a_sampler_that_looks_back_cannot_start_anywhere():
+    with pytest.raises(ValueError, match="looks back"):
+        progressive_generation(chain_of(make_sampler(Process(SCHEDULE), "dpm++2m")), jnp.arange(2))
 
 
 # ---- Inpainting

@@ -12,16 +12,23 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import loop, sharding, training
-from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax import sharding
+from ddpm_jax.commands import train as command
+from ddpm_jax.commands.train import train
+from ddpm_jax.data import open_source
+from ddpm_jax.data.sheets import enlarge, grid
 from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.evaluation.during_training import make_evaluation
-from ddpm_jax.generate import make_generator, sample_key
-from ddpm_jax.loop import Losses, train
-from ddpm_jax.reporting import enlarge, grid, read_metrics
-from ddpm_jax.workdir import held, load_run
+from ddpm_jax.evaluation.evaluation import Programs
+from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, open_held_out
+from ddpm_jax.generation.generator import make_generator, sample_key
+from ddpm_jax.training import step as training
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.loop import Losses
+from ddpm_jax.training.metric_writer import MetricWriter, read_metrics
+from ddpm_jax.training.start import start_state
+from ddpm_jax.training.workdir import held, load_run
 
 # What other tests of resuming leave out: a history of losses, data fed by the host, grids and evaluations.
 CONFIG = tiny(
@@ -53,7 +60,7 @@ def changed(**train_fields):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "w"
-    return workdir, jax.device_get(train(CONFIG, workdir))
+    return workdir, jax.device_get(train(experiment(CONFIG), workdir))
 
 
 def files(folder):
@@ -66,8 +73,8 @@ def lines_without_rates(workdir):
 
 def test_a_run_in_two_parts_ends_bit_identical_with_a_loss_history_and_host_fed_data(finished, tmp_path):
     workdir, state = finished
-    train(changed(steps=4), tmp_path / "w")
-    parts = jax.device_get(train(CONFIG, tmp_path / "w"))
+    train(experiment(changed(steps=4)), tmp_path / "w")
+    parts = jax.device_get(train(experiment(CONFIG), tmp_path / "w"))
     assert jax.tree.structure(parts) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -79,7 +86,7 @@ def test_a_grid_that_was_lost_between_the_save_and_the_stop_is_made_up_for(finis
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "w")
     (tmp_path / "w" / "samples" / "step_00000008.png").unlink()
-    train(CONFIG, tmp_path / "w")
+    train(experiment(CONFIG), tmp_path / "w")
     assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
 
 
@@ -92,9 +99,16 @@ def test_samples_and_evaluations_are_of_the_moving_average(finished):
         assert not np.array_equal(a, c)
     for a, b in zip(*map(jax.tree.leaves, (raw, state.params)), strict=True):
         np.testing.assert_array_equal(a, b)
-    mesh, source = sharding.make_mesh(), loop.open_source(CONFIG.data)
-    generator = make_generator(CONFIG, mesh)
-    measure = make_evaluation(CONFIG, mesh, source, source, generator)
+    mesh, source, generator = (
+        sharding.make_mesh(),
+        open_source(CONFIG.data),
+        make_generator(experiment(CONFIG), sharding.make_mesh()),
+    )
+    evaluator = HeldOut(Programs(experiment(CONFIG), mesh, terms=TERMS), source, open_held_out(experiment(CONFIG)))
+
+    def measure(params):
+        return evaluator(params).numbers
+
     logged = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
     assert logged["eval_loss"] == pytest.approx(measure(ema)["eval_loss"], rel=1e-5)
     assert logged["eval_loss"] != pytest.approx(measure(raw)["eval_loss"], rel=1e-4)
@@ -107,10 +121,10 @@ def test_another_data_set_is_refused(finished, tmp_path, monkeypatch):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "w")
     before = files(tmp_path / "w")
-    real = loop.open_source
-    monkeypatch.setattr(loop, "open_source", lambda c: dataclasses.replace(real(c), identity={"images": 3}))
+    real = command.open_source
+    monkeypatch.setattr(command, "open_source", lambda c: dataclasses.replace(real(c), identity={"images": 3}))
     with pytest.raises(UsageError, match=r"the data set has changed since the checkpoint of step 8"):
-        train(changed(steps=12), tmp_path / "w")
+        train(experiment(changed(steps=12)), tmp_path / "w")
     assert files(tmp_path / "w") == before | {"config.json": (tmp_path / "w" / "config.json").read_bytes()}
 
 
@@ -119,7 +133,9 @@ def test_steps_per_dispatch_must_divide_the_step_a_run_stands_at(finished, tmp_p
     shutil.copytree(workdir, tmp_path / "w")
     with pytest.raises(UsageError, match=r"stands at step 8, which is not a multiple of train\.steps_per_dispatch=3"):
         train(
-            changed(steps=12, steps_per_dispatch=3, log_every=3, save_every=3, sample_every=3, eval_every=0),
+            experiment(
+                changed(steps=12, steps_per_dispatch=3, log_every=3, save_every=3, sample_every=3, eval_every=0)
+            ),
             tmp_path / "w",
         )
 
@@ -127,9 +143,9 @@ def test_steps_per_dispatch_must_divide_the_step_a_run_stands_at(finished, tmp_p
 def test_init_from_starts_with_the_other_runs_moving_average(finished, tmp_path):
     workdir, state = finished
     config, mesh = changed(init_from=str(workdir)), sharding.make_mesh(fsdp=8)
-    source = loop.open_source(config.data)
+    source = open_source(config.data)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    start, _ = loop.start_state(config, source, mesh, checkpoints, unverified=False)
+    start, _ = start_state(experiment(config), source, mesh, checkpoints, unverified=False)
     checkpoints.close()
     assert start.step == 0
     for params in (start.params, start.ema_params):
@@ -142,10 +158,10 @@ def test_a_wrong_init_from_is_told_and_can_be_put_right(finished, tmp_path):
     """Before its first checkpoint a workdir takes a corrected config."""
     workdir, _ = finished
     with pytest.raises(UsageError, match="does not exist"):
-        train(changed(init_from=str(tmp_path / "typo")), tmp_path / "w")
+        train(experiment(changed(init_from=str(tmp_path / "typo"))), tmp_path / "w")
     wider = dataclasses.replace(changed(init_from=str(workdir)), model=dataclasses.replace(CONFIG.model, ch=16))
     with pytest.raises(UsageError, match=r"do not fit this network: .* has shape"):
-        train(wider, tmp_path / "w")
+        train(experiment(wider), tmp_path / "w")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(finished, tmp_path, monkeypatch):
@@ -163,9 +179,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(finish
 
         return go
 
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    monkeypatch.setattr(command, "make_train_step", broken)
     with pytest.raises(RunError, match="loss became nan between steps 11 and 12; the checkpoints before are kept"):
-        train(changed(steps=16, save_every=16, log_every=16, sample_every=16, eval_every=0), tmp_path / "w")
+        train(
+            experiment(changed(steps=16, save_every=16, log_every=16, sample_every=16, eval_every=0)),
+            tmp_path / "w",
+        )
     assert files(tmp_path / "w" / "checkpoints") == before
 
 
@@ -182,11 +201,11 @@ def workdir(finished, tmp_path):
 
 
 def test_a_second_training_is_refused_at_once_and_touches_nothing(workdir, monkeypatch):
-    monkeypatch.setattr(loop, "open_source", None)  # before any picture is read
+    monkeypatch.setattr(command, "open_source", None)  # before any picture is read
     with held(epath.Path(workdir)):
         before = files(workdir)
         with pytest.raises(UsageError, match=rf"is being written by process {os.getpid()} on "):
-            train(LONGER, workdir)
+            train(experiment(LONGER), workdir)
         assert files(workdir) == before
 
 
@@ -194,7 +213,7 @@ def test_a_config_that_was_changed_on_both_sides_is_refused_by_the_checkpoint(wo
     path = workdir / "config.json"
     path.write_text(path.read_text().replace('"lr": 0.003', '"lr": 0.1'))
     with pytest.raises(UsageError, match=r"train\.lr \(checkpoint 0\.003, config\.json 0\.1\)"):
-        train(changed(steps=12, lr=0.1), workdir)
+        train(experiment(changed(steps=12, lr=0.1)), workdir)
 
 
 def test_damaged_logs_and_remnants_do_not_keep_a_run_from_going_on(workdir, capsys):
@@ -206,7 +225,7 @@ def test_damaged_logs_and_remnants_do_not_keep_a_run_from_going_on(workdir, caps
     events.write_bytes(content)
     for name in ("4.deleting.tmp", "9.saving.tmp", "9.saving.tmp.orbax-checkpoint-tmp"):
         (workdir / "checkpoints" / name).mkdir()
-    train(LONGER, workdir)
+    train(experiment(LONGER), workdir)
     told = capsys.readouterr().out
     assert f"Note: {workdir}/metrics.jsonl had 3 damaged lines" in told
     assert f"Note: {workdir}/events had 1 damaged records" in told
@@ -217,10 +236,10 @@ def test_damaged_logs_and_remnants_do_not_keep_a_run_from_going_on(workdir, caps
 
 
 def test_a_workdir_that_is_deleted_while_it_is_trained_ends_the_run_with_an_error(workdir, monkeypatch):
-    log = loop.Report.scalars
-    monkeypatch.setattr(loop.Report, "scalars", lambda *a: (log(*a), shutil.rmtree(workdir)))
+    log = MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", lambda *a: (log(*a), shutil.rmtree(workdir)))
     with pytest.raises(RunError, match="was deleted or moved while it was trained"):
-        train(LONGER, workdir)
+        train(experiment(LONGER), workdir)
     assert not workdir.exists()  # nor made anew
 
 
@@ -234,7 +253,7 @@ def test_a_workdir_that_is_deleted_with_the_last_checkpoint_ends_the_run_with_an
 
     monkeypatch.setattr(Checkpoints, "wait", wait_and_delete)
     with pytest.raises(RunError, match="was deleted or moved while it was trained"):
-        train(LONGER, workdir)
+        train(experiment(LONGER), workdir)
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_and_costs_no_checkpoint(workdir, monkeypatch):
@@ -243,9 +262,9 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_costs_no_checkpoint(workd
     def io_error(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(loop.Report, "scalars", io_error)
+    monkeypatch.setattr(MetricWriter, "write", io_error)
     with pytest.raises(OSError, match="Input/output error"):  # which the scripts tell in a sentence, with code 1
-        train(LONGER, workdir)
+        train(experiment(LONGER), workdir)
     assert files(workdir / "checkpoints") == before
 
 
@@ -258,11 +277,11 @@ def test_a_read_only_disk_is_told_before_anything_is_read(finished, tmp_path, mo
     try:
         workdir = shutil.copytree(finished[0], disk / "w")
         subprocess.run([mount, "-o", "remount,ro", disk], check=True)
-        monkeypatch.setattr(loop, "open_source", None)
+        monkeypatch.setattr(command, "open_source", None)
         with pytest.raises(OSError, match="Read-only file system"):
-            train(LONGER, workdir)
+            train(experiment(LONGER), workdir)
         with pytest.raises(UsageError, match=r"cannot be written .*; choose another path"):
-            train(LONGER, disk / "new")
+            train(experiment(LONGER), disk / "new")
         assert load_run(workdir).step == 8
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)

@@ -78,10 +78,10 @@ def test_a_smaller_tolerance_takes_more_evaluations_and_image_i_depends_on_its_i
     def solve(indices, x, **options):
         return ode_log_density(Process(SCHEDULE), model("eps"), jax.random.key(0), indices, x, **options)
 
-    rough = solve(jnp.arange(4), x[:4], rtol=1e-2, atol=1e-2)
-    fine = solve(jnp.arange(4), x[:4], rtol=1e-5, atol=1e-5)
+    rough = solve(jnp.arange(4), x[:4], tolerance=1e-2)
+    fine = solve(jnp.arange(4), x[:4], tolerance=1e-5)
     assert fine.evaluations > rough.evaluations > 6
-    alone = solve(jnp.arange(2, 3), x[2:3], rtol=1e-5, atol=1e-5)
+    alone = solve(jnp.arange(2, 3), x[2:3], tolerance=1e-5)
     np.testing.assert_allclose(alone.log_density, fine.log_density[2:3], atol=1e-3)
 
 

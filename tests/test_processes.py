@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 from processes import ROOT, finish, one_device, start
 
-from ddpm_jax.image_set import read_images
-from ddpm_jax.reporting import read_metrics
+from ddpm_jax.generation.image_set import read_images
+from ddpm_jax.training.metric_writer import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -12,16 +12,26 @@ import pytest
 from etils import epath
 from evaluated import CONFIG, make_workdir
 from PIL import Image
+from tiny import experiment
 
 from ddpm_jax import config as configs
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.figures import (
+    FOLDER,
+    chain_of,
+    curves,
+    draw_figures,
+    interpolation,
+    nearest_grid,
+    progressive,
+    shared,
+)
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.report import describe, results_of_step, write_report
-from ddpm_jax.evaluation.run import Evaluation, Options
-from ddpm_jax.figures import Chains, curves, draw_figures, nearest_grid
-from ddpm_jax.workdir import load_run
+from ddpm_jax.training.workdir import load_run
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +40,12 @@ def reported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         workdir = make_workdir(tmp_path_factory.mktemp("runs") / "a <run>")
-        evaluation = Evaluation(
-            load_run(workdir), workdir, PIXELS, Options(num_images=12, num_real=20, batch_size=8, bootstrap=0)
+        run = load_run(workdir)
+        evaluation = Evaluation.of_run(
+            run, workdir, PIXELS, Options(num_images=12, num_real=20, batch_size=8, bootstrap=0)
         )
         results = evaluate(evaluation, tuple(name for name in METRICS if name != "is"))
-        draw_figures(evaluation, results)
+        draw_figures(run, evaluation, workdir / EVALUATION / FOLDER, results)
     later = json.loads(json.dumps(results["fid"]))
     del later["sha256"]  # as earlier versions wrote it
     later["definition"]["sampling"]["step"], later["value"] = 80, 1.25
@@ -225,25 +236,25 @@ def test_other_files_beside_the_figures_are_no_figures(alone, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def chains(reported):
-    return Chains(CONFIG, reported[1].run.params, seed=0)
+def chain(reported):
+    return chain_of(load_run(reported[0]), seed=0)
 
 
-def test_the_chain_of_a_figure_ends_at_the_sample(reported, chains):
+def test_the_chain_of_a_figure_ends_at_the_sample(reported, chain):
     """Progressive generation in parts, each x_0 predicted on the way; the last is the sample of that index itself."""
-    frames = chains.progressive(frames=4).reshape(8, 4, 8, 8, 1).astype(int)
-    samples = reported[1].first_samples.astype(int)
+    frames = progressive(chain, frames=4).reshape(8, 4, 8, 8, 1).astype(int)
+    samples = reported[1].first_samples().astype(int)
     assert np.abs(frames[:, -1] - samples).max() <= 1
     assert np.abs(frames[:, 0] - samples).max() > 1
 
 
-def test_shared_latents_and_interpolations_agree_where_they_must(reported, chains):
-    shared = chains.shared_latents().reshape(4, 8, -1).astype(int)
-    assert np.ptp(shared[0], axis=0).max() > 0
+def test_shared_latents_and_interpolations_agree_where_they_must(reported, chain):
+    rows = shared(chain).reshape(4, 8, -1).astype(int)
+    assert np.ptp(rows[0], axis=0).max() > 0
     # Image 0's own noise goes on where the others leave its path: the first column is image 0 in every row.
-    assert np.abs(shared[:, 0] - reported[1].first_samples[0].reshape(-1)).max() <= 1
+    assert np.abs(rows[:, 0] - reported[1].first_samples()[0].reshape(-1)).max() <= 1
     real = reported[1].read(range(2))
-    between = chains.interpolation(real).reshape(5, 8, 8, 8, 1)
+    between = interpolation(chain, experiment(CONFIG).process.schedule, real).reshape(5, 8, 8, 8, 1)
     for row in between:
         np.testing.assert_array_equal(row[0], real[0])
         np.testing.assert_array_equal(row[-1], real[1])

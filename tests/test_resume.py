@@ -13,10 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import experiment
 
 from ddpm_jax import config as configs
-from ddpm_jax import sharding, training
-from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax import sharding
+from ddpm_jax.training import step as training
+from ddpm_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +55,7 @@ def last_state(workdir):
     """The state at the last step, on the host."""
     config = configs.from_json(json.loads((workdir / "config.json").read_text()))
     checkpoints = Checkpoints(workdir / "checkpoints")
-    shapes = jax.eval_shape(lambda: training.init_state(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: training.init_state(experiment(config), jax.random.key(0)))
     everywhere = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
     step = checkpoints.choose()

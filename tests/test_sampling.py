@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import make_schedule, rng, sample, sharding, training
+from ddpm_jax import make_schedule, rng, sample, sharding
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.generate import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
+from ddpm_jax.generation.generator import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
+from ddpm_jax.training import step as training
 
 SHAPE = (2, 2, 1)
 
@@ -58,7 +59,7 @@ def test_one_network_evaluation_is_traced_and_no_python_runs_per_step():
 def trained():
     """The tiny network, its zero layers drawn large enough to matter, and its images 0..15 in one batch."""
     config = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
-    params = jax.jit(lambda: training.init_state(config, jax.random.key(0)).params)()
+    params = jax.jit(lambda: training.init_state(experiment(config), jax.random.key(0)).params)()
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     leaves = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
@@ -67,7 +68,7 @@ def trained():
 
 
 def images(config, params, devices, indices):
-    generator = make_generator(config, sharding.make_mesh(devices=devices))
+    generator = make_generator(experiment(config), sharding.make_mesh(devices=devices))
     return np.asarray(generator(params, sample_key(3), jnp.asarray(indices, jnp.int32)), int)
 
 
@@ -97,7 +98,7 @@ def test_batches_are_fixed_ranges_and_the_padding_is_left_out(trained):
     devices = {"batch_size": 7, "num_devices": mesh.devices.size}
     ranges = batch_ranges(range(13), **devices)
     assert list(ranges) == [range(8), range(8, 13)]
-    batches = list(generate_batches(make_generator(config, mesh), params, sample_key(3), ranges, **devices))
+    batches = list(generate_batches(make_generator(experiment(config), mesh), params, sample_key(3), ranges, **devices))
     assert [part for part, _ in batches] == [range(8), range(8, 13)]
     together = np.concatenate([b for _, b in batches]).astype(int)
     assert np.abs(together - all_images[:13]).max() <= 1
@@ -112,5 +113,5 @@ def test_pixels_are_rounded_and_clipped_to_uint8():
 
 def test_another_seed_gives_other_images(trained):
     config, params, all_images = trained
-    generator = make_generator(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    generator = make_generator(experiment(config), sharding.make_mesh(devices=jax.devices()[:1]))
     assert (np.asarray(generator(params, sample_key(4), jnp.arange(16)), int) != all_images).mean() > 0.2

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import experiment
 
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, check, differences, from_json, to_json
-from ddpm_jax.footprint import count_params
-from ddpm_jax.training import build_unet, init_state
+from ddpm_jax.training.footprint import count_params
+from ddpm_jax.training.step import init_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -35,10 +36,12 @@ def test_shipped_config_passes_and_survives_json(path):
 @functools.cache
 def abstract_run(config):
     """The shapes of a config's state, and of its network's output for two images: nothing is computed or held."""
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)))
     size, channels = config.data.image_size, config.data.channels
     x_t, t = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    output = jax.eval_shape(lambda p, x_t, t: build_unet(config).apply({"params": p}, x_t, t), state.params, x_t, t)
+    output = jax.eval_shape(
+        lambda p, x_t, t: experiment(config).network.apply({"params": p}, x_t, t), state.params, x_t, t
+    )
     return state, output
 
 

@@ -164,7 +164,7 @@ def test_unknown_splits_and_missing_names_are_refused():
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(
-        UsageError, match=r"^a tfds source needs tensorflow-datasets \(.*\); pip install 'ddpm-jax\[tfds\]'"
+        UsageError, match=r'^a tfds source needs tensorflow_datasets, .*; pip install "ddpm-jax\[tfds\]"'
     ):
         opened()
 

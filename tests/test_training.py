@@ -7,21 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import sharding, training
+from ddpm_jax import sharding
 from ddpm_jax.data import make_feed, open_source
 from ddpm_jax.diffusion import losses
+from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import Purpose
+from ddpm_jax.training import step as training
 
 
 def run(config, steps, *, mesh=None, dispatch=None, state=None):
     """The state after `steps` steps and every step's metrics, `dispatch` steps in one call."""
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     dispatch = dispatch or config.train.steps_per_dispatch
-    state = state or training.init_sharded_state(config, mesh)
+    state = state or training.init_sharded_state(experiment(config), mesh)
     feed = make_feed(config, open_source(config.data), mesh)
-    step, metrics = training.make_train_step(config, mesh=mesh), []
+    step, metrics = training.make_train_step(experiment(config), mesh=mesh), []
     for first in range(0, steps, dispatch):
         state, m = step(state, *feed(first, dispatch))
         metrics.append(jax.device_get(m))
@@ -79,15 +81,15 @@ def test_rematerialisation_changes_memory_only(reference):
 
 
 def test_the_paper_learning_rate_is_zero_at_step_0_and_reached_at_the_last_warmup_step():
-    lr = training.learning_rate(tiny(train={"lr": 2e-4, "warmup_steps": 5000}))
+    lr = experiment(tiny(train={"lr": 2e-4, "warmup_steps": 5000})).learning_rate
     assert float(lr(0)) == 0.0
     np.testing.assert_allclose([lr(2500), lr(5000), lr(800_000)], [1e-4, 2e-4, 2e-4], rtol=1e-6)
-    assert float(training.learning_rate(tiny(train={"lr": 2e-4, "warmup_steps": 0}))(0)) == pytest.approx(2e-4)
+    assert float(experiment(tiny(train={"lr": 2e-4, "warmup_steps": 0})).learning_rate(0)) == pytest.approx(2e-4)
 
 
 def test_the_state_starts_with_a_copy_as_ema_and_the_first_step_moves_nothing():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    start = training.init_sharded_state(SMALL, mesh)
+    start = training.init_sharded_state(experiment(SMALL), mesh)
     assert equal(start.params, start.ema_params)
     fresh = jax.device_get(start.params)
     one, _ = run(SMALL, 1, dispatch=1, state=start)
@@ -113,7 +115,7 @@ def adam_in_numpy(gradients, config):
 def test_optimizer_is_clip_adam_warmup_and_flat_ema():
     config = tiny(train={"grad_clip": 1.0, "ema_decay": 0.9})
     gradients = np.random.default_rng(0).normal(size=(20, 5)) * np.array([[0.1], [10.0]] * 10)
-    optimizer = training.build_optimizer(config)
+    optimizer = experiment(config).optimizer
     params = ema = jnp.zeros(5)
     state = optimizer.init(params)
     for g in gradients:
@@ -135,7 +137,7 @@ def test_ema_of_the_step_is_the_flat_average_of_the_parameters():
 
 def test_draws_of_a_step_are_those_of_the_contract():
     config, shape = tiny(), (16, 8, 8, 1)
-    draws = training.draw(config, jnp.int32(7), shape, None)
+    draws = training.draw(experiment(config), jnp.int32(7), shape, None)
     root = jax.random.key(config.seed)
 
     def key(purpose):
@@ -150,7 +152,7 @@ def test_draws_of_a_step_are_those_of_the_contract():
 
 def test_flips_hit_about_half_the_images_and_change_between_steps():
     config = tiny()
-    flips = np.stack([training.draw(config, jnp.int32(s), (128, 8, 8, 1), None).flip for s in range(20)])
+    flips = np.stack([training.draw(experiment(config), jnp.int32(s), (128, 8, 8, 1), None).flip for s in range(20)])
     assert abs(flips.mean() - 0.5) < 4 * 0.5 / np.sqrt(flips.size)
     assert all((a != b).any() for a, b in itertools.pairwise(flips))
 
@@ -165,13 +167,13 @@ def test_flip_mirrors_left_to_right_before_the_noise(flip, monkeypatch):
         return jnp.zeros(x_0.shape[0]) * jnp.sum(model(x_0, t))
 
     monkeypatch.setitem(losses.LOSSES, "simple", spy)
-    monkeypatch.setattr(training.UNet, "__call__", lambda self, x_t, t, keys=None: x_t)
+    monkeypatch.setattr(UNet, "__call__", lambda self, x_t, t, dropout_keys=None: x_t)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
     params = {"w": jnp.zeros(1)}
-    state = training.TrainState(jnp.int32(3), params, params, training.build_optimizer(config).init(params), None)
+    state = training.TrainState(jnp.int32(3), params, params, experiment(config).optimizer.init(params), None)
     with jax.disable_jit():
-        training.one_step(config)(state, jnp.asarray(images))
-    drawn = np.asarray(training.draw(config, jnp.int32(3), images.shape, None).flip) & flip
+        training.one_step(experiment(config))(state, jnp.asarray(images))
+    drawn = np.asarray(training.draw(experiment(config), jnp.int32(3), images.shape, None).flip) & flip
     assert drawn.any() == flip
     by_hand = np.where(drawn[:, None, None, None], images[:, :, ::-1], images)
     np.testing.assert_allclose(jax.device_get(seen[0]), by_hand.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)
@@ -210,7 +212,7 @@ def test_loss_falls_on_digits():
 def test_state_is_born_split_over_fsdp_and_the_losses_agree():
     config = tiny(train={"fsdp": 2}, model=SMALLER | {"ch": 64})
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
-    state = training.init_sharded_state(config, mesh)
+    state = training.init_sharded_state(experiment(config), mesh)
     kernel = state.params["up_0_block_0"]["conv1"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
     _, split = run(config, 4, mesh=mesh)

@@ -15,10 +15,10 @@ from ddpm_jax.models.unet import (
     ResidualBlock,
     UNet,
     dropout,
-    random_bits,
     timestep_embedding,
     upsample,
 )
+from ddpm_jax.rng import random_bits
 
 PAPER_256 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "attn_resolutions": (16,)}
 
@@ -539,3 +539,21 @@ def test_remat_stores_less_and_computes_the_same():
     got, got_output = gradients(remat)
     np.testing.assert_allclose(got_output, expected_output, rtol=0, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + abs(b).max())), got, expected)
+
+
+def test_forward_mode_derivatives_can_be_taken_outside_of_training():
+    """`jax.jvp` of the network agrees with reverse mode; in training the convolutions know reverse mode only."""
+    unet = UNet(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), out_channels=1, groups=4)
+    x, v = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 1)).astype(np.float32)
+    t = jnp.array([1, 5])
+    params = jit(unet.init)(jax.random.key(0), x, t)["params"]
+    params = jax.tree.map(lambda a: a + 0.1, params)
+
+    def output(x):
+        return unet.apply({"params": params}, x, t)
+
+    value, tangent = jit(lambda x, v: jax.jvp(output, (x,), (v,)))(x, v)
+    _, linear = jax.linearize(output, jnp.asarray(x))
+    pulled = jit(lambda x, g: jax.vjp(output, x)[1](g)[0])(x, value)
+    np.testing.assert_allclose(linear(jnp.asarray(v)), tangent, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(jnp.vdot(tangent, value), jnp.vdot(pulled, v), rtol=1e-3)

@@ -9,12 +9,12 @@ import sys
 import jax
 import pytest
 from etils import epath
-from tiny import tiny
+from tiny import experiment, tiny
 
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.files import LOCK
-from ddpm_jax.training import init_state
-from ddpm_jax.workdir import CHECKPOINTS, check_there, enter, held, load_run, write_run
+from ddpm_jax.training.step import init_state
+from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held, load_run, write_run
 
 CONFIG = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
 
@@ -23,7 +23,7 @@ CONFIG = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})
 def made(tmp_path_factory):
     """The text of a workdir's config.json, and the workdir."""
     workdir = tmp_path_factory.mktemp("made") / "run"
-    write_run(workdir, CONFIG, init_state(CONFIG, jax.random.key(0)))
+    write_run(workdir, experiment(CONFIG), init_state(experiment(CONFIG), jax.random.key(0)))
     return (workdir / "config.json").read_text(), workdir
 
 
@@ -79,7 +79,7 @@ def test_what_may_change_is_taken(change):
 def other_process(tmp_path):
     """Another process that holds the workdir until it is killed."""
     program = (
-        "import time; from etils import epath; from ddpm_jax.workdir import held\n"
+        "import time; from etils import epath; from ddpm_jax.training.workdir import held\n"
         f"with held(epath.Path({str(tmp_path / 'run')!r})): print('held', flush=True); time.sleep(100)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -4,6 +4,9 @@ import dataclasses
 from typing import Any
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from ddpm_jax.training.experiment import Experiment
+
+experiment = Experiment.from_config
 
 TINY = Config(
     data=DataConfig(source="digits", image_size=8, channels=1),

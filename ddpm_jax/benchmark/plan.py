@@ -17,8 +17,9 @@ from ddpm_jax.benchmark.timing import environment
 from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import write_text
-from ddpm_jax.generate import SamplerOptions, build_sampler
+from ddpm_jax.generation.generator import SamplerOptions, build_sampler
 from ddpm_jax.room import check_memory
+from ddpm_jax.training.experiment import Experiment
 
 MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
 
@@ -70,7 +71,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
     if plan.peak_tflops is not None and not 0 < plan.peak_tflops < math.inf:
         raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
     for options, _, batch in _sampling(plan):
-        build_sampler(config, options)
+        build_sampler(Experiment.from_config(config).process, options)
         if not compiling and jax.default_backend() == "cpu":
             # At the least: images, noise and output, and the first feature map.
             needed = 4 * batch * config.data.image_size**2 * (3 * config.data.channels + config.model.ch)
@@ -86,9 +87,10 @@ def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int, int]]:
         yield SamplerOptions(sampler=sampler, steps=(steps,)), steps, batch
 
 
-def _configs(config: Config, plan: Plan) -> Iterator[Config]:
+def _experiments(config: Config, plan: Plan) -> Iterator[Experiment]:
     for dtype in plan.dtypes:
-        yield dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+        model = dataclasses.replace(config.model, dtype=dtype)
+        yield Experiment.from_config(dataclasses.replace(config, model=model))
 
 
 def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Iterator[Row]:
@@ -96,7 +98,7 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
     timing: dict[str, Any] = {"repeats": plan.repeats, "peak": plan.peak_tflops}
     torch = plan.peer == "torch"
     params = load_params() if plan.samplers else None
-    for one in _configs(config, plan):
+    for one in _experiments(config, plan):
         for options, steps, batch in _sampling(plan):
             peer = torch_peer.sampling(one, options.sampler, steps, batch) if torch else None
             yield from programs.sampling(one, params, options, batch, peer=peer, **timing)
@@ -115,7 +117,7 @@ def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
     devices = topology.describe_topology(name)
     for _, _, batch in _sampling(plan):
         topology.check_batch(batch, len(devices))
-    for one in _configs(config, plan):
+    for one in _experiments(config, plan):
         if plan.train:
             yield topology.compile_training(one, devices)
         for options, _, batch in _sampling(plan):

@@ -24,8 +24,9 @@ from ddpm_jax.benchmark.timing import Timing, host_memory, peak_tflops, take_tur
 from ddpm_jax.config import Config, check
 from ddpm_jax.data import batch_indices, make_feed, open_source
 from ddpm_jax.data.pictures import DecodedPictures
-from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
-from ddpm_jax.training import build_unet, init_sharded_state, init_state, make_train_step, one_step
+from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import abstract_state, init_sharded_state, make_train_step, one_step
 
 Row = dict[str, Any]
 Peer = Callable[[], Any]  # runs the same work in another library and waits for it
@@ -50,24 +51,24 @@ COLUMNS = {
 }
 
 
-def network_flops(config: Config, batch: int) -> float:
+def network_flops(experiment: Experiment, batch: int) -> float:
     """FLOPs of one network evaluation of `batch` images, by XLA's cost analysis of the lowered program.
 
     Lowered, not compiled: on GPUs the compiled program's convolutions are library calls, which the analysis may not count.
     """
-    x = jax.ShapeDtypeStruct((batch, config.data.image_size, config.data.image_size, config.data.channels), jnp.float32)
-    params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
-    unet = build_unet(config)
+    x = jax.ShapeDtypeStruct((batch, *experiment.image_shape), jnp.float32)
+    params = abstract_state(experiment).params
     t = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return _flops(lambda params, x, t: unet.apply({"params": params}, x, t), params, x, t)
+    return _flops(lambda params, x, t: experiment.model(params)(x, t), params, x, t)
 
 
-def step_flops(config: Config) -> float:
+def step_flops(experiment: Experiment) -> float:
     """FLOPs of one training step as the mathematics has it: nothing computed twice, no random bits, one batch in one part."""
+    config = experiment.config
     model = dataclasses.replace(config.model, remat=False, dropout=0.0)
     plain = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, accumulation=1))
-    state = jax.eval_shape(lambda: init_state(plain, jax.random.key(0)))
-    return _flops(one_step(plain), state, image_shapes(config))
+    alone = Experiment.from_config(plain)
+    return _flops(one_step(alone), abstract_state(alone), image_shapes(experiment))
 
 
 def _flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -75,10 +76,9 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> float:
     return analysis["flops"]
 
 
-def image_shapes(config: Config, *steps: int) -> jax.ShapeDtypeStruct:
+def image_shapes(experiment: Experiment, *steps: int) -> jax.ShapeDtypeStruct:
     """The batches of so many training steps: uint8 (*steps, B, H, W, C)."""
-    size = config.data.image_size
-    return jax.ShapeDtypeStruct((*steps, config.train.batch_size, size, size, config.data.channels), jnp.uint8)
+    return jax.ShapeDtypeStruct((*steps, experiment.config.train.batch_size, *experiment.image_shape), jnp.uint8)
 
 
 def memory(compiled: Any) -> Row:
@@ -140,7 +140,7 @@ def _measure(
 
 
 def sampling(
-    config: Config,
+    experiment: Experiment,
     params: Any,
     options: SamplerOptions,
     batch: int,
@@ -150,35 +150,36 @@ def sampling(
     peer: Peer | None = None,
 ) -> list[Row]:
     """Measures sample.py's program, the whole reverse chain, on as many of the devices as share a batch equally."""
-    sampler = build_sampler(config, options)
+    config, sampler = experiment.config, build_sampler(experiment.process, options)
     mesh = sharding.make_mesh(devices=jax.devices()[: math.gcd(batch, jax.device_count())])
     arguments = jax.device_put(
         (params, sample_key(config.seed), jnp.arange(batch, dtype=jnp.int32)), sharding.replicated(mesh)
     )
-    compiled, costs = _compile(make_generator(config, mesh, options), *arguments)
+    compiled, costs = _compile(make_generator(experiment, mesh, options), *arguments)
     labels = {"what": options.sampler, "steps": len(sampler), "batch": batch, "dtype": config.model.dtype} | costs
-    work = {"times": len(sampler), "images": batch, "flops": len(sampler) * network_flops(config, batch)}
+    work = {"times": len(sampler), "images": batch, "flops": len(sampler) * network_flops(experiment, batch)}
     return _measure(labels, lambda: jax.block_until_ready(compiled(*arguments)), peer, mesh, peak, repeats, **work)
 
 
-def training(config: Config, *, repeats: int, peak: float | None = None, peer: Peer | None = None) -> list[Row]:
+def training(experiment: Experiment, *, repeats: int, peak: float | None = None, peer: Peer | None = None) -> list[Row]:
     """Measures train.py's program, train.steps_per_dispatch steps of train.batch_size images that are on the devices."""
+    config = experiment.config
     check(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
     steps, batch = config.train.steps_per_dispatch, config.train.batch_size
     images = jax.device_put(
-        np.random.default_rng(0).integers(0, 256, image_shapes(config, steps).shape, np.uint8),
+        np.random.default_rng(0).integers(0, 256, image_shapes(experiment, steps).shape, np.uint8),
         sharding.split(mesh, axis=1),
     )
-    state = init_sharded_state(config, mesh)
-    compiled, costs = _compile(make_train_step(config, mesh=mesh), state, images, None)
+    state = init_sharded_state(experiment, mesh)
+    compiled, costs = _compile(make_train_step(experiment, mesh=mesh), state, images, None)
     labels = {"what": "train step", "steps": steps, "batch": batch, "dtype": config.model.dtype} | costs
 
     def call():
         nonlocal state
         state, _ = jax.block_until_ready(compiled(state, images, None))
 
-    work = {"times": steps, "images": steps * batch, "flops": steps * step_flops(config)}
+    work = {"times": steps, "images": steps * batch, "flops": steps * step_flops(experiment)}
     return _measure(labels, call, peer, mesh, peak, repeats, **work)
 
 

@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from ddpm_jax import sharding
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
-from ddpm_jax.config import Config, check
+from ddpm_jax.config import check
 from ddpm_jax.errors import UsageError, first_line
-from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
-from ddpm_jax.training import init_state, make_train_step
+from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import abstract_state, make_train_step
 
 COLLECTIVES = (
     "all-reduce",
@@ -105,15 +106,16 @@ def describe_topology(name: str) -> list[jax.Device]:
         ) from None
 
 
-def compile_training(config: Config, devices: list[jax.Device]) -> Row:
+def compile_training(experiment: Experiment, devices: list[jax.Device]) -> Row:
     """The row of train.py's program for images fed by the host: train.steps_per_dispatch steps of train.batch_size images."""
+    config = experiment.config
     check(config, num_devices=len(devices))
     mesh = sharding.make_mesh(fsdp=config.train.fsdp, devices=devices)
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    state = abstract_state(experiment)
     steps = config.train.steps_per_dispatch
     labels = {"what": "train step", "steps": steps, "batch": config.train.batch_size, "dtype": config.model.dtype}
     labels["gradient_bytes"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.params))
-    return labels | _compile(make_train_step(config, mesh=mesh), mesh, state, image_shapes(config, steps), None)
+    return labels | _compile(make_train_step(experiment, mesh=mesh), mesh, state, image_shapes(experiment, steps), None)
 
 
 def check_batch(batch: int, chips: int) -> None:
@@ -124,15 +126,15 @@ def check_batch(batch: int, chips: int) -> None:
         )
 
 
-def compile_sampling(config: Config, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
+def compile_sampling(experiment: Experiment, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
     """The row of sample.py's program for batches of so many images, which the devices must share equally."""
-    mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(config, options))
-    params = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(experiment.process, options))
+    params = abstract_state(experiment).params
     everywhere = sharding.replicated(mesh)
     arguments = (params, jax.eval_shape(lambda: sample_key(0)), jax.ShapeDtypeStruct((batch,), jnp.int32))
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
-    labels = {"what": options.sampler, "steps": rows, "batch": batch, "dtype": config.model.dtype}
-    return labels | _compile(make_generator(config, mesh, options), mesh, *shapes)
+    labels = {"what": options.sampler, "steps": rows, "batch": batch, "dtype": experiment.config.model.dtype}
+    return labels | _compile(make_generator(experiment, mesh, options), mesh, *shapes)
 
 
 def _compile(function: Any, mesh: Mesh, *arguments: Any) -> Row:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from ddpm_jax.config import Config
-from ddpm_jax.errors import UsageError
-from ddpm_jax.training import build_schedule
+from ddpm_jax.errors import UsageError, import_extra
+from ddpm_jax.training.experiment import Experiment
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ancestral": ("DDPMScheduler", {"clip_sample": True}),
@@ -24,13 +24,7 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 def libraries() -> tuple[Any, Any]:
     """(torch, diffusers). Raises UsageError if they are missing, or cannot use the GPU that JAX uses."""
-    try:
-        import diffusers
-        import torch
-    except ImportError as error:
-        raise UsageError(
-            f"--peer torch needs PyTorch and diffusers ({error}); install them: pip install -e '.[parity]'"
-        ) from None
+    diffusers, torch = (import_extra(name, "parity", "--peer torch") for name in ("diffusers", "torch"))
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         raise UsageError(
             "JAX runs on a GPU that this PyTorch cannot use; install PyTorch for CUDA, or set JAX_PLATFORMS=cpu"
@@ -86,13 +80,14 @@ def _images(torch: Any, config: Config, batch: int) -> Any:
     return x.to(memory_format=torch.channels_last)
 
 
-def sampling(config: Config, sampler: str, steps: int, batch: int) -> Callable[[], Any]:
+def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Callable[[], Any]:
     """A call that samples `batch` images to uint8 in `steps` steps."""
+    config = experiment.config
     torch, diffusers = libraries()
     name, options = find_scheduler(config, sampler)
     scheduler = getattr(diffusers, name)(
         num_train_timesteps=config.diffusion.T,
-        trained_betas=build_schedule(config).betas,
+        trained_betas=experiment.process.schedule.betas,
         prediction_type=PREDICTIONS[config.diffusion.prediction],
         **options,
     )
@@ -111,14 +106,15 @@ def sampling(config: Config, sampler: str, steps: int, batch: int) -> Callable[[
     return call
 
 
-def training(config: Config) -> Callable[[], Any]:
+def training(experiment: Experiment) -> Callable[[], Any]:
     """A call that does train.steps_per_dispatch steps of Algorithm 1: Adam, clipped gradient, EMA; bfloat16 by autocast."""
+    config = experiment.config
     torch, diffusers = libraries()
     network = _ready(torch, build_network(config, diffusers).train())
     parameters = list(network.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=config.train.lr, fused=_device() == "cuda")
-    alphas_cumprod = torch.tensor(build_schedule(config).alphas_cumprod, dtype=torch.float32, device=_device())
+    alphas_cumprod = torch.tensor(experiment.process.schedule.alphas_cumprod, dtype=torch.float32, device=_device())
     batch, bfloat16 = config.train.batch_size, config.model.dtype == "bfloat16"
 
     def step(x_0):

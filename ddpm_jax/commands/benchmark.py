@@ -17,8 +17,8 @@ from ddpm_jax.benchmark.plan import Plan, compile_for, measure, refuse, write_js
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
-from ddpm_jax.training import init_state
-from ddpm_jax.workdir import load_run, read_config
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.workdir import load_run, read_config
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main() -> None:
     def load_params():
         if is_run:
             return load_run(name).params
-        return jax.jit(lambda: init_state(config, rng.root_key(config.seed)).params)()
+        return jax.jit(lambda: Experiment.from_config(config).init(rng.root_key(config.seed)))()
 
     if arguments.compile_for:
         rows, columns = compile_for(config, arguments.plan, arguments.compile_for), topology.COLUMNS

@@ -13,8 +13,9 @@ from ddpm_jax.evaluation.inception_weights import convert_inception
 from ddpm_jax.files import check_place
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
-from ddpm_jax.training import state_from_params
-from ddpm_jax.workdir import CONFIG, Run, check_empty, load_run, write_run
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import state_from_params
+from ddpm_jax.training.workdir import CONFIG, Run, check_empty, load_run, write_run
 
 Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
@@ -38,7 +39,8 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     """
     check_workdir(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
-    write_run(workdir, run_config, state_from_params(run_config, params))
+    experiment = Experiment.from_config(run_config)
+    write_run(workdir, experiment, state_from_params(experiment, params))
     d = run_config.diffusion
     print(f"{source} is now the run {workdir} (T={d.T}, {d.schedule} schedule, predicts {d.prediction}, {d.variance})")
 
@@ -52,9 +54,9 @@ def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
         config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
     """
     check_workdir(workdir)
-    run_config = load_config(config)
-    state, unused = tensorflow.read_checkpoint(checkpoint, run_config)
-    write_run(workdir, run_config, state)
+    experiment = Experiment.from_config(load_config(config))
+    state, unused = tensorflow.read_checkpoint(checkpoint, experiment)
+    write_run(workdir, experiment, state)
     print(f"Not used: {', '.join(unused) or 'nothing'}.")
     print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: python sample.py {workdir}")
 

@@ -9,18 +9,19 @@ from typing import Literal
 
 import jax
 import tyro
+from etils import epath
 
 from ddpm_jax import sharding
 from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.figures import FOLDER, draw_figures
 from ddpm_jax.evaluation.inception import Preprocessing
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
 from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import describe, write_report
-from ddpm_jax.evaluation.run import Evaluation, Options
-from ddpm_jax.figures import draw_figures
-from ddpm_jax.generate import SamplerOptions
-from ddpm_jax.workdir import load_run
+from ddpm_jax.generation.generator import SamplerOptions
+from ddpm_jax.training.workdir import load_run
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def main() -> None:
                 print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
     if not metrics:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
-    evaluation = Evaluation(run, workdir, features, arguments.options, arguments.sampler)
+    evaluation = Evaluation.of_run(run, workdir, features, arguments.options, arguments.sampler)
     with evaluation.alone():
         results = evaluate(evaluation, metrics)
         if arguments.figures:
-            draw_figures(evaluation, results)
+            draw_figures(run, evaluation, epath.Path(workdir) / EVALUATION / FOLDER, results)
         if first:
             for name, result in results.items():
                 print(f"{name}: {describe(result)}")

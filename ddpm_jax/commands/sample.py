@@ -8,11 +8,11 @@ import tyro
 from etils import epath
 
 from ddpm_jax import sharding
-from ddpm_jax.animation import write_animation
 from ddpm_jax.errors import UsageError
-from ddpm_jax.generate import LAST_IMAGE, SamplerOptions
-from ddpm_jax.image_set import Format, generate_set
-from ddpm_jax.workdir import load_run
+from ddpm_jax.generation.animation import write_animation
+from ddpm_jax.generation.generator import LAST_IMAGE, SamplerOptions
+from ddpm_jax.generation.image_set import Format, generate_set
+from ddpm_jax.training.workdir import load_run
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ def main() -> None:
         indices,
         seed=arguments.seed,
         options=arguments.options,
-        weights=arguments.weights,
         batch_size=arguments.batch_size,
         format=arguments.format,
     )

@@ -3,18 +3,32 @@
 The same command again continues where the run stopped.
 """
 
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
 
+import jax
 import tyro
+from etils import epath
+from tqdm import tqdm
 
 from ddpm_jax import sharding
 from ddpm_jax.commands.config_file import load_config
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, check
+from ddpm_jax.data import make_feed, open_source
 from ddpm_jax.errors import UsageError
-from ddpm_jax.loop import Interrupted, train
+from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
+from ddpm_jax.files import open_folder
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.footprint import check_training
+from ddpm_jax.training.loop import Interrupted, Parts, StopSignal, train_loop
+from ddpm_jax.training.metric_writer import MetricWriter
+from ddpm_jax.training.start import describe, start_state
+from ddpm_jax.training.step import TrainState, make_train_step
+from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
 
 USAGE = "usage: train.py CONFIG --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
 
@@ -34,6 +48,66 @@ class Arguments:
     """Continue although the data set has changed since the checkpoint, as where a bad picture was mended or left out."""
 
 
+def train(
+    experiment: Experiment, workdir: epath.PathLike, *, unverified: bool = False, changed_data: bool = False
+) -> TrainState:
+    """Trains to train.steps, from wherever the workdir stands.
+
+    Args:
+        experiment: What is trained: `Experiment.from_config(config)`, or with a network of one's own.
+        workdir: The folder that the run is written to, and continued from.
+        unverified: Continue from the newest checkpoint without checking it.
+        changed_data: Continue also with another data set.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UsageError: For what the user can put right; before anything is compiled, but for a picture that cannot be decoded
+            when its step comes.
+        RunError: Where a loss is not finite, a save fails or the workdir is gone.
+        OSError: Where the logs cannot be written.
+        Interrupted: After SIGTERM or SIGINT, once what they leave is saved.
+
+    Example:
+        >>> from ddpm_jax import Experiment, train
+        >>> train(Experiment.from_config(config), "runs/mine")    # doctest: +SKIP
+    """
+    config, workdir = experiment.config, open_folder(workdir)
+    for warning in check(config, num_devices=jax.device_count(), own_network=experiment.has_own_network):
+        tqdm.write(f"Note: {warning}.")
+    if not experiment.has_own_network:
+        check_training(config)
+    with held(workdir):
+        source = open_source(config.data)
+        held_out = open_held_out(experiment) if config.train.eval_every else None
+        enter(workdir, config, own_network=experiment.has_own_network)
+        mesh, stop = sharding.make_mesh(fsdp=config.train.fsdp), StopSignal()
+        keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)
+        with stop.collected(), contextlib.closing(checkpoints):
+            state, meta = start_state(
+                experiment, source, mesh, checkpoints, unverified=unverified, changed_data=changed_data
+            )
+            step = int(state.step)
+            if step % config.train.steps_per_dispatch:
+                raise UsageError(
+                    f"the run stands at step {step}, which is not a multiple of "
+                    f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
+                )
+            tqdm.write(describe(experiment, source, mesh, state))
+            parts = Parts(
+                train_steps=make_train_step(experiment, mesh=mesh),
+                feed=make_feed(config, source, mesh),
+                learning_rate=experiment.learning_rate,
+                checkpoints=checkpoints,
+                writer=MetricWriter(workdir, last_step=step, say=tqdm.write) if jax.process_index() == 0 else None,
+                evaluators=make_evaluators(experiment, mesh, source, held_out),
+                check=lambda: check_there(workdir),
+            )
+            return train_loop(config.train, parts, state, meta, stop)
+
+
 def main() -> None:
     """Parses the command line and trains."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
@@ -51,7 +125,8 @@ def main() -> None:
     if arguments.distributed:
         sharding.start_processes()
     try:
-        train(arguments.config, arguments.workdir, unverified=arguments.unverified, changed_data=arguments.changed_data)
+        experiment = Experiment.from_config(arguments.config)
+        train(experiment, arguments.workdir, unverified=arguments.unverified, changed_data=arguments.changed_data)
     except Interrupted as stop:
         by = signal.Signals(stop.signum).name
         print(f"\n{by}: {stop}; the same command continues from there.", file=sys.stderr)

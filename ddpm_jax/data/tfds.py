@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.data.pictures import Pictures
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, import_extra
 
 PREFIX = "tfds:"
 # Sets of images that a name without the prefix is compared with. Their own list would need TensorFlow.
@@ -104,13 +104,7 @@ class _Names(Sequence[str]):
 
 
 def _import() -> Any:
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise UsageError(
-            f"a tfds source needs tensorflow-datasets ({error}); pip install 'ddpm-jax[tfds]', or use pictures in a folder"
-        ) from None
-    return tensorflow_datasets
+    return import_extra("tensorflow_datasets", "tfds", "a tfds source", "use pictures in a folder")
 
 
 def _prepared(name: str) -> Path:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import import_extra
 
 
 class OdeLikelihood(NamedTuple):
@@ -36,8 +36,7 @@ def ode_log_density(
     indices: Int[Array, " B"],
     x: Float[Array, "B H W C"],
     *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    tolerance: float = 1e-5,
     max_steps: int = 1000,
 ) -> OdeLikelihood:
     """log p(x) of the flow's distribution at t = 0, by the change of variables from N(0, I) at t = T-1.
@@ -48,12 +47,7 @@ def ode_log_density(
     where max_steps is not enough. Raises ValueError for x_prev or a schedule without signal at its end, UsageError without
     diffrax.
     """
-    try:
-        import diffrax
-    except ImportError:
-        raise UsageError(
-            'the ODE likelihood needs diffrax, which is not installed: pip install "ddpm-jax[ode]"'
-        ) from None
+    diffrax = import_extra("diffrax", "ode", "the ODE likelihood")
     schedule, prediction = process.schedule, process.prediction
     if prediction == "x_prev" or schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
@@ -87,13 +81,12 @@ def ode_log_density(
         t1=float(table[-1]),
         dt0=None,
         y0=(x, jnp.zeros(x.shape[:1], x.dtype)),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
         max_steps=max_steps,
     )
     x_T, trace = (a[-1] for a in solution.ys)
     at_the_end = -0.5 * jnp.sum(x_T**2, axis=(1, 2, 3)) - 0.5 * dimensions * jnp.log(2 * jnp.pi)
-    evaluations = 1 + 6 * solution.stats["num_steps"]
-    return OdeLikelihood(at_the_end + trace * dimensions, x_T, evaluations)
+    return OdeLikelihood(at_the_end + trace * dimensions, x_T, evaluations=1 + 6 * solution.stats["num_steps"])
 
 
 def ode_bits_per_dim(likelihood: OdeLikelihood) -> Float[Array, " B"]:

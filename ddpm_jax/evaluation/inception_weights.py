@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax import sharding
 from ddpm_jax.data.cache import cache_folder
-from ddpm_jax.errors import UsageError
+from ddpm_jax.errors import UsageError, import_extra
 from ddpm_jax.evaluation.features import Features, on_devices
 from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
 from ddpm_jax.files import whole
@@ -90,12 +90,7 @@ def convert_inception(
     """
     from safetensors.numpy import save
 
-    try:
-        import torch
-    except ImportError:
-        raise UsageError(
-            'PyTorch reads this file and is not installed; install it with pip install "ddpm-jax[torch]"'
-        ) from None
+    torch = import_extra("torch", "torch", str(path))
     path, out = Path(path), inception_path() if out is None else epath.Path(out)
     if not path.is_file():
         raise UsageError(f"{path} is not a file; {HOW_TO_GET}")

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from ddpm_jax.errors import UsageError
-from ddpm_jax.evaluation import likelihood, scores
+from ddpm_jax.evaluation import bits, scores
+from ddpm_jax.evaluation.evaluation import Evaluation
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import INCEPTION
 from ddpm_jax.evaluation.parts import digest
-from ddpm_jax.evaluation.run import Evaluation
 from ddpm_jax.files import write_text
 
 NEAREST = 8
@@ -29,7 +29,7 @@ def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
 
 def fid(e: Evaluation) -> dict[str, Any]:
     """The Fréchet distance between the features of samples and of real images."""
-    reference, features = e.real_statistics, e.generated["features"]
+    reference, features = e.real_statistics(), e.generated()["features"]
     result: dict[str, Any] = {"value": scores.frechet_distance(scores.statistics(features), reference)}
     if e.options.bootstrap:
         result["standard_error"] = scores.bootstrap_error(
@@ -52,39 +52,47 @@ def fid(e: Evaluation) -> dict[str, Any]:
 
 def inception_score(e: Evaluation) -> dict[str, Any]:
     """The Inception score of the samples."""
-    if "logits" not in e.generated:
+    if "logits" not in e.generated():
         raise UsageError(f"the metric is needs logits, which --features {e.features.name} does not have; use inception")
-    score = scores.inception_score(e.generated["logits"])
+    score = scores.inception_score(e.generated()["logits"])
     return _estimate(score, "deviation_over_splits") | {"definition": e.definition("sampling", "features")}
 
 
 def kid(e: Evaluation) -> dict[str, Any]:
     """The kernel distance between the features of samples and of real images."""
-    distance = scores.kernel_distance(e.generated["features"], e.real["features"])
+    distance = scores.kernel_distance(e.generated()["features"], e.real()["features"])
     definition = e.definition("sampling", "features", "reference")
     return _estimate(distance, "deviation_over_subsets") | {"definition": definition}
 
 
 def prdc(e: Evaluation) -> dict[str, Any]:
     """Precision, recall, density and coverage."""
-    shares = scores.neighbourhoods(e.generated["features"], e.real["features"])
+    shares = scores.neighbourhoods(e.generated()["features"], e.real()["features"])
     values = {name: _estimate(estimate, "standard_error") for name, estimate in shares._asdict().items()}
     return values | {"neighbour": 3, "definition": e.definition("sampling", "features", "reference")}
 
 
 def nll(e: Evaluation) -> dict[str, Any]:
     """Bits/dim, the variational bound, and its parts."""
-    return likelihood.summarize_bound(e.drawn, e.edges) | {"definition": e.definition("bound", "reference")}
+    return bits.summarize_bound(e.drawn(), e.edges) | {"definition": e.definition("bound", "reference")}
+
+
+def losses(e: Evaluation) -> dict[str, Any]:
+    """The training loss of the real images, and of each quarter of t from little noise to much."""
+    values = e.losses().astype(np.float64)
+    quarters = {f"quarter_{i}": bits.mean_and_error(values[:, i - 1]) for i in range(1, values.shape[1] + 1)}
+    mean = bits.mean_and_error(values.mean(axis=1))
+    return {**mean, "quarters": quarters, "definition": e.definition("losses", "reference")}
 
 
 def rate_distortion(e: Evaluation) -> dict[str, Any]:
     """The rate-distortion curve, and its table at tenths of the reverse process."""
-    rows = likelihood.rate_distortion(e.drawn, e.edges)
+    rows = bits.rate_distortion(e.drawn(), e.edges)
     return {
         "rate": rows[-1]["rate"],
-        "distortion_bits": float(e.drawn.bits[:, 0].astype(np.float64).mean()),
+        "distortion_bits": float(e.drawn().bits[:, 0].astype(np.float64).mean()),
         "rmse": rows[-1]["distortion"],
-        "table": likelihood.progressive_table(rows, e.T),
+        "table": bits.progressive_table(rows, e.experiment.process.schedule.T),
         "curve": rows,
         "definition": e.definition("bound", "reference"),
     }
@@ -92,14 +100,14 @@ def rate_distortion(e: Evaluation) -> dict[str, Any]:
 
 def nearest(e: Evaluation) -> dict[str, Any]:
     """The real images nearest to each of the first samples, by pixels and by features: whether they were learned by heart."""
-    samples, result = e.first_samples[:NEAREST], {}
+    samples, result = e.first_samples()[:NEAREST], {}
     block = max(1, BLOCK_BYTES // samples[0].nbytes)
     starts = range(0, e.num_real, block)
     blocks = (PIXELS.compute(e.read(range(i, min(i + block, e.num_real))))["features"] for i in starts)
     found = {"pixels": scores.nearest(PIXELS.compute(samples)["features"], blocks, count=NEAREST)}
     if e.features.name != PIXELS.name:
         queries = e.features.compute(samples)["features"]
-        found[e.features.name] = scores.nearest(queries, [e.real["features"]], count=NEAREST)
+        found[e.features.name] = scores.nearest(queries, [e.real()["features"]], count=NEAREST)
     for name, (places, distances) in found.items():
         result[name] = {"places": places.tolist(), "distances": distances.tolist()}
     return {"nearest": result, "definition": e.definition("sampling", "features", "reference")}
@@ -110,16 +118,18 @@ METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "is": inception_score,
     "kid": kid,
     "prdc": prdc,
+    "losses": losses,
     "nll": nll,
     "rate-distortion": rate_distortion,
     "nearest": nearest,
 }
-WITHOUT_FEATURES = ("nll", "rate-distortion", "nearest")
+WITHOUT_FEATURES = ("losses", "nll", "rate-distortion", "nearest")
 
 
 def step_of(result: dict[str, Any]) -> int:
     """The step of the checkpoint that a result is of."""
-    made_of = result["definition"].get("sampling") or result["definition"]["bound"]
+    definition = result["definition"]
+    made_of = definition.get("sampling") or definition.get("bound") or definition["losses"]
     return made_of["step"]
 
 
@@ -140,6 +150,7 @@ def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict
         result = {"metric": name, **METRICS[name](evaluation)}
         result["sha256"] = digest(result)
         if jax.process_index() == 0:
+            assert evaluation.folder is not None  # `of_run` gives one
             evaluation.folder.mkdir(parents=True, exist_ok=True)
             write_text(evaluation.folder / file_name(result), json.dumps(result, indent=2) + "\n")
         results[name] = result

@@ -56,30 +56,32 @@ def load_arrays(path: epath.Path) -> Arrays | None:
 
 
 class Parts:
-    """compute(range of images) -> arrays whose first axis is those images, remembered in a folder below `folder`.
+    """compute(range of images) -> arrays whose first axis is those images, remembered in a folder below `folder`, if any.
 
     definition: all that the arrays depend on but the images' places, as JSON holds it.
     """
 
-    def __init__(self, folder: epath.Path, definition: dict[str, Any], compute: Callable[[range], Arrays]):
-        self.folder = folder / digest(definition)[:16]
+    def __init__(self, folder: epath.Path | None, definition: dict[str, Any], compute: Callable[[range], Arrays]):
+        self.folder = None if folder is None else folder / digest(definition)[:16]
         self.definition = definition
         self.compute = compute
         self._described = False
 
     def get(self, part: range) -> Arrays:
         """The arrays of one range, read or computed."""
+        if self.folder is None:
+            return self.compute(part)
         path = self.folder / f"{part.start:07d}-{part.stop - 1:07d}.npz"
         arrays = load_arrays(path)
         if arrays is None:
             arrays = self.compute(part)
             save_arrays(path, arrays)
-        self._describe()
+        self._describe(self.folder)
         return arrays
 
-    def _describe(self) -> None:
+    def _describe(self, folder: epath.Path) -> None:
         """Says in the folder what its name is the digest of: nothing reads it, and a person may."""
-        path, text = self.folder / "definition.json", json.dumps(self.definition, indent=2) + "\n"
+        path, text = folder / "definition.json", json.dumps(self.definition, indent=2) + "\n"
         if jax.process_index() == 0 and not self._described:
             if not path.exists() or path.read_bytes() != text.encode():
                 write_text(path, text)
@@ -87,8 +89,8 @@ class Parts:
 
     def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
         """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar on the first process."""
-        hidden = jax.process_index() != 0
-        with tqdm(total=count, desc=title, unit="image", dynamic_ncols=True, disable=hidden) as bar:
+        shown = {"disable": jax.process_index() != 0, "leave": self.folder is not None, "dynamic_ncols": True}
+        with tqdm(total=count, desc=title, unit="image", **shown) as bar:
             for first in range(0, count, batch_size):
                 part = range(first, min(first + batch_size, count))
                 yield self.get(part)

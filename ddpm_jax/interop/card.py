@@ -7,7 +7,7 @@ from etils import epath
 
 from ddpm_jax import config as configs
 from ddpm_jax.evaluation.report import results_of_step
-from ddpm_jax.workdir import Run
+from ddpm_jax.training.workdir import Run
 
 _CARD = """---
 library_name: diffusers

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save
 
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
-from ddpm_jax.errors import UsageError, first_line
+from ddpm_jax.errors import UsageError, first_line, import_extra
 from ddpm_jax.files import DamagedFileError, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
-from ddpm_jax.training import build_schedule, build_unet
-from ddpm_jax.workdir import Run, check_empty
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
 OF_THE_MODEL = {  # the other fields are the user's choice
@@ -56,7 +56,7 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
         raise UsageError(f"{source} cannot be imported: its config is not one of diffusers ({error})") from None
     if base is not None:
         config = _with_options_of(base, config, source, without_scheduler=scheduler is None)
-    return config, _read_parameters(unet_folder, parameters(config))
+    return config, _read_parameters(unet_folder, parameters(Experiment.from_config(config)))
 
 
 def _find_folder(source: str) -> Path:
@@ -66,18 +66,12 @@ def _find_folder(source: str) -> Path:
         raise UsageError(
             f"{source} is not a folder; give one with a config.json, or a hub id such as google/ddpm-cifar10-32"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UsageError(
-            f"{source} is not a folder, and to look for it on the hub huggingface_hub is needed: "
-            'pip install "ddpm-jax[hub]"'
-        ) from None
+    hub = import_extra("huggingface_hub", "hub", f"{source}, which is no folder but may be on the hub,")
     try:
         configs = ["config.json", "*/config.json", "*scheduler_config.json"]
-        folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.safetensors"]))
+        folder = Path(hub.snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.safetensors"]))
         if not [*folder.rglob(f"{WEIGHTS}.safetensors")]:
-            folder = Path(snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
+            folder = Path(hub.snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
         return folder
     except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
         raise UsageError(
@@ -97,11 +91,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _with_options_of(base: Config, config: Config, source: str, *, without_scheduler: bool) -> Config:
     check(base)
-    betas, others = build_schedule(base).betas, build_schedule(config).betas
+    ours, theirs = Experiment.from_config(base).process, Experiment.from_config(config).process
+    betas, others = ours.schedule.betas, theirs.schedule.betas
     # Equal betas may have other names: those of const are a linear schedule's as well.
     same = betas.shape == others.shape and np.allclose(betas, others, rtol=1e-5, atol=0)
     names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
-    if without_scheduler and build_unet(base).out_channels == build_unet(config).out_channels:
+    if without_scheduler and ours.learns_variance == theirs.learns_variance:
         names -= {"diffusion.variance"}  # nothing else says which
     differ = [name for name in differences(base, config) if name in names]
     if differ:
@@ -145,12 +140,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise UsageError(
-            f'{path} needs PyTorch: pip install "ddpm-jax[torch]", or get {WEIGHTS}.safetensors instead'
-        ) from None
+    torch = import_extra("torch", "torch", str(path), f"get {WEIGHTS}.safetensors instead")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
@@ -181,12 +171,13 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "scheduler/scheduler_config.json": scheduler_config(run.config),
-        "unet/config.json": unet_config(run.config),
+        "scheduler/scheduler_config.json": scheduler_config(run.experiment),
+        "unet/config.json": unet_config(run.experiment),
     }
     arrays = flatten(run.params)
     tensors = {
-        p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path]))) for p in parameters(run.config)
+        p.diffusers: np.ascontiguousarray(p.to_diffusers(np.asarray(arrays[p.path])))
+        for p in parameters(run.experiment)
     }
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

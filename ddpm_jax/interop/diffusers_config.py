@@ -8,7 +8,7 @@ import numpy as np
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, check
 from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.errors import UsageError
-from ddpm_jax.training import build_schedule, build_unet
+from ddpm_jax.training.experiment import Experiment
 
 VERSION = "0.35.0"  # of diffusers, whose fields these are
 
@@ -73,9 +73,9 @@ _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 _VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
 
 
-def unet_config(config: Config) -> dict[str, Any]:
-    """The config of the `UNet2DModel` that is the config's network."""
-    data, model = config.data, config.model
+def unet_config(experiment: Experiment) -> dict[str, Any]:
+    """The config of the `UNet2DModel` that is the experiment's network."""
+    data, model = experiment.config.data, experiment.config.model
     attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
         "_diffusers_version": VERSION,
@@ -85,15 +85,15 @@ def unet_config(config: Config) -> dict[str, Any]:
         "in_channels": data.channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.groups,
-        "out_channels": build_unet(config).out_channels,
+        "out_channels": data.channels * (2 if experiment.process.learns_variance else 1),
         "sample_size": data.image_size,
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
     }
 
 
-def scheduler_config(config: Config) -> dict[str, Any]:
+def scheduler_config(experiment: Experiment) -> dict[str, Any]:
     """The config of the `DDPMScheduler` that samples as our `ancestral` does. Raises UsageError where there is none."""
-    d = config.diffusion
+    d = experiment.config.diffusion
     for name, ours, table in [("prediction", d.prediction, _PREDICTIONS), ("variance", d.variance, _VARIANCES)]:
         if ours not in table:
             raise UsageError(
@@ -108,7 +108,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "beta_start": d.beta_start,
         "num_train_timesteps": d.T,
         "prediction_type": _PREDICTIONS[d.prediction],
-        "trained_betas": None if named else build_schedule(config).betas.tolist(),
+        "trained_betas": None if named else experiment.process.schedule.betas.tolist(),
         "variance_type": _VARIANCES[d.variance],
     }
 
@@ -156,7 +156,7 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
         "sample_size": True,  # seen to above
         "time_embedding_dim": given["time_embedding_dim"] == 4 * ch,
     }
-    ours = unet_config(config)
+    ours = unet_config(Experiment.from_config(config))
     _refuse_differences(given | {name: ours.get(name) for name, same in other_words.items() if same}, ours, "network")
     check(config)
     return config

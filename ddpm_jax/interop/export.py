@@ -19,14 +19,13 @@ from safetensors.numpy import save
 
 from ddpm_jax import config as configs
 from ddpm_jax import rng
+from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import check_place, whole
-from ddpm_jax.generate import to_uint8
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.rng import Purpose
 from ddpm_jax.sampling import sample
-from ddpm_jax.training import build_process
-from ddpm_jax.workdir import Run
+from ddpm_jax.training.workdir import Run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -45,18 +44,17 @@ def sampler_file(run: Run) -> bytes:
         program = jax.export.deserialize(bytearray(open("NAME.jax_export", "rb").read()))
         images = program.call(jax.numpy.uint32(0), jax.numpy.arange(16, dtype="int32"))
     """
-    data = run.config.data
     params = jax.tree.map(np.asarray, run.params)
 
     def program(seed: UInt32[Array, ""], indices: Int[Array, " B"]) -> UInt8[Array, "B H W C"]:
         # The parameters are constants of the program; the barrier keeps the compiler from folding them into their uses.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
-            build_process(run.config),
+            run.experiment.process,
             dataclasses.replace(run, params=held).model,
             rng.stream(jax.random.key(seed, impl="threefry2x32"), Purpose.SAMPLE),
             indices,
-            image_shape=(data.image_size, data.image_size, data.channels),
+            image_shape=run.experiment.image_shape,
         )
         return to_uint8(images)
 

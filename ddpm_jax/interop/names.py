@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax.config import Config
 from ddpm_jax.errors import UsageError
-from ddpm_jax.training import init_state
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import abstract_state
 
 _BLOCK = re.compile(
     r"(?P<part>down|mid|up)_(?:(?P<level>\d+)_)?(?P<kind>block|attn|downsample|upsample)_?(?P<index>\d*)"
@@ -73,10 +72,15 @@ class Parameter:
 
 
 @functools.cache
-def parameters(config: Config) -> tuple[Parameter, ...]:
-    """All parameters of the config's network. Computes shapes only."""
-    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0))).params
-    levels = len(config.model.ch_mult)
+def parameters(experiment: Experiment) -> tuple[Parameter, ...]:
+    """All parameters of the experiment's U-Net. Computes shapes only. Raises UsageError for another network."""
+    if experiment.has_own_network:
+        raise UsageError(
+            f"diffusers and the authors' code have no {type(experiment.network).__name__}, only the U-Net; export the run to a "
+            ".safetensors or .jax_export file instead"
+        )
+    shapes = abstract_state(experiment).params
+    levels = len(experiment.config.model.ch_mult)
     return tuple(
         Parameter(
             path=path,

@@ -17,26 +17,27 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax.config import Config, check
-from ddpm_jax.errors import UsageError, first_line
+from ddpm_jax.config import check
+from ddpm_jax.errors import UsageError, first_line, import_extra
 from ddpm_jax.interop.names import check_fit, parameters, unflatten
-from ddpm_jax.training import TrainState, state_from_params
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import TrainState, state_from_params
 
 PARAMS, EMA, MOMENT_1, MOMENT_2 = "", "/ExponentialMovingAverage", "/Adam", "/Adam_1"
 
 
-def read_checkpoint(prefix: str, config: Config) -> tuple[TrainState, list[str]]:
-    """The training state of a checkpoint of the config's network, and the names of its variables that were not used.
+def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, list[str]]:
+    """The training state of a checkpoint of the experiment's network, and the names of its variables that were not used.
 
     prefix: the path up to `.index`. Every variable under `model/` is used exactly once; others than global_step (Adam's
     powers of beta, say) are not. Without Adam's moments the optimizer starts anew, with its warm-up. Raises UsageError if the
     config cannot be run, the checkpoint cannot be read, or a variable is missing, too many or of another shape.
     """
-    check(config)
+    check(experiment.config)
     with _told(prefix):
         reader = _reader(prefix)
     found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
-    table = parameters(config)
+    table = parameters(experiment)
     kinds = [PARAMS, EMA]
     if any(name.endswith((MOMENT_1, MOMENT_2)) for name in found):
         kinds += [MOMENT_1, MOMENT_2]
@@ -52,7 +53,7 @@ def read_checkpoint(prefix: str, config: Config) -> tuple[TrainState, list[str]]
 
     step = jnp.asarray(read("global_step") if "global_step" in found else 0, jnp.int32)
     params = tree(PARAMS)
-    state = dataclasses.replace(state_from_params(config, params), step=step, ema_params=tree(EMA))
+    state = dataclasses.replace(state_from_params(experiment, params), step=step, ema_params=tree(EMA))
     if MOMENT_1 in kinds:
         moments = {"count": step, "mu": tree(MOMENT_1), "nu": tree(MOMENT_2)}
         state = dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, **moments))
@@ -61,10 +62,7 @@ def read_checkpoint(prefix: str, config: Config) -> tuple[TrainState, list[str]]
 
 def _reader(prefix: str) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it reports its own start at length
-    try:
-        import tensorflow
-    except ImportError:
-        raise UsageError('TensorFlow is needed to read its checkpoints: pip install "ddpm-jax[tensorflow]"') from None
+    tensorflow = import_extra("tensorflow", "tensorflow", f"the checkpoint {prefix}")
     return tensorflow.train.load_checkpoint(prefix)
 
 

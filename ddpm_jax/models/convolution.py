@@ -1,4 +1,4 @@
-"""The U-Net's 2-D convolution, with gradients that stay fast on CPU inside `lax.scan`.
+"""The U-Net's 2-D convolution, and in training the same with gradients that stay fast on CPU inside `lax.scan`.
 
 XLA:CPU turns convolutions into its fast form in a program's entry computation only, and the gradients that JAX derives need
 that: inside a scan over training steps they fall to a path many times slower. So on CPU both gradients are written here in
@@ -15,17 +15,20 @@ from jaxtyping import Array, Float
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def _plain(x, kernel, stride: int):
+def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
+    """Convolves images with a square kernel, TensorFlow's SAME padding (with stride 2 and even H, W: bottom and right only).
+
+    x and kernel have one dtype, which the result has too.
+    """
     return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_LAYOUT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
-    """Convolves images with a square kernel, TensorFlow's SAME padding (with stride 2 and even H, W: bottom and right only).
-
-    x and kernel have one dtype, which the result has too. Differentiable in reverse mode, not in forward mode (`jax.jvp`).
-    """
-    return _plain(x, kernel, stride)
+def conv_in_training(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int
+) -> Float[Array, "B h w D"]:
+    """`conv`, differentiable in reverse mode only: on CPU its gradients are the ones below."""
+    return conv(x, kernel, stride)
 
 
 def _padding(x, kernel, stride):
@@ -61,7 +64,7 @@ def _kernel_gradient(x, kernel, g, stride):
 
 
 def _forward(x, kernel, stride):
-    return _plain(x, kernel, stride), (x, kernel)
+    return conv(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, residuals, g):
@@ -69,9 +72,9 @@ def _backward(stride, residuals, g):
         return _input_gradient(x, kernel, g, stride), _kernel_gradient(x, kernel, g, stride)
 
     def default(x, kernel, g):
-        return jax.vjp(lambda x, kernel: _plain(x, kernel, stride), x, kernel)[1](g)
+        return jax.vjp(lambda x, kernel: conv(x, kernel, stride), x, kernel)[1](g)
 
     return lax.platform_dependent(*residuals, g, cpu=cpu, default=default)
 
 
-conv.defvjp(_forward, _backward)
+conv_in_training.defvjp(_forward, _backward)

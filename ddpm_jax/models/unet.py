@@ -9,40 +9,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.fusion import apart
-from ddpm_jax.models.convolution import conv
+from ddpm_jax.models.convolution import conv, conv_in_training
+from ddpm_jax.models.fusion import apart
+from ddpm_jax.rng import random_bits
 
 Dtype = jnp.dtype | type
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
-    """jax.random.bits(keys[b], shape) for each b, of threefry2x32 keys.
-
-    The generator (Salmon et al. 2011, 20 rounds) is written out here as elementwise operations, which XLA fuses into the use
-    of the bits. JAX's own is a loop over whole arrays on CPU, slow to compile and slow to run.
-    """
-    words = jax.random.key_data(keys)
-    if words.shape[-1] != 2:
-        raise ValueError(
-            f"got keys of {words.shape[-1]} words, expected the 2 words of threefry2x32; see ddpm_jax.rng.root_key"
-        )
-    first, second = words.T.reshape(2, -1, *[1] * len(shape))
-    schedule = (first, second, first ^ second ^ 0x1BD11BDA)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    count = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), 1 + axis) * stride for axis, stride in enumerate(strides)
-    )
-    x_0, x_1 = schedule[0], schedule[1] + count
-    for i in range(5):
-        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
-            x_0 = x_0 + x_1
-            x_1 = x_0 ^ (x_1 << distance | x_1 >> 32 - distance)
-        x_0 = x_0 + schedule[(i + 1) % 3]
-        x_1 = x_1 + schedule[(i + 2) % 3] + (i + 1)
-    return x_0 ^ x_1
 
 
 def kernel_init(scale: float = 1.0):
@@ -66,12 +39,14 @@ class Conv(nn.Module):
     stride: int = 1
     scale: float = 1.0
     dtype: Dtype = jnp.float32
+    training: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", kernel_init(self.scale), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias[None, None, None, :]
+        convolve = conv_in_training if self.training else conv
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias[None, None, None, :]
 
 
 def dense(features: int, *, name: str, dtype: Dtype, scale: float = 1.0) -> nn.Dense:
@@ -125,13 +100,14 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, temb, dropout_keys):
+        training = dropout_keys is not None
         h = nn.swish(GroupNorm(self.groups, name="norm1")(x))
-        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        h = Conv(self.features, dtype=self.dtype, training=training, name="conv1")(h)
         h += dense(self.features, name="temb_proj", dtype=self.dtype)(nn.swish(temb))[:, None, None, :]
         h = nn.swish(GroupNorm(self.groups, name="norm2")(h))
-        if dropout_keys is not None and self.dropout > 0:
+        if training and self.dropout > 0:
             h = dropout(h, dropout_keys, self.dropout)
-        h = Conv(self.features, scale=_ZERO, dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.features, scale=_ZERO, dtype=self.dtype, training=training, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, name="nin_shortcut", dtype=self.dtype)(x)
         return x + h
@@ -205,15 +181,12 @@ class UNet(nn.Module):
         t: Int[Array, " B"],
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
-        """The output at (x_t, t). dropout_keys: (B,), one an image, in training; without them there is no dropout."""
-        _, H, W, _ = x_t.shape
-        factor = 2 ** (len(self.ch_mult) - 1)
-        if H % factor or W % factor:
-            raise ValueError(
-                f"got images of {H}x{W}, expected multiples of {factor} for ch_mult={self.ch_mult}; "
-                "use images of another size or fewer levels"
-            )
+        """The output at (x_t, t).
 
+        dropout_keys: (B,), one an image, in training. Without them there is no dropout, and forward-mode derivatives (`jax.jvp`)
+        can be taken.
+        """
+        self._check_size(x_t)
         residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         attention_type = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         num_dropouts = 0
@@ -228,7 +201,7 @@ class UNet(nn.Module):
         def attention(h, name):
             return attention_type(self.groups, self.dtype, name=name)(h)
 
-        conv3x3 = functools.partial(Conv, dtype=self.dtype)
+        conv3x3 = functools.partial(Conv, dtype=self.dtype, training=dropout_keys is not None)
 
         temb = timestep_embedding(t, self.ch)
         temb = dense(4 * self.ch, name="temb_dense0", dtype=self.dtype)(temb)
@@ -260,4 +233,13 @@ class UNet(nn.Module):
 
         h = nn.swish(GroupNorm(self.groups, name="norm_out")(h))
         out_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return apart(Conv(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h))
+        return apart(conv3x3(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h))
+
+    def _check_size(self, x_t: Float[Array, "B H W C"]) -> None:
+        _, H, W, _ = x_t.shape
+        factor = 2 ** (len(self.ch_mult) - 1)
+        if H % factor or W % factor:
+            raise ValueError(
+                f"got images of {H}x{W}, expected multiples of {factor} for ch_mult={self.ch_mult}; "
+                "use images of another size or fewer levels"
+            )

@@ -79,21 +79,50 @@ def reverse(
     def body(carry, number_slot_row):
         x, previous, seen = carry
         number, slot, row = number_slot_row
-
-        def noise(j=0):
-            return rng.image_normal(keys, 1 + number + j * len(sampler), x.shape[1:], x.dtype)
-
-        x, x_0 = sampler.step(model, x, row, noise, previous)
+        x, x_0 = sampler.step(model, x, row, _noise(sampler, keys, number, x), previous)
         if len(watch):
             seen = Watched(seen.x.at[slot].set(x, mode="drop"), seen.x_0.at[slot].set(x_0, mode="drop"))
         return (x, (x_0, *previous)[: sampler.memory], seen), None
 
-    table = jax.tree.map(lambda a: _to_device(np.asarray(a)[numbers], x.dtype), sampler.rows)
     nothing_seen = Watched(*(jnp.zeros((len(watch), *x.shape), x.dtype) for _ in range(2)))
     carry = x, (jnp.zeros_like(x),) * sampler.memory, nothing_seen
-    scanned = (jnp.asarray(numbers, jnp.int32), jnp.asarray(slots[numbers], jnp.int32), table)
+    scanned = (jnp.asarray(numbers, jnp.int32), jnp.asarray(slots[numbers], jnp.int32), _table(sampler, numbers, x))
     (x, _, seen), _ = jax.lax.scan(body, carry, scanned)
     return x, seen
+
+
+def advance(
+    sampler: Sampler,
+    model: Model,
+    key: Key[Array, ""],
+    indices: Int[Array, " B"],
+    x: Float[Array, "B H W C"],
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
+    """x after the rows first .. last - 1, and the x_0 predicted in the last of them.
+
+    The rows may be traced, unlike those of `reverse`: one compiled program takes a chain through any part. Raises ValueError
+    for a sampler that looks back.
+    """
+    if sampler.memory:
+        raise ValueError("got a sampler that looks back, expected one that can start anywhere; use ancestral or ddim")
+    keys, table = rng.image_keys(key, indices), _table(sampler, slice(None), x)
+
+    def step(number, carry):
+        row = jax.tree.map(lambda a: a[number], table)
+        return sampler.step(model, carry[0], row, _noise(sampler, keys, number, x), ())
+
+    return jax.lax.fori_loop(first, last, step, (x, jnp.zeros_like(x)))
+
+
+def _noise(sampler: Sampler, keys: Key[Array, " B"], number: Any, x: Array) -> Callable[..., Array]:
+    """The draws of a row: `noise()`, `noise(1)`, ..., those of a chain that has run from its start."""
+    return lambda j=0: rng.image_normal(keys, 1 + number + j * len(sampler), x.shape[1:], x.dtype)
+
+
+def _table(sampler: Sampler, rows: Any, x: Array) -> Any:
+    return jax.tree.map(lambda a: _to_device(np.asarray(a)[rows], x.dtype), sampler.rows)
 
 
 def sample_loop(

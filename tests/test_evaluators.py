@@ -8,21 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import experiment, tiny
 
-from ddpm_jax import loop, sharding
+from ddpm_jax import sharding
+from ddpm_jax.commands import train as command
+from ddpm_jax.commands.train import train
 from ddpm_jax.data import open_source
 from ddpm_jax.diffusion.bound import bits_per_dim
 from ddpm_jax.diffusion.losses import min_snr_weights
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import scores
-from ddpm_jax.evaluation.during_training import eval_of, make_evaluation, open_held_out, spread
+from ddpm_jax.evaluation.evaluation import Programs
+from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, eval_of, open_held_out, spread
 from ddpm_jax.evaluation.features import flat_pixels
-from ddpm_jax.generate import make_generator, sample_key
-from ddpm_jax.reporting import best_step, read_metrics
-from ddpm_jax.training import build_schedule, init_sharded_state
-from ddpm_jax.workdir import CHECKPOINTS, load_run
+from ddpm_jax.generation.generator import sample_key
+from ddpm_jax.training.loop import Findings
+from ddpm_jax.training.metric_writer import best_step, read_metrics
+from ddpm_jax.training.step import init_sharded_state
+from ddpm_jax.training.workdir import CHECKPOINTS, load_run
 
 # A network without hidden layers to speak of, whose last convolution starts at zero: eps is predicted as 0.
 CONFIG = tiny(
@@ -54,18 +58,18 @@ def held_out(tmp_path_factory):
 def at_the_start(tmp_path_factory, held_out):
     """The numbers of the untrained network."""
     mesh = sharding.make_mesh()
-    generator, source = make_generator(CONFIG, mesh), open_source(CONFIG.data)
+    programs, source = Programs(experiment(CONFIG), mesh, terms=TERMS), open_source(CONFIG.data)
+    some = dataclasses.replace(held_out, images=spread(held_out, CONFIG.train.eval_images))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        measure = make_evaluation(CONFIG, mesh, source, held_out, generator)
-        params = init_sharded_state(CONFIG, mesh).params
-        return measure(params), params, generator
+        params = init_sharded_state(experiment(CONFIG), mesh).params
+        return HeldOut(programs, source, some)(params).numbers, params, programs.generate
 
 
 def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
     """Where eps is predicted as 0, the weighted loss at t is the weight times a mean of eps^2."""
     values, _, _ = at_the_start
-    schedule = build_schedule(CONFIG)
+    schedule = experiment(CONFIG).process.schedule
     weights = min_snr_weights(Process(schedule, prediction="eps"), 0.5).reshape(4, -1)
     assert (np.diff(weights.mean(axis=1)[:3]) > 0.1).all()  # the quarters can be told apart
     N, D = 500, 64
@@ -84,7 +88,7 @@ def test_bits_per_dim_estimate_the_whole_bound_of_the_held_out_images(at_the_sta
     bits = jax.jit(
         lambda x_0: (
             bits_per_dim(
-                Process(build_schedule(CONFIG)),
+                Process(experiment(CONFIG).process.schedule),
                 lambda x, t: jnp.zeros_like(x),
                 jax.random.key(1),
                 x_0,
@@ -111,13 +115,24 @@ def test_held_out_images_are_taken_from_the_whole_source():
     np.testing.assert_array_equal(spread(source, 10_000), source.images)
 
 
+class Told:
+    """An evaluator that is told its losses, one after the other."""
+
+    name = "eval_loss"
+
+    def __init__(self, every, losses):
+        self.every, self.losses = every, iter(losses)
+
+    def __call__(self, params):
+        return Findings({"eval_loss": next(self.losses)}, {})
+
+
 def measures(*losses):
-    """In place of `make_evaluation`: evaluations that give these losses, one after the other."""
-    told = iter(losses)
-    return lambda *_: lambda params: {"eval_loss": next(told)}
+    """In place of `make_evaluators`: one that gives these losses."""
+    return lambda experiment, *_: [Told(experiment.config.train.eval_every, losses)]
 
 
-def make_idle_step(config, *, mesh):
+def make_idle_step(experiment, *, mesh):
     """In place of `make_train_step`: steps that leave the parameters as they are, with nothing to compile."""
 
     def idle(state, batches, dataset):
@@ -130,7 +145,7 @@ def make_idle_step(config, *, mesh):
 @pytest.fixture(scope="module", autouse=True)
 def _idle():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_idle_step)
+        patch.setattr(command, "make_train_step", make_idle_step)
         yield
 
 
@@ -139,8 +154,8 @@ def finished(tmp_path_factory):
     """A run of 10 steps that is told to be at its best at step 4."""
     workdir = tmp_path_factory.mktemp("run") / "w"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_evaluation", measures(6.0, 2.0, 6.0, 18.0, 38.0))
-        loop.train(CONFIG, workdir)
+        patch.setattr(command, "make_evaluators", measures(6.0, 2.0, 6.0, 18.0, 38.0))
+        train(experiment(CONFIG), workdir)
     return workdir
 
 
@@ -158,8 +173,8 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(run):
 
 
 def test_the_best_checkpoint_gives_way_to_a_better_one(run, monkeypatch):
-    monkeypatch.setattr(loop, "make_evaluation", measures(1.0, 1.0, 1.0))
-    loop.train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16)), run)
+    monkeypatch.setattr(command, "make_evaluators", measures(1.0, 1.0, 1.0))
+    train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16))), run)
     # 12, 14 and 16 are equally good: the first of them stays the best.
     assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [12, 14, 16]
     assert load_run(run, step="best").step == 12
@@ -169,10 +184,10 @@ def test_an_evaluation_that_was_lost_between_the_save_and_the_stop_is_made_up_fo
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
-    monkeypatch.setattr(loop, "make_evaluation", measures(38.0))
-    loop.train(CONFIG, run)
+    monkeypatch.setattr(command, "make_evaluators", measures(38.0))
+    train(experiment(CONFIG), run)
     assert path.read_text().splitlines(keepends=True) == lines
-    loop.train(CONFIG, run)  # and not once more
+    train(experiment(CONFIG), run)  # and not once more
     assert path.read_text().splitlines(keepends=True) == lines
 
 
@@ -183,7 +198,7 @@ def test_the_best_of_a_run_without_evaluations_is_refused(run):
 
 
 def test_the_best_checkpoint_stays_when_the_run_goes_on_without_evaluations(run):
-    loop.train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0)), run)
+    train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0))), run)
     assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [4, 14, 16]
     assert load_run(run, step="best").step == 4
 
@@ -224,11 +239,11 @@ def test_one_held_out_image_is_refused(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros((1, 8, 8, 1), np.uint8))
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "one.npy")))
     with pytest.raises(UsageError, match="has 1 image; give at least 2"):
-        open_held_out(config)
+        open_held_out(experiment(config))
 
 
 def test_held_out_images_that_are_not_there_are_told_before_anything_is_made(tmp_path):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="no"):
-        loop.train(config, tmp_path / "w")
+        train(experiment(config), tmp_path / "w")
     assert not (tmp_path / "w").exists()

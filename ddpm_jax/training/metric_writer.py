@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard events, image grids. All can be cut back to a step, so that none appears twice."""
 
 import contextlib
-import io
 import json
 import math
 import struct
@@ -13,52 +12,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 from google.protobuf.message import DecodeError
-from jaxtyping import UInt8
-from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from ddpm_jax.checksum import masked_crc32c
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.files import read_bytes, whole
+from ddpm_jax.training.checksum import masked_crc32c
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"
 CHECKSUM = "crc32"  # the last entry of a line
 MOST_LOG_BYTES = 2**34  # a long run's grids are among the events
-
-
-def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
-    """A uint8 image of 1 or 3 channels as a Pillow image."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
-    """A uint8 image of 1 or 3 channels as a PNG file's content."""
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def grid(
-    images: UInt8[np.ndarray, "N H W C"], *, columns: int | None = None, gap: int = 1
-) -> UInt8[np.ndarray, "h w C"]:
-    """Images side by side, row by row, with `gap` black pixels between; as square as their number allows by default."""
-    N, H, W, C = images.shape
-    columns = columns or int(np.ceil(np.sqrt(N)))
-    rows = -(-N // columns)
-    sheet = np.zeros((rows * (H + gap) - gap, columns * (W + gap) - gap, C), np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * (H + gap), i % columns * (W + gap)
-        sheet[y : y + H, x : x + W] = image
-    return sheet
-
-
-def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[np.ndarray, "h w C"]:
-    """Repeats pixels until the image is at least about `smallest` pixels high, so that small images can be looked at."""
-    factor = max(1, smallest // image.shape[0])
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -74,7 +40,7 @@ def _whole_lines(path: epath.Path) -> list[bytes]:
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """The values of a line, or None if it is not one that `Report.scalars` writes."""
+    """The values of a line, or None if it is not one that `MetricWriter.write` writes."""
     try:
         values = json.loads(line.decode())
     except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError
@@ -157,7 +123,7 @@ def _step_of_event(data: bytes) -> int | None:
         return None
 
 
-class Report:
+class MetricWriter:
     """Writes a run's metrics and pictures into its workdir; what is there beyond `last_step`, or damaged, is cut first.
 
     `say` receives one sentence about each log that was damaged.
@@ -174,34 +140,39 @@ class Report:
         self._events = EventsWriter(str(workdir / EVENTS / "events"), f".from_{last_step}")
         self._metrics = (workdir / METRICS).open("a")
 
-    def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, {"step": step, **values, "crc32": checksum}, and one TensorBoard scalar for each number."""
-        line = {"step": step, **values}
-        self._metrics.write(json.dumps({**line, CHECKSUM: _checksum(line)}) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
+    def write(self, step: int, numbers: dict[str, Any], pictures: dict[str, np.ndarray] | None = None) -> None:
+        """One line of metrics.jsonl, {"step": step, **numbers, "crc32": checksum}, and a TensorBoard scalar for each number.
+
+        numbers: texts may be among them. pictures: images uint8 (N, H, W, C) by name, each a grid: <name>/step_<step>.png and a
+        TensorBoard picture.
+        """
+        for name, images in (pictures or {}).items():
+            sheet, path = enlarge(grid(images)), self._grid_path(name, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as temporary:
+                temporary.write_bytes(png_bytes(sheet))
+            self._event(step, summary.image(name, sheet, dataformats="HWC"))
+        if numbers:
+            line = {"step": step, **numbers}
+            self._metrics.write(json.dumps({**line, CHECKSUM: _checksum(line)}) + "\n")
+            self._metrics.flush()
+        for name, value in numbers.items():
             if not isinstance(value, str):
                 self._event(step, summary.scalar(name, value))
         self._events.flush()
 
-    def samples(self, step: int, images: UInt8[np.ndarray, "N H W C"]) -> None:
-        """A grid of sampled images: samples/step_<step>.png and a TensorBoard picture."""
-        sheet, path = enlarge(grid(images)), self._grid_path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            temporary.write_bytes(png_bytes(sheet))
-        self._event(step, summary.image("samples", sheet, dataformats="HWC"))
-
     def has(self, name: str, step: int) -> bool:
-        """Whether the scalar of this name was logged at a step."""
+        """Whether the number or picture of this name was written at a step."""
+        if self._grid_path(name, step).exists():
+            return True
         return any(name in line for line in read_metrics(self.workdir) if line["step"] == step)
 
-    def has_samples(self, step: int) -> bool:
-        """Whether the grid of a step is there."""
-        return self._grid_path(step).exists()
+    def best_step(self, name: str, steps: Collection[int]) -> int | None:
+        """The first of the steps at which the number of this name was least (`best_step`)."""
+        return best_step(self.workdir, name, steps)
 
-    def _grid_path(self, step: int) -> epath.Path:
-        return self.workdir / "samples" / f"step_{step:08d}.png"
+    def _grid_path(self, name: str, step: int) -> epath.Path:
+        return self.workdir / name / f"step_{step:08d}.png"
 
     def _event(self, step: int, content: Summary) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))

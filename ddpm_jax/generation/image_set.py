@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ddpm_jax import sharding
 from ddpm_jax.arrays import parse_arrays, write_arrays
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import (
     LOCK,
@@ -45,7 +46,7 @@ from ddpm_jax.files import (
     sole_writer,
     whole,
 )
-from ddpm_jax.generate import (
+from ddpm_jax.generation.generator import (
     Batches,
     SamplerOptions,
     batch_ranges,
@@ -54,10 +55,9 @@ from ddpm_jax.generate import (
     make_generator,
     sample_key,
 )
-from ddpm_jax.reporting import enlarge, grid, png_bytes
+from ddpm_jax.generation.set_mark import SET, Mark, read_mark, tell
 from ddpm_jax.room import check_disk
-from ddpm_jax.set_mark import SET, Mark, read_mark, tell
-from ddpm_jax.workdir import Run
+from ddpm_jax.training.workdir import Run
 
 Format = Literal["both", "png", "npz", "shards"]
 IMAGES, GRID = "images.npz", "grid.png"
@@ -373,7 +373,6 @@ def generate_set(
     *,
     seed: int,
     options: SamplerOptions,
-    weights: str,
     batch_size: int,
     format: Format,
 ) -> None:
@@ -382,10 +381,10 @@ def generate_set(
     The devices of all processes compute; the first process reads and writes the folder. Raises UsageError if the folder holds
     something else or another process writes it, if there is no room, or the sampler's options do not go together.
     """
-    generator = make_generator(run.config, run.mesh, options)
+    generator = make_generator(run.experiment, run.mesh, options)
     devices, data = run.mesh.devices.size, run.config.data
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
-    definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": weights, "seed": seed}
+    definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
     # Of the parts, which the devices round up: on others that do not, they would overlap.
     definition |= {"batch_size": batches.size, **dataclasses.asdict(options)}
     images: ImageSet | None = None
@@ -393,7 +392,7 @@ def generate_set(
 
     def open_set() -> int:
         nonlocal images
-        check_batch(run.config, run.mesh, batches.size)
+        check_batch(run.experiment, run.mesh, batches.size)
         shape = (data.image_size, data.image_size, data.channels)
         images = ImageSet(folder, batches, shape, definition, format=format)
         edges.extend(edge for gap in images.missing() for edge in (gap.start, gap.stop))

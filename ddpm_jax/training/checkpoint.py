@@ -15,7 +15,6 @@ import copy
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -30,7 +30,7 @@ from ddpm_jax import sharding
 from ddpm_jax.config import Config, changed_fields, fixed_fields
 from ddpm_jax.errors import RunError, UsageError, first_line
 from ddpm_jax.files import DamagedFileError, parse_json, read_text, write_text
-from ddpm_jax.training import TrainState
+from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
 NO_STEP = -1
@@ -39,22 +39,22 @@ SAVING, DELETING = ".saving.tmp", ".deleting.tmp"
 SAVE_SECONDS = 10 * 365 * 86400
 
 
-def _write_small_arrays_whole() -> None:
+def _tree_handler() -> ocp.PyTreeCheckpointHandler:
     # By default each of n devices that hold the same array hands over its n-th part: thousands of small operations for a
-    # state of small arrays. Only parts of 1 MiB or more are worth that.
+    # state of small arrays. Only parts of 1 MiB or more are worth that. In a registry of our own: Orbax's is everybody's.
     default = ocp.type_handlers.get_type_handler(jax.Array)
-    handler = ocp.type_handlers.ArrayHandler(
+    arrays = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=2**20,
         array_metadata_store=getattr(default, "_array_metadata_store", None),  # what hosts compare at the end of a save
     )
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns that there is a handler already
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    log.setLevel(level)
+    numpy = ocp.type_handlers.get_type_handler(np.ndarray)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, numpy))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-_write_small_arrays_whole()
+def _restore_as(like: Any) -> ocp.args.PyTreeRestore:
+    """The arguments that restore a tree as `like`: ShapeDtypeStructs, with shardings."""
+    return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
 
 
 def _manifest_text(content: dict[str, Any]) -> str:
@@ -160,8 +160,11 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.say = say
+        handler = ocp.CompositeCheckpointHandler(
+            state=_tree_handler(), ema=_tree_handler(), meta=ocp.JsonCheckpointHandler()
+        )
         seconds = SAVE_SECONDS if jax.process_count() == 1 else None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=seconds)
+        self._checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=seconds)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._passed_over: set[int] = set()
@@ -197,8 +200,8 @@ class Checkpoints:
             self._checkpointer.save(
                 self._written_as(folder),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state_item),
-                    ema=ocp.args.StandardSave(state.ema_params),
+                    state=ocp.args.PyTreeSave(state_item),
+                    ema=ocp.args.PyTreeSave(state.ema_params),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -227,11 +230,12 @@ class Checkpoints:
             if step != keep and not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
 
-    def sweep(self) -> None:
+    def sweep(self) -> int:
         """Removes what killed processes left of saving and deleting. Call it where no save is under way."""
         for path in self.directory.iterdir() if self.directory.exists() else ():
             if path.name.endswith((SAVING, DELETING, ocp.utils.TMP_DIR_SUFFIX)):
                 path.rmtree()
+        return 0
 
     def _delete(self, folder: epath.Path) -> None:
         if "://" in str(folder):  # the manifest goes first: a folder deleted in part is never taken for a checkpoint
@@ -317,9 +321,7 @@ class Checkpoints:
         state_like = {"step": like.step, "params": like.params, "opt_state": like.opt_state}
         if like.loss_history is not None:
             state_like["loss_history"] = like.loss_history
-        restored = self._restore(
-            step, state=ocp.args.StandardRestore(state_like), ema=ocp.args.StandardRestore(like.ema_params)
-        )
+        restored = self._restore(step, state=_restore_as(state_like), ema=_restore_as(like.ema_params))
         state = restored.state
         if int(state["step"]) != step:
             raise UsageError(
@@ -336,7 +338,7 @@ class Checkpoints:
 
     def restore_ema(self, step: int, like: Any) -> Any:
         """The EMA parameters of a step, as `like` (ShapeDtypeStructs with shardings)."""
-        return self._restore(step, ema=ocp.args.StandardRestore(like)).ema
+        return self._restore(step, ema=_restore_as(like)).ema
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays: the "data" set's identity, and the losses "since_log"."""

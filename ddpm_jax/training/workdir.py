@@ -15,27 +15,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import config as configs
 from ddpm_jax import sharding
-from ddpm_jax.checkpoint import Checkpoints, manifest_digest, saved_steps
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.files import LOCK, is_remnant, open_folder, read_json, remove_remnants, sole_writer, write_text
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.reporting import METRICS, best_step
-from ddpm_jax.training import TrainState, build_schedule, build_unet, init_state
+from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_steps
+from ddpm_jax.training.experiment import Experiment, Network
+from ddpm_jax.training.metric_writer import METRICS, best_step
+from ddpm_jax.training.step import TrainState, abstract_state
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-def read_config(workdir: epath.Path) -> Config:
-    """The config of a workdir. Raises UsageError if it is none, or its config cannot be read or used."""
+def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
+    """The config of a workdir. Raises UsageError if it is none, or its config cannot be read or used.
+
+    own_network: its network is not the U-Net that the config describes.
+    """
     if not workdir.exists():
         raise UsageError(f"{workdir} does not exist; give the folder of a run that train.py made")
     if not workdir.is_dir():
@@ -46,7 +48,7 @@ def read_config(workdir: epath.Path) -> Config:
     values = read_json(path)
     try:
         config = configs.from_json(values)
-        configs.check(config, num_devices=None)
+        configs.check(config, num_devices=None, own_network=own_network)
     except configs.ConfigError as error:
         raise UsageError(
             f"{path} cannot be used ({error}); restore it from a copy, or write what the run had there"
@@ -90,20 +92,20 @@ def check_there(workdir: epath.Path) -> None:
         )
 
 
-def enter(workdir: epath.Path, config: Config) -> None:
+def enter(workdir: epath.Path, config: Config, *, own_network: bool = False) -> None:
     """Makes the workdir this config's: creates it, or checks that it is, or refuses with the fields that differ.
 
     Before its first checkpoint a workdir takes any config, so that one that did not work can be put right.
     """
-    sharding.first_decides(lambda: _enter(workdir, config))
+    sharding.first_decides(lambda: _enter(workdir, config, own_network))
 
 
-def _enter(workdir: epath.Path, config: Config) -> int:
+def _enter(workdir: epath.Path, config: Config, own_network: bool) -> int:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
-        old = read_config(workdir)
-        fixed = [name for name in configs.differences(old, config) if name not in configs.MAY_CHANGE]
+        old = read_config(workdir, own_network=own_network)
+        fixed = [name for name in configs.differences(old, config) if name not in configs.changeable()]
         if fixed and saved_steps(workdir / CHECKPOINTS):
             was, now = configs.flatten(old), configs.flatten(config)
             fields = ", ".join(f"{name} (there {was[name]!r}, here {now[name]!r})" for name in fixed)
@@ -142,17 +144,17 @@ def check_empty(path: epath.PathLike) -> None:
         raise UsageError(f"{folder} is not empty; choose a new folder")
 
 
-def write_run(workdir: epath.PathLike, config: Config, state: TrainState) -> None:
-    """Makes a workdir of the config with the state as its one checkpoint; it remembers no data set, so any may follow.
+def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState) -> None:
+    """Makes a workdir of the experiment with the state as its one checkpoint; it remembers no data set, so any may follow.
 
     Raises UsageError if the workdir is not empty, RunError if saving fails; then nothing is left of it.
     """
-    workdir = epath.Path(workdir)
+    workdir, config = epath.Path(workdir), experiment.config
     check_empty(workdir)
     try:
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config)
         try:
-            checkpoints.save(state, {"data": None, "since_log": {}})
+            checkpoints.save(state, {"data": None, "since_log": {}, "network": network_name(experiment)})
         finally:
             checkpoints.close()
         _write_config(workdir, config)  # last: without it the folder is no workdir, wherever this was killed
@@ -161,22 +163,54 @@ def write_run(workdir: epath.PathLike, config: Config, state: TrainState) -> Non
         raise
 
 
+def network_name(experiment: Experiment) -> str:
+    """What a checkpoint remembers of the network."""
+    return type(experiment.network).__name__
+
+
+def check_network(meta: dict[str, Any], experiment: Experiment) -> None:
+    """Refuses a network of another kind than a checkpoint remembers; those of earlier versions are of the U-Net."""
+    trained = meta.get("network", UNet.__name__)
+    if trained != network_name(experiment):
+        raise UsageError(
+            f"the checkpoint is of the network {trained}, got {network_name(experiment)}; give the network that was trained, "
+            "network= of load_run or Experiment.from_config"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
-    """A trained run: all it takes to sample from it."""
+    """A trained run: all it takes to sample from it, evaluate and export it.
 
-    config: Config
+    Attributes:
+        experiment: What was trained.
+        step: The checkpoint's.
+        checkpoint: SHA-256 of its manifest, "" if it has none.
+        weights: What params are: "ema" or "raw".
+        params: The network's parameters, on the mesh.
+        mesh: The devices.
+
+    Example:
+        >>> from ddpm_jax import Run
+        >>> Run.__dataclass_fields__["params"].name    # load_run makes one from a workdir
+        'params'
+    """
+
+    experiment: Experiment
     step: int
-    checkpoint: str  # SHA-256 of its manifest, "" if it has none
-    weights: str  # what params are: "ema" or "raw"
+    checkpoint: str
+    weights: str
     params: Any
-    schedule: Schedule
-    unet: UNet
     mesh: Mesh
+
+    @property
+    def config(self) -> Config:
+        """The config that the workdir stores."""
+        return self.experiment.config
 
     def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The network's output at (x_t, t), with the run's parameters and without dropout."""
-        return jnp.asarray(self.unet.apply({"params": self.params}, x_t, t))
+        return self.experiment.model(self.params)(x_t, t)
 
 
 def load_run(
@@ -186,31 +220,49 @@ def load_run(
     weights: str = "ema",
     unverified: bool = False,
     mesh: Mesh | None = None,
+    network: Network | None = None,
 ) -> Run:
-    """The run of a workdir at its newest intact checkpoint, or at `step`; parameters and config checked byte for byte.
+    """The run of a workdir at its newest intact checkpoint; parameters and config checked byte for byte.
 
-    step: "best" is the one at which train.keep_best was least (see train.eval_every). weights: "ema", or "raw" for the
-    parameters as the optimizer left them. unverified: skip the check. mesh: where the parameters go, default all devices.
-    Executes nothing of the workdir's. Raises UsageError where there is no such run, checkpoint or kind of weights.
+    Executes nothing of the workdir's.
+
+    Args:
+        workdir: A folder that training made.
+        step: Another checkpoint's step; "best" is the one at which train.keep_best was least (see train.eval_every).
+        weights: "ema", or "raw" for the parameters as the optimizer left them.
+        unverified: Skip the check.
+        mesh: Where the parameters go; default all devices.
+        network: The network of one's own that was trained, if it is not the U-Net of the config.
+
+    Returns:
+        The `Run`.
+
+    Raises:
+        UsageError: Where there is no such run, checkpoint or kind of weights.
+
+    Example:
+        >>> from ddpm_jax import load_run
+        >>> run = load_run("runs/digits")    # doctest: +SKIP
+        >>> run.model(x_t, t)    # doctest: +SKIP
     """
     if weights not in ("ema", "raw"):
         raise UsageError(f"got weights {weights!r}, expected ema or raw")
     workdir = open_folder(workdir)
-    config = read_config(workdir)
+    config = read_config(workdir, own_network=network is not None)
+    experiment = Experiment.from_config(config, network)
     if step == "best":
         step = best_step(workdir, config.train.keep_best, saved_steps(workdir / CHECKPOINTS))
         if step is None:
             raise UsageError(f"{workdir} has no {config.train.keep_best} yet; set train.eval_every, or give a step")
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config)
     try:
-        items = ("ema",) if weights == "ema" else ("state", "ema")
+        items = ("ema", "meta") if weights == "ema" else ("state", "ema", "meta")
         chosen = checkpoints.choose(step=step, unverified=unverified, items=items)
         if chosen is None:
             raise UsageError(f"{workdir} has no checkpoint yet; train longer, or give another workdir")
         mesh = sharding.make_mesh() if mesh is None else mesh
-        shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-        everywhere = sharding.replicated(mesh)
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
+        check_network(checkpoints.restore_meta(chosen), experiment)
+        like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat)))
         if weights == "ema":
             params = checkpoints.restore_ema(chosen, like.ema_params)
         else:
@@ -218,4 +270,4 @@ def load_run(
     finally:
         checkpoints.close()
     manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
-    return Run(config, chosen, manifest, weights, params, build_schedule(config), build_unet(config), mesh)
+    return Run(experiment, chosen, manifest, weights, params, mesh)

@@ -1,4 +1,4 @@
-"""Images from parameters: a sampler compiled for a config and a mesh, over ranges of image indices."""
+"""Images from parameters: a sampler compiled for an experiment and a mesh, over ranges of image indices."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Key, UInt8
 
 from ddpm_jax import rng, sharding
-from ddpm_jax.config import Config
+from ddpm_jax.data.pixels import to_uint8
+from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
 from ddpm_jax.room import check_memory, gib
 from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
-from ddpm_jax.training import build_process, build_unet
+from ddpm_jax.training.experiment import Experiment
 
 LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
 
-Generator = Callable[..., Any]  # (params, key, indices) -> images
+Generate = Callable[..., Any]  # (params, key, indices) -> images
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class SamplerOptions:
     """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
 
 
-def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
-    """The sampler of these options for a run's schedule and network output. Raises UsageError if there is none."""
+def build_sampler(process: Process, options: SamplerOptions) -> Sampler:
+    """The sampler of these options for a process. Raises UsageError if there is none."""
     if options.steps == ():
         raise UsageError("--steps has no value; give one, or leave it out for all steps")
     try:
         return make_sampler(
-            build_process(config),
+            process,
             options.sampler,
             steps=options.steps or (),
             spacing=options.spacing,
@@ -56,35 +57,36 @@ def build_sampler(config: Config, options: SamplerOptions) -> Sampler:
         raise UsageError(str(error)) from None
 
 
-def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """Pixels of [-1, 1] as round((x + 1) 127.5), clipped to 0..255."""
-    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
-
-
 def sample_key(seed: int) -> Key[Array, ""]:
     """The key that the samples of a seed are drawn with, its SAMPLE stream."""
     return rng.stream(rng.root_key(seed), Purpose.SAMPLE)
 
 
 def make_generator(
-    config: Config, mesh: Mesh, options: SamplerOptions | None = None, *, watch: Sequence[int] = ()
-) -> Generator:
-    """Compiles (params, key, indices int (B,)) -> uint8 images (B, H, W, C): the whole reverse chain, one program for each B.
+    experiment: Experiment, mesh: Mesh, options: SamplerOptions | None = None, *, watch: Sequence[int] = ()
+) -> Generate:
+    """Compiles (params, key, indices) -> images: the whole reverse chain, one program for each number of images B.
 
-    B must be a multiple of the mesh's devices, over which the work is split; every device ends with all images. watch: rows
-    of the sampler after which to look: then it gives (images, x_t), the latter (len(watch), B, H, W, C). Raises UsageError
-    for options that do not go together.
+    Args:
+        experiment: Whose network draws.
+        mesh: The devices that the work is split over; B must be a multiple of their number.
+        options: How images are drawn; default the paper's Algorithm 2 over all steps.
+        watch: Rows of the sampler after which to look.
+
+    Returns:
+        The compiled function: indices int (B,) to uint8 images (B, H, W, C), all of them on every device. With `watch` it gives
+        (images, x_t), the latter uint8 (len(watch), B, H, W, C).
+
+    Raises:
+        UsageError: For options that do not go together.
     """
     options = SamplerOptions() if options is None else options
-    sampler, unet = build_sampler(config, options), build_unet(config)
-    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    sampler = build_sampler(experiment.process, options)
 
     def generate(params, key, indices):
-        def model(x_t, t):
-            return unet.apply({"params": params}, x_t, t)
-
         indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
-        x, seen = reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape), watch=watch)
+        x_T = draw_x_T(key, indices, experiment.image_shape)
+        x, seen = reverse(sampler, experiment.model(params), key, indices, x_T, watch=watch)
         return (to_uint8(x), to_uint8(seen.x)) if len(watch) else to_uint8(x)
 
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
@@ -114,12 +116,13 @@ def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> Batche
     return Batches(indices, _padded(min(batch_size, len(indices)), num_devices))
 
 
-def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
+def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
     """Raises UsageError where so large a batch cannot fit: the images four times and the widest activation twice, at least."""
-    data, model = config.data, config.model
-    image = 4 * data.image_size**2 * data.channels
-    widest = max((data.image_size // 2**i) ** 2 * model.ch * mult for i, mult in enumerate(model.ch_mult))
-    needed = batch_size * (4 * image + 2 * widest * jnp.dtype(model.dtype).itemsize)
+    H, W, C = experiment.image_shape
+    model, widest = experiment.config.model, 0
+    if not experiment.has_own_network:
+        widest = max((H // 2**i) * (W // 2**i) * model.ch * mult for i, mult in enumerate(model.ch_mult))
+    needed = batch_size * (16 * H * W * C + 2 * widest * jnp.dtype(model.dtype).itemsize)
     what, remedy = f"--batch-size {batch_size}", "use a smaller one"
     devices = mesh.devices.ravel()
     if devices[0].platform == "cpu":
@@ -135,7 +138,7 @@ def _padded(count: int, num_devices: int) -> int:
 
 
 def generate_batches(
-    generator: Generator,
+    generate: Generate,
     params: Any,
     key: Key[Array, ""],
     ranges: Iterable[range],
@@ -149,7 +152,7 @@ def generate_batches(
     """
     size, waiting = _padded(batch_size, num_devices), None
     for part in ranges:
-        images = generator(params, key, np.arange(part.start, part.start + size, dtype=np.int32))
+        images = generate(params, key, np.arange(part.start, part.start + size, dtype=np.int32))
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
         waiting = part, images

@@ -9,11 +9,11 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax import sharding
+from ddpm_jax.data.sheets import enlarge, grid, to_pil
 from ddpm_jax.files import sole_writer, whole
-from ddpm_jax.generate import SamplerOptions, build_sampler, make_generator, sample_key
-from ddpm_jax.reporting import enlarge, grid, to_pil
-from ddpm_jax.set_mark import add_to_list, is_listed
-from ddpm_jax.workdir import Run
+from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.generation.set_mark import add_to_list, is_listed
+from ddpm_jax.training.workdir import Run
 
 FRAMES, MILLISECONDS, LAST_MILLISECONDS = 50, 80, 2000
 
@@ -51,9 +51,9 @@ def _seen(
     run: Run, indices: range, *, seed: int, options: SamplerOptions, count: int
 ) -> UInt8[np.ndarray, "F n H W C"]:
     """x_t of the first `count` of the images at the steps that become frames."""
-    rows = len(build_sampler(run.config, options))
+    rows = len(build_sampler(run.experiment.process, options))
     watch = np.unique(np.linspace(0, rows - 1, min(FRAMES, rows)).round().astype(int)).tolist()
     padded = -(-count // run.mesh.devices.size) * run.mesh.devices.size
     places = np.arange(indices.start, indices.start + padded, dtype=np.int32)
-    _, x_t = make_generator(run.config, run.mesh, options, watch=watch)(run.params, sample_key(seed), places)
+    _, x_t = make_generator(run.experiment, run.mesh, options, watch=watch)(run.params, sample_key(seed), places)
     return np.asarray(x_t)[:, :count]

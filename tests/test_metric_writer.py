@@ -13,19 +13,16 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes, to_pil
 from ddpm_jax.errors import UsageError
-from ddpm_jax.reporting import (
+from ddpm_jax.training.metric_writer import (
     EVENTS,
     METRICS,
-    Report,
+    MetricWriter,
     best_step,
     cut_events,
     cut_metrics,
-    enlarge,
-    grid,
-    png_bytes,
     read_metrics,
-    to_pil,
 )
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
@@ -68,10 +65,10 @@ def scalars(workdir):
 
 def write(workdir, steps, *, last_step=0, run=0):
     """A run that goes on from last_step and logs at the given steps."""
-    report = Report(workdir, last_step=last_step)
+    writer = MetricWriter(workdir, last_step=last_step)
     for step in steps:
-        report.scalars(step, {"loss": step + run / 8, "lr": 0.5})
-    report.close()
+        writer.write(step, {"loss": step + run / 8, "lr": 0.5})
+    writer.close()
 
 
 # ---- Metrics
@@ -87,24 +84,24 @@ def test_every_scalar_is_a_line_and_an_event(workdir):
 
 
 def test_losses_are_logged_to_the_last_bit(workdir):
-    report = Report(workdir, last_step=0)
+    writer = MetricWriter(workdir, last_step=0)
     values = [0.1 + 0.2, 1e-45, 1 / 3, 1e300]
     for step, value in enumerate(values):
-        report.scalars(step, {"loss": value})
-    report.close()
+        writer.write(step, {"loss": value})
+    writer.close()
     assert [line["loss"] for line in metrics(workdir)] == values
 
 
 def test_flush_leaves_nothing_behind(workdir):
-    report = Report(workdir, last_step=0)
-    report.scalars(10, {"loss": 1.0})
-    report.samples(20, IMAGES)
-    report.flush()  # killed here, all of it is on the disk
+    writer = MetricWriter(workdir, last_step=0)
+    writer.write(10, {"loss": 1.0})
+    writer.write(20, {}, {"samples": IMAGES})
+    writer.flush()  # killed here, all of it is on the disk
     assert metrics(workdir) == [{"step": 10, "loss": 1.0}]
     assert scalars(workdir) == [(10, "loss", 1.0)]
     (file,) = (workdir / EVENTS).iterdir()
     assert [event.step for event in records(file)] == [0, 10, 20]
-    report.close()
+    writer.close()
 
 
 @pytest.mark.parametrize(("last_step", "kept"), [(0, []), (9, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
@@ -155,14 +152,14 @@ def test_a_damaged_line_is_cut_and_no_intact_one(damage, workdir):
     assert [line["step"] for line in read_metrics(workdir)] == [10, 20, 30]
     assert best_step(workdir, "loss", [10, 20, 30]) == 10
     said = []
-    report = Report(workdir, last_step=20, say=said.append)
-    report.scalars(30, {"loss": 0.5})
-    report.close()
+    writer = MetricWriter(workdir, last_step=20, say=said.append)
+    writer.write(30, {"loss": 0.5})
+    writer.close()
     assert path.read_bytes().startswith(first + second)
     assert [(line["step"], line["loss"]) for line in metrics(workdir)] == [(10, 10.0), (20, 20.0), (30, 0.5)]
     (note,) = said
     assert f"{path} had 2 damaged lines" in note
-    Report(workdir, last_step=30, say=said.append).close()
+    MetricWriter(workdir, last_step=30, say=said.append).close()
     assert said == [note]
 
 
@@ -258,11 +255,11 @@ def starts(content):
 
 
 def test_a_record_whose_content_is_flipped_is_cut_and_the_others_stay(workdir):
-    report = Report(workdir, last_step=0)
-    report.scalars(10, {"loss": 10.0})
-    report.samples(20, IMAGES)
-    report.scalars(30, {"loss": 30.0})
-    report.close()
+    writer = MetricWriter(workdir, last_step=0)
+    writer.write(10, {"loss": 10.0})
+    writer.write(20, {}, {"samples": IMAGES})
+    writer.write(30, {"loss": 30.0})
+    writer.close()
     (file,) = (workdir / EVENTS).iterdir()
     content = file.read_bytes()
     places = starts(content)
@@ -272,7 +269,7 @@ def test_a_record_whose_content_is_flipped_is_cut_and_the_others_stay(workdir):
             flipped[position] ^= 4
             file.write_bytes(flipped)
             said = []
-            Report(workdir, last_step=30, say=said.append).close()
+            MetricWriter(workdir, last_step=30, say=said.append).close()
             assert file.read_bytes() == content[:start] + content[end:]
             (note,) = said
             assert f"{workdir / EVENTS} had 1 damaged records" in note
@@ -371,34 +368,34 @@ def test_enlarge_repeats_pixels():
 
 
 def test_a_grid_that_is_cut_short_is_not_there(workdir, monkeypatch):
-    report = Report(workdir, last_step=0)
+    writer = MetricWriter(workdir, last_step=0)
     write_bytes = type(workdir).write_bytes
     monkeypatch.setattr(type(workdir), "write_bytes", lambda path, data: write_bytes(path, data[:9]) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        report.samples(10, IMAGES)
-    assert not report.has_samples(10)
-    report.close()
+        writer.write(10, {}, {"samples": IMAGES})
+    assert not writer.has("samples", 10)
+    writer.close()
 
 
 def test_a_log_that_cannot_be_written_raises_the_systems_error_alone():
     """Also when it is closed after that: a full disk ends a run with one sentence."""
-    report = Report.__new__(Report)
-    report._metrics = open("/dev/full", "w")  # noqa: SIM115 - Report closes it
-    report._events = SimpleNamespace(flush=lambda: None, close=lambda: closed.append(True))
+    writer = MetricWriter.__new__(MetricWriter)
+    writer._metrics = open("/dev/full", "w")  # noqa: SIM115 - MetricWriter closes it
+    writer._events = SimpleNamespace(flush=lambda: None, close=lambda: closed.append(True))
     closed = []
-    report._metrics.write("a line")
+    writer._metrics.write("a line")
     with pytest.raises(OSError, match="No space left"):
-        report.close()
-    assert report._metrics.closed
+        writer.close()
+    assert writer._metrics.closed
     assert closed == [True]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_samples_are_a_picture_in_the_folder_and_in_tensorboard(channels, workdir):
     images = np.repeat(IMAGES, channels, axis=-1)
-    report = Report(workdir, last_step=0)
-    report.samples(40, images)
-    report.close()
+    writer = MetricWriter(workdir, last_step=0)
+    writer.write(40, {}, {"samples": images})
+    writer.close()
     sheet = enlarge(grid(images))
     expected = sheet[..., 0] if channels == 1 else sheet
     np.testing.assert_array_equal(pixels((workdir / "samples/step_00000040.png").read_bytes()), expected)

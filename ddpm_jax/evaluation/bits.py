@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax import rng, sharding
-from ddpm_jax.config import Config
+from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion.bound import bound_terms, prior_bits
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
-from ddpm_jax.training import build_process, build_unet
+from ddpm_jax.training.experiment import Experiment
 
 
 def bound_key(seed: int) -> Key[Array, ""]:
@@ -57,20 +57,24 @@ class Drawn(NamedTuple):
     mse: np.ndarray  # (N, 1 + strata)
 
 
-def make_bound(config: Config, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
-    """Compiles (params, key, uint8 images (B, H, W, C), indices (B,)) -> `Drawn`'s arrays by name.
+def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
+    """Compiles (params, key, images, indices) -> `Drawn`'s arrays by name: terms of the bound of each image.
 
-    B must be a multiple of the mesh's devices, over which the work is split; every device ends with all of it. What is drawn
-    for an image depends on (key, its index) alone.
+    Args:
+        experiment: Whose network and process.
+        mesh: The devices that the work is split over.
+        edges: Of the strata of t that each image is given a time from (`strata`).
+
+    Returns:
+        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to arrays
+        that every device has whole. What is drawn for an image depends on (key, its index) alone.
     """
-    process, unet = build_process(config), build_unet(config)
+    process = experiment.process
 
     def bound(params, key, images, indices):
-        def model(x_t, t):
-            return unet.apply({"params": params}, x_t, t)
-
+        model = experiment.model(params)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
-        x_0 = images.astype(jnp.float32) / 127.5 - 1.0
+        x_0 = from_uint8(images)
         ts = draw_times(key, indices, edges, process.schedule.T)
         terms = bound_terms(process, model, key, x_0, indices, ts, clip=True)
         return {"L_T": prior_bits(process.schedule, x_0), "bits": terms.bits, "mse": terms.mse}

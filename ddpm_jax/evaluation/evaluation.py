@@ -1,0 +1,384 @@
+"""What the metrics are made of: samples, features, losses and bounds of a network's parameters, and all that defines them.
+
+    WORKDIR/evaluation/parts/     images, features and bounds, a part at a time, so that a killed evaluation continues; may be
+                                  deleted
+
+`Programs` are compiled once for an experiment; an `Evaluation` is of one set of parameters. Its methods compute what they give
+when it is first asked for. Of several processes all must ask.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ddpm_jax import sharding
+from ddpm_jax.arrays import Arrays, parse_arrays
+from ddpm_jax.data import Source, open_source
+from ddpm_jax.data.cache import cache_folder
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import bits, scores
+from ddpm_jax.evaluation.features import PIXELS, Features
+from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
+from ddpm_jax.evaluation.quarters import make_quarter_losses
+from ddpm_jax.evaluation.scores import Statistics
+from ddpm_jax.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
+from ddpm_jax.generation.generator import (
+    LAST_IMAGE,
+    SamplerOptions,
+    check_batch,
+    generate_batches,
+    make_generator,
+    sample_key,
+)
+from ddpm_jax.rng import check_seed
+from ddpm_jax.room import check_disk, check_memory
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.workdir import Run
+
+EVALUATION = "evaluation"
+MOST_IMAGES = 50_000  # what papers take their FID of
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is computed of a run, and of how much."""
+
+    num_images: int = 0
+    """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
+    num_real: int = 0
+    """Real images: the first of the source; 0: all."""
+    terms: int = 0
+    """Terms of the bound between the prior's and the decoder's that each image is given, at random times; 0: all T - 1."""
+    bootstrap: int = 10
+    """Resampled sets that the Fréchet distance's standard error is taken from; 0: none."""
+    seed: int = 0
+    """Seed of the samples and of the bound's noise, 0 to 4294967295."""
+    batch_size: int = 64
+    """Images computed together, and kept as one part if the process is killed."""
+    source: str = ""
+    """The real images, as data.source names them (a test split, say); default the run's own."""
+    statistics: str = ""
+    """An .npz file of mu and sigma of real images' features that the Fréchet distance is taken from, instead of the source."""
+
+
+class Programs:
+    """What evaluations of an experiment compute, compiled when it is first called: for any parameters of its network.
+
+    terms: of the bound, between the prior's and the decoder's, that each image is given; 0: all.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, sampler: SamplerOptions | None = None, *, terms: int = 0):
+        self.experiment, self.mesh = experiment, mesh
+        self.sampler = SamplerOptions() if sampler is None else sampler
+        T = experiment.process.schedule.T
+        self.edges = bits.strata(T, terms or T - 1)
+        self.generate = make_generator(experiment, mesh, self.sampler)
+        self.bound = bits.make_bound(experiment, mesh, self.edges)
+        self.quarter_losses = make_quarter_losses(experiment, mesh)
+
+
+class Evaluation:
+    """Parameters, real images, and what can be computed of both.
+
+    Args:
+        programs: Of the experiment that the parameters are of.
+        params: The network's parameters.
+        source: The real images.
+        features: What images are compared by.
+        options: How much is computed.
+        model: What tells these parameters from others, for the results.
+        folder: Where parts are kept, so that a killed evaluation continues; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        source: Source,
+        features: Features,
+        options: Options,
+        *,
+        model: dict[str, Any],
+        folder: epath.Path | None = None,
+    ):
+        self.programs, self.params, self.source, self.features, self.options = (
+            programs,
+            params,
+            source,
+            features,
+            options,
+        )
+        self.experiment, self.mesh, self.edges = programs.experiment, programs.mesh, programs.edges
+        self.model, self.folder = model, folder
+        self.num_real = min(options.num_real or len(source), len(source))
+        self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
+        self.batch_size = sharding.round_up(options.batch_size, self.mesh)  # one program for all parts
+        self.software = software(self.mesh)
+        self._known: dict[str, Any] = {}
+
+    @classmethod
+    def of_run(
+        cls,
+        run: Run,
+        workdir: epath.PathLike,
+        features: Features,
+        options: Options,
+        sampler: SamplerOptions | None = None,
+    ) -> "Evaluation":
+        """The evaluation of a run, kept in its workdir. Raises UsageError for options that cannot be used."""
+        check_options(options)
+        programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms)
+        data = run.config.data
+        source = open_source(dataclasses.replace(data, source=options.source or data.source))
+        model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
+        folder = epath.Path(workdir) / EVALUATION
+        evaluation = cls(programs, run.params, source, features, options, model=model, folder=folder)
+        sharding.first_decides(evaluation._check_room)
+        return evaluation
+
+    def _check_room(self) -> int:
+        check_batch(self.experiment, self.mesh, self.batch_size)
+        if count := self.options.num_images:
+            what, remedy = f"--num-images {count}", "use fewer"
+            if count > LAST_IMAGE:
+                raise UsageError(f"{what} goes beyond image {LAST_IMAGE}; {remedy}")
+            image = int(np.prod(self.source.images.shape[1:]))
+            # Of a function of a user's own no more is known than that it gives numbers.
+            number = {PIXELS.name: image}.get(self.features.name, 1)
+            check_memory(4 * number * count, f"{what} (their features)", remedy)
+            there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
+            check_disk(self._place(), (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
+        return 0
+
+    def _place(self) -> epath.Path:
+        assert self.folder is not None  # `of_run` gives one
+        return self.folder
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds WORKDIR/evaluation while the block runs, swept of what killed processes left.
+
+        Raises UsageError where another command holds it, or it cannot be written.
+        """
+        folder = self._place()
+        with contextlib.ExitStack() as held:
+
+            def enter() -> int:
+                check_place(folder / "figures" / "x", "make the workdir writable, or evaluate a copy of it")
+                folder.mkdir(exist_ok=True)
+                held.enter_context(sole_writer(folder))
+                for swept in (folder, folder / "figures", *(folder / "parts").glob("*/")):
+                    remove_remnants(swept)
+                return 0
+
+            sharding.first_decides(enter)
+            yield
+
+    # ---- What defines the numbers
+
+    def sampling(self) -> dict[str, Any]:
+        """What defines the samples but for their number."""
+        sampler, process = self.programs.sampler, self.experiment.process
+        steps = sampler.steps or (process.schedule.T,)
+        drawn = {**dataclasses.asdict(sampler), "steps": steps[0] if len(steps) == 1 else list(steps)}
+        return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
+
+    def reference(self) -> dict[str, Any]:
+        """What defines the real images."""
+        name = self.options.source or self.experiment.config.data.source
+        return {"source": name, "identity": self.source.identity, "images": self.num_real}
+
+    def definition(self, *parts: str) -> dict[str, Any]:
+        """What defines a result that is made of these: sampling, features, reference, statistics, bound, losses."""
+        drawn = {**self.model, "seed": self.options.seed, "T": self.experiment.process.schedule.T}
+        values: dict[str, Callable[[], Any]] = {
+            "sampling": lambda: {**self.sampling(), "images": self.num_images},
+            "features": lambda: self.features.name,
+            "reference": self.reference,
+            "statistics": self._statistics,
+            "bound": lambda: {**drawn, "terms": len(self.edges) - 1},
+            "losses": lambda: drawn,
+        }
+        return {**{name: values[name]() for name in parts}, "batch_size": self.batch_size, "software": self.software}
+
+    def _statistics(self) -> dict[str, Any]:
+        """What defines the real images' statistics."""
+        if not self.options.statistics:
+            return self.reference()
+        content = sharding.first_reads(epath.Path(self.options.statistics))
+        assert content is not None  # the statistics were read from it
+        return {"statistics": self.options.statistics, "sha256": hashlib.sha256(content).hexdigest()}
+
+    # ---- What is computed, part by part
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
+
+    def _parts(self, definition: dict[str, Any], compute: Callable[[range], Arrays]) -> Parts:
+        return Parts(None if self.folder is None else self.folder / "parts", definition, compute)
+
+    def _samples(self) -> Parts:
+        def compute(part: range) -> Arrays:
+            whole = range(part.start, part.start + self.batch_size)
+            batches = generate_batches(
+                self.programs.generate,
+                self.params,
+                sample_key(self.options.seed),
+                [whole],
+                batch_size=self.batch_size,
+                num_devices=self.mesh.devices.size,
+            )
+            return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
+
+        definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
+        return self._once("samples", lambda: self._parts(definition, compute))
+
+    def generated(self) -> Arrays:
+        """The features (and logits) of the samples."""
+        samples = self._samples()
+        definition = {**samples.definition, "features": self.features.name}
+        parts = self._parts(definition, lambda part: self.features.compute(samples.get(part)["images"]))
+        return self._once("generated", lambda: parts.all(self.num_images, self.batch_size, title="samples"))
+
+    def first_samples(self) -> np.ndarray:
+        """The first samples, uint8 (N, H, W, C): at most 64, and one part."""
+        count = min(self.num_images, self.batch_size)
+        return self._once("first_samples", lambda: self._samples().get(range(count))["images"][:64])
+
+    def real(self) -> Arrays:
+        """The features of the real images, kept in the machine's cache by the data's fingerprint."""
+        parts = self._real_features()
+        return self._once("real", lambda: parts.all(self.num_real, self.batch_size, title="real images"))
+
+    def _real_features(self) -> Parts:
+        return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh)
+
+    def read(self, part: range) -> np.ndarray:
+        """Some real images, uint8 (n, H, W, C)."""
+        return self.source.read(np.arange(part.start, part.stop))
+
+    def real_statistics(self) -> Statistics:
+        """Mean and covariance of the real images' features: from --statistics, or computed once and kept in the cache."""
+        return self._once("real_statistics", self._read_statistics)
+
+    def _read_statistics(self) -> Statistics:
+        if not self.options.statistics:
+            return feature_statistics(self._real_features(), count=self.num_real, batch_size=self.batch_size)
+        given = read_statistics(epath.Path(self.options.statistics))
+        D = self.features.compute(self.read(range(1)))["features"].shape[1]
+        if given.mu.shape != (D,):
+            raise UsageError(
+                f"--statistics {self.options.statistics} are of {len(given.mu):,} features, but {self.features.name} "
+                f"has {D:,}; give statistics of the same function"
+            )
+        return given
+
+    def drawn(self) -> bits.Drawn:
+        """The bound's terms of each real image."""
+        parts = self._of_real(self.programs.bound, "bound")
+        return self._once("drawn", lambda: bits.Drawn(**parts.all(self.num_real, self.batch_size, title="bits/dim")))
+
+    def losses(self) -> np.ndarray:
+        """The training loss of each real image in each quarter of t, float (N, 4)."""
+        parts = self._of_real(lambda *given: {"losses": self.programs.quarter_losses(*given)}, "losses")
+        return self._once("losses", lambda: parts.all(self.num_real, self.batch_size, title="losses")["losses"])
+
+    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str) -> Parts:
+        """What a compiled program gives of the real images, a part at a time."""
+        key = bits.bound_key(self.options.seed)
+
+        def compute(part: range) -> Arrays:
+            images, indices = self.read(part), np.arange(part.start, part.start + self.batch_size)
+            padded = np.concatenate([images, np.zeros((self.batch_size - len(images), *images.shape[1:]), np.uint8)])
+            arrays = compiled(self.params, key, padded, indices.astype(np.int32))
+            return {name: np.asarray(a)[: len(part)] for name, a in arrays.items()}
+
+        return self._parts({**self.definition(name), "identity": self.source.identity}, compute)
+
+
+def check_options(options: Options) -> None:
+    """Raises UsageError for numbers that are too small, or a seed that is none."""
+    for name, low in (("num_images", 0), ("num_real", 0), ("terms", 0), ("bootstrap", 0), ("batch_size", 1)):
+        if getattr(options, name) < low:
+            shown = name.replace("_", "-")
+            raise UsageError(f"--{shown} {getattr(options, name)} is too small; use {low} or more")
+    if options.bootstrap == 1:
+        raise UsageError("--bootstrap 1 has no spread; use 0 for none, or 2 or more")
+    check_seed(options.seed)
+
+
+def software(mesh: Mesh) -> dict[str, str]:
+    """The versions and devices that numbers were computed with."""
+    names = ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "device": f"{mesh.devices.size} {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def real_features(source: Source, features: Features, *, batch_size: int, mesh: Mesh) -> Parts:
+    """The features of a source's images, kept in the machine's cache by the data's fingerprint."""
+    definition = {
+        "identity": source.identity,
+        "image_shape": list(source.images.shape[1:]),  # one folder gives images of many sizes
+        "features": features.name,
+        "batch_size": batch_size,
+        "software": software(mesh),
+    }
+    return Parts(
+        epath.Path(cache_folder()) / "features",
+        definition,
+        lambda part: features.compute(source.read(np.arange(part.start, part.stop))),
+    )
+
+
+def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:
+    """Mean and covariance of the first `count` images' features, computed once and kept beside them."""
+    assert features.folder is not None  # `real_features` gives one
+    path = features.folder / f"statistics-{count}.npz"
+    kept = load_arrays(path)
+    if kept is None or set(kept) != set(Statistics._fields):
+        parts = features.each(count, batch_size, title="real images")
+        computed = scores.statistics_of_parts(part["features"] for part in parts)
+        save_arrays(path, computed._asdict())
+        return computed
+    return Statistics(**kept)
+
+
+def weights_checksum(params: Any) -> str:
+    """SHA-256 of parameters: names, shapes and values."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def read_statistics(path: epath.Path) -> Statistics:
+    """mu and sigma of an .npz file, as published for data sets. Raises UsageError for any other file."""
+    content = sharding.first_reads(path) if sharding.first_decides(lambda: is_regular(path)) else None
+    try:
+        arrays = parse_arrays(path, content or b"")
+        mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    except (DamagedFileError, KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"--statistics {path} is not an .npz file with the arrays mu and sigma; give such a file"
+        ) from None
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UsageError(f"--statistics {path} has numbers that are not finite; give other statistics")
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise UsageError(f"--statistics {path} has mu {mu.shape} and sigma {sigma.shape}, expected (D,) and (D, D)")
+    return Statistics(mu, sigma)

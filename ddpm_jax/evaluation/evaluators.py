@@ -1,0 +1,139 @@
+"""What a run looks at while it trains: a grid of samples, and held-out losses, bits/dim and FID by the metrics of evaluate.py.
+
+Always of the EMA parameters, and with the same draws each time, so that two evaluations differ by the parameters alone. A new
+evaluator is a class with `name`, `every` and a call, and a line in `make_evaluators`.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from ddpm_jax import sharding
+from ddpm_jax.config import Config
+from ddpm_jax.data import Source, open_source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.evaluation import metrics
+from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs
+from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.inception_weights import inception_features
+from ddpm_jax.evaluation.parts import digest
+from ddpm_jax.generation.generator import generate_batches, sample_key
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.loop import Evaluator, Findings
+
+TERMS = 16  # of the bound between L_T and L_0, for each held-out image
+
+
+def open_held_out(experiment: Experiment) -> Source:
+    """train.eval_images of the images of train.eval_source, made as the training images are.
+
+    Raises UsageError if they, or two, cannot be had.
+    """
+    config = experiment.config
+    source = open_source(dataclasses.replace(config.data, source=config.train.eval_source))
+    if len(source) < 2:
+        raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
+    return Source(spread(source, config.train.eval_images), lambda: None, source.identity)
+
+
+def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
+    """At most `count` images of a source, at equal distances: a source may be sorted by class."""
+    count = min(count, len(source))
+    return source.read(np.arange(count) * len(source) // count)
+
+
+class SampleGrid:
+    """The first train.num_samples images of the run's seed."""
+
+    name = "samples"
+
+    def __init__(self, programs: Programs):
+        self.every = programs.experiment.config.train.sample_every
+        self._programs = programs
+
+    def __call__(self, params: Any) -> Findings:
+        """The images, as the picture `samples`."""
+        config, devices = self._programs.experiment.config, self._programs.mesh.devices.size
+        count = config.train.num_samples
+        batches = generate_batches(
+            self._programs.generate,
+            params,
+            sample_key(config.seed),
+            [range(count)],
+            batch_size=count,
+            num_devices=devices,
+        )
+        return Findings({}, {self.name: np.concatenate([images for _, images in batches])})
+
+
+class HeldOut:
+    """Losses and bits/dim of held-out images, and the FID of a few samples to the training images.
+
+    eval_loss and eval_loss_quarter_1 .. 4 (from small t to large): the training loss; eval_bits_per_dim and its standard error
+    over the images: an unbiased estimate of the bound from 16 terms between L_T and L_0; eval_fid, if train.eval_samples;
+    eval_of: a text that is equal for evaluations of the same images, samples and features, whose numbers can be compared.
+    Raises UsageError if the Inception weights are needed and not there.
+    """
+
+    name = "eval_loss"
+
+    def __init__(self, programs: Programs, source: Source, held_out: Source):
+        options = programs.experiment.config.train
+        self.every = options.eval_every
+        self._programs, self._source, self._held_out = programs, source, held_out
+        self._features = PIXELS
+        if options.eval_samples and options.eval_features == "inception":
+            size = sharding.round_up(
+                Options().batch_size, programs.mesh
+            )  # as evaluate.py, which finds the same features
+            self._features = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
+
+    def __call__(self, params: Any) -> Findings:
+        """The numbers."""
+        config = self._programs.experiment.config
+        options = Options(seed=config.seed, batch_size=config.train.batch_size, bootstrap=0)
+        held_out = self._evaluation(params, self._held_out, options)
+        losses, bound = metrics.losses(held_out), metrics.nll(held_out)
+        numbers = {"eval_loss": losses["value"]}
+        numbers |= {f"eval_loss_{name}": quarter["value"] for name, quarter in losses["quarters"].items()}
+        numbers |= {"eval_bits_per_dim": bound["value"], "eval_bits_per_dim_error": bound["standard_error"]}
+        if config.train.eval_samples:
+            drawn = Options(seed=config.seed, num_images=config.train.eval_samples, bootstrap=0)
+            numbers["eval_fid"] = metrics.fid(self._evaluation(params, self._source, drawn))["value"]
+        return Findings(numbers | {"eval_of": eval_of(config, self._source, self._held_out)}, {})
+
+    def _evaluation(self, params: Any, source: Source, options: Options) -> Evaluation:
+        return Evaluation(self._programs, params, source, self._features, options, model={})
+
+
+def eval_of(config: Config, source: Source, held_out: Source) -> str:
+    """A text that is equal for evaluations of the same images, samples and features."""
+    options = config.train
+    of_samples = [source.identity, options.eval_samples, options.eval_features] if options.eval_samples else []
+    return digest([held_out.identity, min(options.eval_images, len(held_out)), *of_samples])[:8]
+
+
+def make_evaluators(experiment: Experiment, mesh: Mesh, source: Source, held_out: Source | None) -> list[Evaluator]:
+    """What a run looks at, in this order.
+
+    Args:
+        experiment: What is trained.
+        mesh: What its state lies on.
+        source: The training images.
+        held_out: The held-out images; None for no evaluation of them.
+
+    Returns:
+        The evaluators, each with its own interval.
+
+    Raises:
+        UsageError: If the Inception weights are needed and not there.
+    """
+    terms = min(TERMS, experiment.process.schedule.T - 1)
+    programs = Programs(experiment, mesh, terms=terms)
+    evaluators: list[Evaluator] = [SampleGrid(programs)]
+    if held_out is not None:
+        evaluators.append(HeldOut(programs, source, held_out))
+    return evaluators

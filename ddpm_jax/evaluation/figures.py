@@ -1,0 +1,136 @@
+"""The paper's figures, of a run: pictures as grids of images, curves by matplotlib.
+
+samples          a grid of samples                                              (Figures 1, 11-14)
+progressive      the x_0 predicted along the reverse process                    (Figure 6)
+shared_latents   samples that share x_t with the first one, for several t       (Figure 7)
+interpolation    between two real images, mixed at several t                    (Figure 8)
+nearest          samples and the real images nearest to them                    (Figure 15)
+"""
+
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from ddpm_jax.data.pixels import from_uint8, to_uint8
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.evaluation.evaluation import Evaluation
+from ddpm_jax.files import whole
+from ddpm_jax.generation.generator import sample_key
+from ddpm_jax.sampling import latents
+from ddpm_jax.sampling.ancestral import ancestral
+from ddpm_jax.sampling.latents import Chain
+from ddpm_jax.sampling.scan import advance
+from ddpm_jax.training.workdir import Run
+
+COLUMNS = 8
+FOLDER = "figures"
+
+
+def chain_of(run: Run, *, seed: int) -> Chain:
+    """The run's ancestral chain, compiled once for all figures."""
+    experiment, key = run.experiment, sample_key(seed)
+    sampler = ancestral(experiment.process, np.arange(experiment.process.schedule.T))
+
+    def steps(params, indices, x, first, last):
+        return advance(sampler, experiment.model(params), key, indices, x, first, last)
+
+    return Chain(sampler, key, experiment.image_shape, functools.partial(jax.jit(steps), run.params))
+
+
+def progressive(chain: Chain, *, frames: int = 10) -> UInt8[np.ndarray, "N H W C"]:
+    """The x_0 predicted along the process, a row of `frames` for each of the first images."""
+    seen = latents.progressive_generation(chain, jnp.arange(COLUMNS), count=frames)
+    return np.asarray(to_uint8(seen.x_0)).swapaxes(0, 1).reshape(-1, *chain.image_shape)
+
+
+def shared(chain: Chain) -> UInt8[np.ndarray, "N H W C"]:
+    """Samples from one x_t, a row for each of t = T, 3T/4, T/2, T/4: what x_t decides, and what is left open."""
+    T = len(chain.sampler)
+    rows = [latents.shared_latents(chain, 0, t=T - 1 - T * i // 4, count=COLUMNS) for i in range(4)]
+    return np.asarray(to_uint8(jnp.concatenate(rows)))
+
+
+def interpolation(chain: Chain, schedule: Schedule, real: UInt8[np.ndarray, "2 H W C"]) -> UInt8[np.ndarray, "N H W C"]:
+    """Between two real images: both noised to x_t, mixed, and taken back, a row for each of t = T/8, T/4, T/2, 3T/4, T.
+
+    First and last in each row are the images themselves; the noise is the same for every mixture.
+    """
+    T, (one, other) = schedule.T, from_uint8(real)[:, None]
+    fractions, rows = np.linspace(0, 1, COLUMNS - 2).tolist(), []
+    for noised in (T // 8, T // 4, T // 2, 3 * T // 4, T):
+        t = max(noised, 1) - 1
+        mixed = latents.interpolate(chain, schedule, jnp.arange(1), one, other, t=t, fractions=fractions)
+        rows += [real[:1], np.asarray(to_uint8(mixed[:, 0])), real[1:]]
+    return np.concatenate(rows)
+
+
+def nearest_grid(
+    samples: UInt8[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
+) -> UInt8[np.ndarray, "N H W C"]:
+    """A row for each sample: itself, then the real images nearest to it."""
+    images: list[np.ndarray] = []
+    for sample, near in zip(samples, places, strict=False):
+        images += [sample[None], real(np.asarray(near))]
+    return np.concatenate(images)
+
+
+def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
+    """Draws the figures of pictures into a folder, each as a PNG named by the step.
+
+    results: of the metrics computed now; the nearest real images are those of `nearest` among them. Of several processes all
+    compute, and the first one writes.
+    """
+    samples = evaluation.first_samples()
+    chain, schedule = chain_of(run, seed=evaluation.options.seed), run.experiment.process.schedule
+    pictures = {
+        "samples": grid(samples),
+        "progressive": grid(progressive(chain), columns=min(10, schedule.T)),
+        "shared_latents": grid(shared(chain), columns=COLUMNS),
+    }
+    if evaluation.num_real >= 2:
+        pictures["interpolation"] = grid(interpolation(chain, schedule, evaluation.read(range(2))), columns=COLUMNS)
+    for name, found in results.get("nearest", {}).get("nearest", {}).items():
+        near = nearest_grid(samples, evaluation.source.read, found["places"])
+        columns = 1 + len(found["places"][0])
+        pictures["nearest" if name == "pixels" else "nearest_features"] = grid(near, columns=columns)
+    if jax.process_index() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sheet in pictures.items():
+        with whole(folder / f"{name}-{run.step:08d}.png") as temporary:
+            temporary.write_bytes(png_bytes(enlarge(sheet)))
+
+
+# ---- Curves
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    marks: bool = False,
+    log: bool = False,
+) -> bytes:
+    """Lines by name, (x, y) each, as an SVG picture's content."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (xs, ys) in lines.items():
+        axes.plot(xs, ys, label=name, marker="o" if marks else None, linewidth=1.5)
+    axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize="x-small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,44 @@
+"""The training loss by quarter of t: what a run learns at little noise and at much."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from ddpm_jax import rng, sharding
+from ddpm_jax.data.pixels import from_uint8
+from ddpm_jax.evaluation.bits import draw_times
+from ddpm_jax.training.experiment import Experiment
+
+QUARTERS = 4
+
+
+def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., Float[Array, "B 4"]]:
+    """Compiles (params, key, images, indices) -> the training loss of each image in each quarter of t.
+
+    Args:
+        experiment: Whose network and loss.
+        mesh: The devices that the work is split over.
+
+    Returns:
+        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to float
+        (B, 4). Each image is given one t of each quarter of 0 .. T-1, and noise, by (key, its index) alone; there is no
+        dropout, and no flip.
+    """
+    T = experiment.process.schedule.T
+    edges = np.arange(QUARTERS + 1) * T // QUARTERS
+
+    def quarter_losses(params, key, images, indices):
+        model = experiment.model(params)
+        images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
+        x_0, keys = from_uint8(images), rng.image_keys(key, indices)
+
+        def body(carry, t):
+            return carry, experiment.loss(model, x_0, t, rng.image_normal(keys, t, x_0.shape[1:]))
+
+        _, losses = jax.lax.scan(body, None, draw_times(key, indices, edges, T)[:, 1:].T)
+        return losses.T
+
+    return jax.jit(quarter_losses, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,143 @@
+"""Everything that a config describes, built once: the process, the network, the loss and the optimizer."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from ddpm_jax.config import Config
+from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
+from ddpm_jax.diffusion.process import Process
+from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.models.unet import UNet
+
+Params = Any
+Loss = Callable[..., Float[Array, " B"]]
+
+
+class Network(Protocol):
+    """A network: x_t float (B, H, W, C) and t int (B,) -> output float (B, H, W, D), with parameters of its own shape.
+
+    D is C, or 2 C for a learned variance. A Flax module is one. `apply` is given `dropout_keys`, a key for each image, in
+    training, if it or `__call__` has an argument of that name.
+    """
+
+    def init(self, key: Any, x_t: Any, t: Any, /) -> Any:
+        """{"params": parameters drawn from the key}."""
+
+    def apply(self, variables: Any, x_t: Any, t: Any, /, **options: Any) -> Any:
+        """The output at (x_t, t); variables: {"params": parameters}."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What is trained, sampled and evaluated: made once from a config, and passed from there on.
+
+    Attributes:
+        config: What it was made from, and what a workdir stores.
+        process: The schedule, and what the network's output means.
+        network: The U-Net, or any other network.
+        image_shape: (H, W, C) of an image.
+        loss: (model, x_0, t, eps) -> float (B,), each image's loss with its weight of t.
+        learning_rate: step -> the learning rate.
+        optimizer: Gradient to update: clip by global norm, Adam, learning rate.
+
+    Example:
+        >>> from ddpm_jax import Config, Experiment
+        >>> Experiment.from_config(Config()).image_shape
+        (32, 32, 3)
+    """
+
+    config: Config
+    process: Process
+    network: Network
+    image_shape: tuple[int, int, int]
+    loss: Loss
+    learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def from_config(cls, config: Config, network: Network | None = None) -> "Experiment":
+        """The experiment that a config describes.
+
+        Args:
+            config: A config that `config.check` accepts.
+            network: A network of one's own, in place of the U-Net that `config.model` describes.
+        """
+        d, data = config.diffusion, config.data
+        process = Process(
+            make_schedule(d.schedule, T=d.T, beta_start=d.beta_start, beta_end=d.beta_end), d.prediction, d.variance
+        )
+        learning_rate = _learning_rate(config)
+        return cls(
+            config=config,
+            process=process,
+            network=cast(Network, _unet(config, process)) if network is None else network,
+            image_shape=(data.image_size, data.image_size, data.channels),
+            loss=_loss(config, process),
+            learning_rate=learning_rate,
+            optimizer=_optimizer(config, learning_rate),
+        )
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """The network's parameters, drawn from the key."""
+        return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32))["params"]
+
+    def model(self, params: Params, dropout_keys: Key[Array, " B"] | None = None) -> Model:
+        """The function (x_t, t) -> output with these parameters; dropout_keys: (B,), in training only."""
+        options = {} if dropout_keys is None or not self._drops else {"dropout_keys": dropout_keys}
+
+        def model(x_t, t):
+            return jnp.asarray(self.network.apply({"params": params}, x_t, t, **options))
+
+        return model
+
+    @property
+    def has_own_network(self) -> bool:
+        """Whether the network is another than the config's U-Net."""
+        return not isinstance(self.network, UNet)
+
+    @property
+    def _drops(self) -> bool:
+        functions = (self.network.apply, type(self.network).__call__ if callable(self.network) else None)
+        return any("dropout_keys" in inspect.signature(f).parameters for f in functions if f is not None)
+
+
+def _unet(config: Config, process: Process) -> UNet:
+    """The U-Net of a config; a learned variance doubles its output channels."""
+    fields = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
+    return UNet(**fields, out_channels=config.data.channels * (2 if process.learns_variance else 1))
+
+
+def _loss(config: Config, process: Process) -> Loss:
+    loss, weights = LOSSES[config.diffusion.loss], None
+    if config.diffusion.loss_weighting == "min_snr":
+        weights = min_snr_weights(process, config.diffusion.min_snr_gamma)
+
+    def weighted(model, x_0, t, eps):
+        values = loss(process, model, x_0, t, eps)
+        return values if weights is None else values * jnp.asarray(weights, values.dtype)[t]
+
+    return weighted
+
+
+def _learning_rate(config: Config) -> optax.Schedule:
+    """0 at step 0, linear up to train.lr at train.warmup_steps, constant after."""
+    if config.train.warmup_steps == 0:
+        return optax.constant_schedule(config.train.lr)
+    return optax.linear_schedule(0.0, config.train.lr, config.train.warmup_steps)
+
+
+def _optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    # The global gradient is clipped; the authors' code clips each TPU core's.
+    train = config.train
+    return optax.chain(
+        optax.clip_by_global_norm(train.grad_clip),
+        optax.scale_by_adam(b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )

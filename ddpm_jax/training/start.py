@@ -1,0 +1,81 @@
+"""Where a training begins: the newest intact checkpoint of its workdir, another run's parameters, or random ones."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ddpm_jax import sharding
+from ddpm_jax.data import Source
+from ddpm_jax.errors import UsageError
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.step import TrainState, abstract_state, init_sharded_state
+from ddpm_jax.training.workdir import check_network, load_run, network_name
+
+
+def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState) -> str:
+    """What runs where, in one line, and where it continues."""
+    devices, batch_size = mesh.devices.size, experiment.config.train.batch_size
+    params = sum(array.size for array in jax.tree.leaves(state.params))
+    said = (
+        f"{params:,} parameters, {len(source):,} images; {jax.process_count()} process(es), {devices} {jax.default_backend()} "
+        f"device(s), batch {batch_size} = {batch_size // devices} per device"
+    )
+    return said + (f"\nContinuing from step {int(state.step)}." if int(state.step) else "")
+
+
+def start_state(
+    experiment: Experiment,
+    source: Source,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    *,
+    unverified: bool = False,
+    changed_data: bool = False,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, with what was saved beside it: the newest intact checkpoint's, or that of step 0.
+
+    What a killed process left of a checkpoint is removed.
+    """
+    sharding.first_decides(checkpoints.sweep)
+    step = checkpoints.choose(unverified=unverified)
+    if step is not None:
+        meta = checkpoints.restore_meta(step)
+        if meta["data"] not in (None, source.identity):  # None: imported weights, which remember no data set
+            changed = f"the data set has changed since the checkpoint of step {step}"
+            changed += f": it was {meta['data']} and is {source.identity}"
+            if not changed_data:
+                raise UsageError(
+                    f"{changed}; give the same data, start in another workdir, or go on with these by --changed-data"
+                )
+            tqdm.write(f"Note: {changed}.")
+        check_network(meta, experiment)
+        state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
+        return state, meta | {"data": source.identity}
+    state = init_sharded_state(experiment, mesh)
+    if experiment.config.train.init_from:
+        params = initial_params(experiment, state, mesh)
+        state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
+    return state, {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
+
+
+def initial_params(experiment: Experiment, state: TrainState, mesh: Mesh) -> Any:
+    """The EMA parameters of the run `train.init_from`, if they fit this config's network."""
+    source = experiment.config.train.init_from
+    network = experiment.network if experiment.has_own_network else None  # else the U-Net of the other run's config
+    params = load_run(source, mesh=mesh, network=network).params
+    theirs, ours = (
+        {jax.tree_util.keystr(k): a.shape for k, a in jax.tree.leaves_with_path(p)} for p in (params, state.params)
+    )
+    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"the parameters of train.init_from={source} do not fit this network: {name} has shape "
+            f"{theirs.get(name)} there and {ours.get(name)} here; use the same model"
+        )
+    return jax.device_put(params, jax.tree.map(lambda a: a.sharding, state.params))

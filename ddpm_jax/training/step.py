@@ -1,0 +1,221 @@
+"""The training step: Algorithm 1 with gradient clipping, Adam, warm-up and EMA, several steps in one compiled scan.
+
+Every draw of step s depends on (seed, s) alone and is made for the whole global batch, so a run can be cut anywhere, moved to
+other devices or accumulated in parts without changing a draw.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from ddpm_jax import rng, sharding
+from ddpm_jax.data.pixels import from_uint8
+from ddpm_jax.diffusion import losses
+from ddpm_jax.rng import Purpose
+from ddpm_jax.training.experiment import Experiment, Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training. No random state is among it: the step is enough.
+
+    Example:
+        >>> import jax
+        >>> from ddpm_jax import Config, Experiment, TrainState, init_state
+        >>> experiment = Experiment.from_config(Config())
+        >>> isinstance(jax.eval_shape(lambda: init_state(experiment, jax.random.key(0))), TrainState)
+        True
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
+    loss_history: losses.LossHistory | None
+
+
+def state_from_params(experiment: Experiment, params: Params) -> TrainState:
+    """The state at step 0 with these parameters: their EMA equal to them, nothing seen by the optimizer."""
+    by_history = experiment.config.diffusion.t_sampler == "loss_history"
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=experiment.optimizer.init(params),
+        loss_history=losses.init_loss_history(experiment.process.schedule.T) if by_history else None,
+    )
+
+
+def init_state(experiment: Experiment, key: Key[Array, ""]) -> TrainState:
+    """The state at step 0, its parameters drawn from the key.
+
+    Pure: give it to `jax.jit` or `jax.eval_shape`. A run uses the key of its INIT stream.
+
+    Args:
+        experiment: What is trained.
+        key: A key of threefry2x32, `rng.root_key(seed)` say.
+
+    Returns:
+        A `TrainState` whose EMA equals the parameters.
+
+    Example:
+        >>> import jax
+        >>> from ddpm_jax import Config, Experiment, init_state
+        >>> experiment = Experiment.from_config(Config())
+        >>> state = jax.eval_shape(lambda: init_state(experiment, jax.random.key(0)))
+        >>> sum(array.size for array in jax.tree.leaves(state.params))
+        35746307
+    """
+    return state_from_params(experiment, experiment.init(key))
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
+    """The shapes and types of a state, as ShapeDtypeStructs; with the shardings that a run has on the mesh, if one is given."""
+    shapes = jax.eval_shape(lambda: init_state(experiment, jax.random.key(0)))
+    if mesh is None:
+        return shapes
+    layout = sharding.state_sharding(mesh, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
+
+
+def init_sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """`init_state` of the run's seed, each array born on the devices that will hold it."""
+    key = rng.stream(rng.root_key(experiment.config.seed), Purpose.INIT)
+    layout = sharding.state_sharding(mesh, abstract_state(experiment))
+    return jax.jit(lambda: init_state(experiment, key), out_shardings=layout)()
+
+
+class Draws(NamedTuple):
+    """All random draws of one step, for the whole global batch."""
+
+    flip: Bool[Array, " B"]
+    t: Int[Array, " B"]
+    weights: Float[Array, " B"]  # of t's importance sampling; 1 where t is uniform
+    eps: Float[Array, "B H W C"]
+    dropout_keys: Key[Array, " B"]
+
+
+def draw(
+    experiment: Experiment, step: Int[Array, ""], shape: tuple[int, ...], history: losses.LossHistory | None
+) -> Draws:
+    """The draws of a step, a pure function of (seed, step), and of the loss history where t is chosen by it.
+
+    shape: (B, H, W, C) of the global batch.
+    """
+    root = rng.root_key(experiment.config.seed)
+    keys = {purpose: rng.step_key(root, purpose, step) for purpose in Purpose}
+    B, T = shape[0], experiment.process.schedule.T
+    if history is None:
+        t, weights = losses.sample_t(keys[Purpose.T], B, T), jnp.ones((B,))
+    else:
+        t, weights = losses.importance_sample_t(keys[Purpose.T], B, history)
+    return Draws(
+        flip=jax.random.bernoulli(keys[Purpose.FLIP], shape=(B,)),
+        t=t,
+        weights=weights,
+        eps=jax.random.normal(keys[Purpose.EPS], shape),
+        dropout_keys=rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)),
+    )
+
+
+def _parts(x: Array, n: int) -> Array:
+    """(B, ...) -> (n, B/n, ...). Images are dealt out in turn, so that a batch split over devices stays where it is."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
+
+
+def one_step(
+    experiment: Experiment,
+) -> Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, dict[str, Array]]]:
+    """The pure function (state, images) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
+
+    images: uint8 (B, H, W, C). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
+    """
+    options = experiment.config.train
+    n = options.accumulation
+
+    def mean_loss(params, x_0, t, eps, weights, dropout_keys):
+        values = experiment.loss(experiment.model(params, dropout_keys), x_0, t, eps)
+        return jnp.mean(values * weights), values
+
+    def gradient(params, batch):
+        """Gradient of the mean loss, and each image's loss, in n parts one after the other."""
+        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+        if n == 1:
+            return value_and_grad(params, *batch)
+
+        def add_part(total, part):
+            (loss, values), gradient = value_and_grad(params, *part)
+            return jax.tree.map(lambda a, b: a + b / n, total, (loss, gradient)), values
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (loss, grads), values = jax.lax.scan(add_part, zero, jax.tree.map(lambda x: _parts(x, n), batch))
+        return (loss, values.T.reshape(-1)), grads
+
+    def step(state, images):
+        x_0 = from_uint8(images)
+        flip, t, weights, eps, dropout_keys = draw(experiment, state.step, x_0.shape, state.loss_history)
+        if options.flip:
+            x_0 = jnp.where(flip[:, None, None, None], x_0[:, :, ::-1], x_0)
+        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys))
+        updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        history = state.loss_history
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=optax.incremental_update(params, state.ema_params, 1.0 - options.ema_decay),
+            opt_state=opt_state,
+            loss_history=None if history is None else losses.update_loss_history(history, t, values),
+        )
+        return new_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+    return step
+
+
+def make_train_step(
+    experiment: Experiment, *, mesh: Mesh | None = None
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compiles (state, batches, dataset) -> (state, metrics): a scan over as many steps as `batches` has.
+
+    Also one step runs through the scan, since a step inside a scan and one outside of it round differently.
+
+    Args:
+        experiment: What is trained.
+        mesh: What the state and the batches lie on (`sharding.make_mesh`); default all devices.
+
+    Returns:
+        The compiled function. batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their
+        places in `dataset`, uint8 (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
+        donated: use the returned one.
+
+    Example:
+        >>> from ddpm_jax import Config, Experiment, make_train_step
+        >>> train_step = make_train_step(Experiment.from_config(Config()))    # compiled at its first call
+        >>> callable(train_step)
+        True
+    """
+    mesh = sharding.make_mesh(fsdp=experiment.config.train.fsdp) if mesh is None else mesh
+    step = one_step(experiment)
+    state_sharding = sharding.state_sharding(mesh, abstract_state(experiment))
+
+    def train_steps(state, batches, dataset):
+        def body(state, batch):
+            images = batch if dataset is None else dataset[batch]
+            images = jax.lax.with_sharding_constraint(images, sharding.split(mesh))
+            # The barrier keeps the look-up out of the step's own kernels, which would round differently with it inside.
+            return step(state, jax.lax.optimization_barrier(images))
+
+        return jax.lax.scan(body, state, batches)
+
+    return jax.jit(
+        train_steps,
+        in_shardings=(state_sharding, sharding.split(mesh, axis=1), sharding.replicated(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
