@@ -7,14 +7,16 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from tyro.constructors import PrimitiveConstructorSpec
 
+from ddpm_jax.diffusion.losses import LOSSES
 from ddpm_jax.diffusion.process import Prediction, Variance
-from ddpm_jax.diffusion.schedules import Schedule, make_schedule
+from ddpm_jax.diffusion.schedules import BETAS, Schedule, make_schedule
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import LAST_SEED
 
@@ -42,6 +44,38 @@ class Bounds:
         if value < self.low:
             return f"is too small; use {self.low} or more"
         return f"is too large; use {self.high} or less"
+
+
+class Choices(PrimitiveConstructorSpec[str]):
+    """The names that a text field takes: those of a table, at the time of asking, so that an entry added later counts.
+
+    It is also what the command line shows, and takes, for such a field.
+    """
+
+    table: Mapping[str, Any]
+
+    def __init__(self, table: Mapping[str, Any]):
+        vars(self).update(
+            table=table,
+            nargs=1,
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: value in table,
+            str_from_instance=lambda name: [name],
+        )
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names; a property, so that they follow the table."""
+        return tuple(self.table)
+
+    @property
+    def metavar(self) -> str:
+        """The names as `--help` shows them."""
+        return "{" + ",".join(self.choices) + "}"
+
+    def refusal(self, value: str) -> str | None:
+        """What is wrong with a value, and what to give; None if it is in the table."""
+        return None if value in self.table else f"is not one of {', '.join(self.choices)}"
 
 
 FRACTION = Bounds(0, 1, below=True)
@@ -101,7 +135,7 @@ class DiffusionConfig:
 
     T: Annotated[int, Bounds(2, 1_000_000)] = 1000
     """Number of diffusion steps."""
-    schedule: Literal["linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine", "sigmoid"] = "linear"
+    schedule: Annotated[str, Choices(BETAS)] = "linear"
     """Variance schedule."""
     beta_start: float = 1e-4
     """First beta (linear, quad, warmup10, warmup50, sigmoid)."""
@@ -111,7 +145,7 @@ class DiffusionConfig:
     """What the network's output stands for."""
     variance: Variance = "fixed_large"
     """Variance of p(x_{t-1} | x_t); the learned ones double the output channels."""
-    loss: Literal["simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid"] = "simple"
+    loss: Annotated[str, Choices(LOSSES)] = "simple"
     """L_simple, the variational bound's term, or both (the hybrid ones need a learned variance)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each t in the simple loss."""
@@ -240,14 +274,28 @@ def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
 
 
 def check_types(section: Any, prefix: str = "") -> None:
-    """Refuses values that are not of their field's type. prefix: of the section's field names. Raises ConfigError."""
-    hints = typing.get_type_hints(type(section))
+    """Refuses values that are not of their field's type, or none of its choices. Raises ConfigError.
+
+    prefix: of the section's field names.
+    """
+    hints = typing.get_type_hints(type(section), include_extras=True)
     for f in dataclasses.fields(section):
-        value, hint, name = getattr(section, f.name), hints[f.name], prefix + f.name
+        value, name = getattr(section, f.name), prefix + f.name
+        hint, marks = _split_hint(hints[f.name])
         if dataclasses.is_dataclass(hint) and _matches(value, hint):
             check_types(value, name + ".")
         elif not _matches(value, hint):
             raise ConfigError(f"{name}={value!r} is not {_describe(hint)}")
+        for choices in (mark for mark in marks if isinstance(mark, Choices)):
+            if refusal := choices.refusal(value):
+                raise ConfigError(f"{name}={value!r} {refusal}")
+
+
+def _split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A field's type, and what is said beside it."""
+    if typing.get_origin(hint) is Annotated:
+        return typing.get_args(hint)[0], typing.get_args(hint)[1:]
+    return hint, ()
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -275,13 +323,12 @@ def _describe(hint: Any) -> str:
 
 
 def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Every field of a config: its full name, its type, and what is said beside it (`Bounds`, `MAY_CHANGE`)."""
+    """Every field of a config: its full name, its type, and what is said beside it (`Bounds`, `Choices`, `MAY_CHANGE`)."""
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-            yield prefix + name, hint, marks
+            yield prefix + name, hint, _split_hint(hint)[1]
 
 
 def changeable() -> frozenset[str]:

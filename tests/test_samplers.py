@@ -26,7 +26,9 @@ from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.ddim import ddim
 from ddpm_jax.sampling.dpm_solver import dpm_solver
 
-DETERMINISTIC = sorted(set(SAMPLERS) - {"ancestral"})
+# What the entries of the table say of themselves.
+ENTRIES = {name: make_sampler(Process(make_schedule("linear", T=100)), name) for name in SAMPLERS}
+DETERMINISTIC = sorted(name for name, sampler in ENTRIES.items() if sampler.deterministic)
 
 
 def pixels(sampler, model, count=2000):
@@ -93,12 +95,12 @@ def test_any_network_output_feeds_any_sampler(name, prediction, spread):
     schedule = make_schedule("linear", T=100, beta_start=1e-3, beta_end=0.2)
     variance = "fixed_large" if spread is None else "learned_range"
     model = model_of(gaussian_x_0, schedule, prediction, spread)
-    steps = () if name == "ancestral" else 40
+    steps = 40 if name in DETERMINISTIC else ()
     sampler = make_sampler(Process(schedule, prediction=prediction, variance=variance), name, steps=steps, clip=False)
-    if name == "ancestral":
-        expected = ancestral_chain_variance(schedule, variance)
-    else:
+    if name in DETERMINISTIC:
         expected = linear_chain_variance(sampler, schedule)
+    else:
+        expected = ancestral_chain_variance(schedule, variance)
     assert_moments(pixels(sampler, model, count=1000), expected)
     assert abs(expected - STD**2) < 0.3 * STD**2
 
@@ -120,7 +122,7 @@ def test_respaced_ancestral_sampling_keeps_the_distribution(steps, prediction):
 def test_a_mixture_is_sampled_with_the_right_distribution(name):
     """Kolmogorov-Smirnov against the mixture's exact distribution function, 8,000 pixels."""
     schedule = make_schedule("linear", T=1000)
-    steps = () if name == "ancestral" else 400 if name in ("ddim", "dpm++1s") else 100
+    steps = {None: (), 1: 400}.get(ENTRIES[name].order, 100)
     sampler = make_sampler(Process(schedule, variance="fixed_small"), name, steps=steps, spacing="logsnr", clip=False)
     x = pixels(sampler, model_of(mixture_x_0, schedule))
 
@@ -138,16 +140,34 @@ def test_deterministic_samplers_converge_at_their_order(name, x64):
     signal, noise = schedule.sqrt_alphas_cumprod[-1], schedule.sqrt_one_minus_alphas_cumprod[-1]
     x_T = np.full((1, 1, 1, 1), 1.3)
     exact = MEAN + STD * (x_T - signal * MEAN) / np.sqrt(signal**2 * STD**2 + noise**2)
-    counts = (80, 160, 320) if name != "dpm++3m" else (40, 60, 80)
+    order = ENTRIES[name].order
+    counts = (80, 160, 320) if order < 3 else (40, 60, 80)
     errors = []
     for n in counts:
         sampler = make_sampler(Process(schedule), name, steps=n, spacing="logsnr", clip=False)
         x, _ = reverse(sampler, model, jax.random.key(0), jnp.arange(1), jnp.asarray(x_T))
         errors.append(abs(float((x - exact).max())))
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    order = {"ddim": 1, "dpm++1s": 1, "dpm++2m": 2, "heun": 2, "dpm++3m": 3}[name]
     assert slope > order - 0.2
-    assert slope < order + 0.2 or name == "dpm++3m"  # of which a straight line's error is of fourth order here
+    assert slope < order + 0.2 or order == 3  # of which a straight line's error is of fourth order here
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sampler_draws_noise_unless_it_is_deterministic(name):
+    """From one x_T, two keys end in one image or in two."""
+    schedule = make_schedule("linear", T=100)
+    x_T = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+    sampler = make_sampler(Process(schedule), name, clip=False)
+    ends = [
+        reverse(sampler, model_of(mixture_x_0, schedule), jax.random.key(key), jnp.arange(2), x_T)[0] for key in (1, 2)
+    ]
+    assert np.array_equal(*ends) == sampler.deterministic
+    assert sampler.deterministic == (sampler.order is not None)
+
+
+def test_ddim_that_draws_noise_is_not_deterministic():
+    sampler = make_sampler(Process(make_schedule("linear")), "ddim", steps=10, eta=0.5)
+    assert (sampler.deterministic, sampler.order) == (False, None)
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_fixed_small(x64):

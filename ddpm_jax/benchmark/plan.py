@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from etils import epath
@@ -14,11 +14,12 @@ from etils import epath
 from ddpm_jax.benchmark import programs, topology, torch_peer
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import environment
-from ddpm_jax.config import Config, check, to_json
+from ddpm_jax.config import Choices, Config, check, to_json
 from ddpm_jax.errors import UsageError
 from ddpm_jax.files import write_text
 from ddpm_jax.generation.generator import SamplerOptions, build_sampler
 from ddpm_jax.room import check_memory
+from ddpm_jax.sampling import SAMPLERS
 from ddpm_jax.training.experiment import Experiment
 
 MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
@@ -28,7 +29,7 @@ MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
 class Plan:
     """Every combination of samplers, steps, batch sizes and dtypes, and what else is asked for."""
 
-    samplers: tuple[str, ...] = ("ancestral", "ddim")
+    samplers: tuple[Annotated[str, Choices(SAMPLERS)], ...] = ("ancestral", "ddim")
     """Samplers to take; with no name after it: none."""
     steps: tuple[int, ...] = (50,)
     """How many of the T steps they visit."""

@@ -5,13 +5,14 @@ Killed at any moment, the same command continues. Results, figures and report.ht
 
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
 from etils import epath
 
 from ddpm_jax import sharding
+from ddpm_jax.config import Choices
 from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
@@ -28,8 +29,8 @@ from ddpm_jax.training.workdir import load_run
 class Arguments:
     """Evaluate a run on its EMA parameters."""
 
-    metrics: tuple[Literal["fid", "is", "kid", "prdc", "nll", "rate-distortion", "nearest"], ...] = ()
-    """What is computed; default all that the features allow, or nll, rate-distortion and nearest without Inception weights."""
+    metrics: tuple[Annotated[str, Choices(METRICS)], ...] = ()
+    """What is computed; default all that the features allow, and without Inception weights what needs no features."""
     features: Literal["inception", "pixels"] = "inception"
     """What images are compared by: Inception-v3, as papers do, or their bare pixels."""
     preprocessing: Preprocessing = "tensorflow"

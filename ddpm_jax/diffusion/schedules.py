@@ -105,7 +105,7 @@ def make_schedule(name: str, *, T: int = 1000, beta_start: float = 1e-4, beta_en
     """The schedule of the given name with T steps; `linear` with these defaults is the paper's.
 
     Args:
-        name: linear, quad, const, jsd, warmup10, warmup50, cosine or sigmoid.
+        name: A key of `BETAS`: linear, quad, const, jsd, warmup10, warmup50, cosine, sigmoid.
         T: The number of diffusion steps, at least 2.
         beta_start: First beta, in (0, 1].
         beta_end: Last beta, in (0, 1]. Both ends are used as they are for any T, as in the authors' code.

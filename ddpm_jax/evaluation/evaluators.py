@@ -1,10 +1,11 @@
 """What a run looks at while it trains: a grid of samples, and held-out losses, bits/dim and FID by the metrics of evaluate.py.
 
 Always of the EMA parameters, and with the same draws each time, so that two evaluations differ by the parameters alone. A new
-evaluator is a class with `name`, `every` and a call, and a line in `make_evaluators`.
+evaluator is a class with `name`, `every` and a call, and a line in `EVALUATORS`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,14 @@ def eval_of(config: Config, source: Source, held_out: Source) -> str:
     return digest([held_out.identity, min(options.eval_images, len(held_out)), *of_samples])[:8]
 
 
+EVALUATORS: dict[str, Callable[[Programs, Source, Source | None], Evaluator | None]] = {
+    "samples": lambda programs, source, held_out: SampleGrid(programs),
+    "held_out": lambda programs, source, held_out: HeldOut(programs, source, held_out) if held_out else None,
+}
+
+
 def make_evaluators(experiment: Experiment, mesh: Mesh, source: Source, held_out: Source | None) -> list[Evaluator]:
-    """What a run looks at, in this order.
+    """What a run looks at, in the order of `EVALUATORS`.
 
     Args:
         experiment: What is trained.
@@ -133,7 +140,5 @@ def make_evaluators(experiment: Experiment, mesh: Mesh, source: Source, held_out
     """
     terms = min(TERMS, experiment.process.schedule.T - 1)
     programs = Programs(experiment, mesh, terms=terms)
-    evaluators: list[Evaluator] = [SampleGrid(programs)]
-    if held_out is not None:
-        evaluators.append(HeldOut(programs, source, held_out))
-    return evaluators
+    made = [make(programs, source, held_out) for make in EVALUATORS.values()]
+    return [evaluator for evaluator in made if evaluator is not None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
 from ddpm_jax import rng, sharding
+from ddpm_jax.config import Choices
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.errors import UsageError
 from ddpm_jax.rng import Purpose
 from ddpm_jax.room import check_memory, gib
-from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
+from ddpm_jax.sampling import SAMPLERS, SPACINGS, Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training.experiment import Experiment
 
 LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
@@ -28,12 +29,12 @@ Generate = Callable[..., Any]  # (params, key, indices) -> images
 class SamplerOptions:
     """How images are drawn; the defaults are the paper's Algorithm 2 over all T steps."""
 
-    sampler: str = "ancestral"
-    """One of ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun."""
+    sampler: Annotated[str, Choices(SAMPLERS)] = "ancestral"
+    """How x_T becomes an image."""
     steps: tuple[int, ...] | None = None
     """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
-    spacing: str = "linspace"
-    """Which steps: linspace, leading, trailing, quadratic or logsnr."""
+    spacing: Annotated[str, Choices(SPACINGS)] = "linspace"
+    """Which steps are visited, where not all are."""
     eta: float | None = None
     """DDIM's noise, from 0 (none, its default) to 1 (ancestral)."""
     clip: Literal["static", "dynamic", "none"] = "static"

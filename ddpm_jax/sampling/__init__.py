@@ -53,9 +53,9 @@ def make_sampler(
 
     Args:
         process: The schedule, and what the network's output means.
-        name: ancestral, ddim, dpm++1s, dpm++2m, dpm++3m or heun.
+        name: A key of `SAMPLERS`: ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun.
         steps: How many of the T steps to visit, or so many in each of equal sections; () for all.
-        spacing: Which steps: linspace, leading, trailing, quadratic or logsnr.
+        spacing: Which steps, a key of `SPACINGS`: linspace, leading, trailing, quadratic, logsnr.
         eta: DDIM's noise, from 0 (none) to 1 (ancestral).
         clip: What becomes of each predicted x_0 (`clip_x_0`).
 

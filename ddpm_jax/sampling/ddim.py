@@ -33,6 +33,7 @@ def ddim(
         x_0=(at.next_signal - x * at.signal)[:, None],
         noise=sigma if eta else None,
         clip=clip,
+        order=1,
     )
 
 
@@ -57,4 +58,5 @@ def ddim_encode(
         x=signal[steps] / level + change / noise[t],
         x_0=(-change * signal[t] / noise[t])[:, None],
         clip=False,
+        order=1,
     )

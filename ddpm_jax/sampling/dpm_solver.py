@@ -51,4 +51,5 @@ def dpm_solver(
         x=at.next_noise / at.noise,
         x_0=x_0,
         clip=clip,
+        order=order,
     )

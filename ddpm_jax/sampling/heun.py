@@ -29,4 +29,4 @@ def heun(
     s, next_s = at.noise[:-1] / at.signal[:-1], at.noise[1:] / at.signal[1:]
     half = (next_s - s) / (2 * next_s) * at.signal[1:]
     x_0[back] = np.stack([-half, half], axis=-1)
-    return linear(process, t, x=x, x_0=x_0, clip=clip)
+    return linear(process, t, x=x, x_0=x_0, clip=clip, order=2)

@@ -49,11 +49,12 @@ def linear(
     x_0: Float[np.ndarray, "S m"],
     noise: Float[np.ndarray, " S"] | None = None,
     clip: Clip,
+    order: int,
 ) -> Sampler:
     """The sampler x' = x[k] x + sum_j x_0[k, j] (the x_0 predicted j rows ago) + noise[k] z, for rows k = 0, 1, ....
 
     t: where the network is evaluated, int (S,). Coefficients are float64 and cast once, in the loop. A learned variance is
-    not used: these samplers have their own.
+    not used: these samplers have their own. order: of convergence, where no noise is drawn.
     """
 
     def step(model, x, row, draw, previous):
@@ -68,4 +69,6 @@ def linear(
         return x, predicted
 
     rows = {"t": t, "x": x, "x_0": x_0} | ({} if noise is None else {"noise": noise})
-    return Sampler(rows, step, memory=x_0.shape[1] - 1)
+    deterministic = noise is None
+    memory = x_0.shape[1] - 1
+    return Sampler(rows, step, memory, deterministic=deterministic, order=order if deterministic else None)

@@ -25,12 +25,15 @@ class Sampler:
     rows: a pytree of host arrays whose first axis, length S, is the order of the steps. step takes x float (B, H, W, C), one
     row, `noise()`, which gives the step's standard normal draws of x's shape (`noise(1)`, `noise(2)`, ... are others), and the
     x_0 of the last `memory` rows, newest first (zeros where there were none); it returns the next x and the x_0 that it
-    predicted.
+    predicted. deterministic: no noise is drawn after x_T, so that x follows the probability-flow ODE. order: that of its
+    convergence to the ODE's solution, if it is deterministic. The tests hold each sampler to both.
     """
 
     rows: Any
     step: Callable[[Model, Array, Any, Callable[..., Array], tuple[Array, ...]], tuple[Array, Array]]
     memory: int = 0
+    deterministic: bool = False
+    order: int | None = None
 
     def __len__(self) -> int:
         """The number of rows, which is that of network evaluations."""
