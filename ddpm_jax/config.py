@@ -73,10 +73,6 @@ class Choices(PrimitiveConstructorSpec[str]):
         """The names as `--help` shows them."""
         return "{" + ",".join(self.choices) + "}"
 
-    def refusal(self, value: str) -> str | None:
-        """What is wrong with a value, and what to give; None if it is in the table."""
-        return None if value in self.table else f"is not one of {', '.join(self.choices)}"
-
 
 FRACTION = Bounds(0, 1, below=True)
 POSITIVE = Bounds(0, float("inf"), above=True, below=True)
@@ -280,29 +276,37 @@ def check_types(section: Any, prefix: str = "") -> None:
     """
     hints = typing.get_type_hints(type(section), include_extras=True)
     for f in dataclasses.fields(section):
-        value, name = getattr(section, f.name), prefix + f.name
-        hint, marks = _split_hint(hints[f.name])
-        if dataclasses.is_dataclass(hint) and _matches(value, hint):
-            check_types(value, name + ".")
-        elif not _matches(value, hint):
+        value, hint, name = getattr(section, f.name), _type_of(hints[f.name]), prefix + f.name
+        if not _matches(value, hint):
             raise ConfigError(f"{name}={value!r} is not {_describe(hint)}")
-        for choices in (mark for mark in marks if isinstance(mark, Choices)):
-            if refusal := choices.refusal(value):
-                raise ConfigError(f"{name}={value!r} {refusal}")
+        if dataclasses.is_dataclass(value):
+            check_types(value, name + ".")
 
 
-def _split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A field's type, and what is said beside it."""
-    if typing.get_origin(hint) is Annotated:
-        return typing.get_args(hint)[0], typing.get_args(hint)[1:]
-    return hint, ()
+def _marks(hint: Any) -> tuple[Any, ...]:
+    """What is said beside a field's type."""
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+
+
+def _type_of(hint: Any) -> Any:
+    """A field's bare type; its choices, where it has some."""
+    choices = [mark for mark in _marks(hint) if isinstance(mark, Choices)]
+    if choices:
+        return choices[0]
+    return typing.get_args(hint)[0] if _marks(hint) else hint
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a type that lists them, else none."""
+    if isinstance(hint, Choices):
+        return hint.choices
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin is tuple:
+    if choices := _choices(hint):
+        return value in choices
+    if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
         if isinstance(value, int) and abs(value) > sys.float_info.max:
@@ -314,8 +318,8 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if choices := _choices(hint):
+        return "one of " + ", ".join(map(str, choices))
     if typing.get_origin(hint) is tuple:
         return "a tuple of whole numbers"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -328,7 +332,7 @@ def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, A
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            yield prefix + name, hint, _split_hint(hint)[1]
+            yield prefix + name, hint, _marks(hint)
 
 
 def changeable() -> frozenset[str]:

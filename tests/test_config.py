@@ -336,6 +336,11 @@ def test_every_type_is_known_to_the_check():
 
 def other_value(name, value, hint):
     """A value of the field's type that is not the given one."""
+    choices = [mark.choices for mark in typing.get_args(hint) if isinstance(mark, configs.Choices)]
+    if choices:
+        return next(choice for choice in choices[0] if choice != value)
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is typing.Literal:
         return next(choice for choice in typing.get_args(hint) if choice != value)
     if isinstance(value, bool):
@@ -348,7 +353,7 @@ def hints():
     return {
         f"{section}.{name}": hint
         for section in SECTIONS
-        for name, hint in typing.get_type_hints(type(getattr(TINY, section))).items()
+        for name, hint in typing.get_type_hints(type(getattr(TINY, section)), include_extras=True).items()
     } | {"seed": int}
 
 
