@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from test_architecture import WINGS
+
 import ddpm_jax
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +43,17 @@ def test_every_file_that_a_document_names_exists():
             assert (ROOT / name).exists(), f"{document.name}: {name}"
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_architecture_has_every_module_in_the_order_of_imports():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)]
+    package = ROOT / "ddpm_jax"
+    there = [str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
+    wings = [name.split("/")[0].removesuffix(".py") for name in named]
+    places = [WINGS.index(wing) if wing in WINGS else 0 for wing in wings]
+    assert places == sorted(places)
 
 
 def test_the_configs_of_the_table_exist():

@@ -49,12 +49,12 @@ def linear(
     x_0: Float[np.ndarray, "S m"],
     noise: Float[np.ndarray, " S"] | None = None,
     clip: Clip,
-    order: int,
+    order: int | None = None,
 ) -> Sampler:
     """The sampler x' = x[k] x + sum_j x_0[k, j] (the x_0 predicted j rows ago) + noise[k] z, for rows k = 0, 1, ....
 
     t: where the network is evaluated, int (S,). Coefficients are float64 and cast once, in the loop. A learned variance is
-    not used: these samplers have their own. order: of convergence, where no noise is drawn.
+    not used: these samplers have their own. order: of convergence, for a sampler that draws no noise.
     """
 
     def step(model, x, row, draw, previous):
