@@ -30,7 +30,7 @@ class SamplerOptions:
     """How images are drawn; the defaults are the paper's Algorithm 2 over all T steps."""
 
     sampler: Annotated[str, Choices(SAMPLERS)] = "ancestral"
-    """How x_T becomes an image."""
+    """Method; ancestral is the paper's Algorithm 2."""
     steps: tuple[int, ...] | None = None
     """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
     spacing: Annotated[str, Choices(SPACINGS)] = "linspace"
