@@ -1,4 +1,4 @@
-"""Arrays in .npz files that know what they are of: one that is cut short, changed or in another's place is told as damaged."""
+""".npz files that record what they belong to, so that a truncated, changed or misplaced file is detected."""
 
 import io
 from typing import Any
@@ -13,16 +13,16 @@ OF = "of"
 
 
 def write_arrays(path: epath.Path, arrays: Arrays, *, of: str) -> None:
-    """Writes an .npz file whole or not at all. of: what tells it from every other file, kept in it."""
+    """Writes an .npz file atomically. of: the file's identity, stored inside."""
     named: dict[str, Any] = {**arrays, OF: np.array(of)}
     with whole(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **named)
 
 
 def parse_arrays(path: epath.Path, content: bytes, *, of: str | None = None) -> Arrays:
-    """The arrays of an .npz file's content, each by its checksum. of: what it must say that it is of, unless it is a user's own.
+    """The arrays of an .npz file's content. of: the identity it must hold; None for a user's own file.
 
-    Raises DamagedFileError.
+    Raises DamagedFileError if a checksum or the identity does not match.
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

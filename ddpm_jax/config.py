@@ -25,7 +25,7 @@ MOST = 2**31 - 1  # the devices count in 32 bits
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a field takes, or each number of a tuple: low to high; strictly above low, or below high, if so said."""
+    """The range of a field, or of each number of a tuple: low to high. above, below: the end itself is excluded."""
 
     low: float
     high: float = MOST
@@ -78,8 +78,8 @@ FRACTION = Bounds(0, 1, below=True)
 POSITIVE = Bounds(0, float("inf"), above=True, below=True)
 LONGEST = 31  # of a tuple: levels that halve an image so often leave nothing
 
-# Marks what may change when a run is continued: how far it goes, how fast, and what it writes; not what it computes. Where its
-# images come from and which are left out may change too, for the data set's identity is looked at by itself.
+# Marks fields that may change when a run resumes: its length, its speed and its outputs, not what it computes. The source of
+# the images may change too, since the data set's identity is compared separately.
 MAY_CHANGE = "may change when the run is continued"
 
 
@@ -211,7 +211,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run, but for the folder it is written to."""
+    """Everything that defines a run except its workdir. The defaults are the paper's CIFAR-10 recipe.
+
+    Example:
+        >>> import dataclasses
+        >>> from ddpm_jax import Config
+        >>> config = Config(seed=1)
+        >>> dataclasses.replace(config, train=dataclasses.replace(config.train, steps=100)).train.steps
+        100
+    """
 
     seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
     """Seed of every random draw, 0 to 4294967295."""
@@ -229,10 +237,10 @@ class ConfigError(UsageError):
 
 
 def check(config: Config, *, num_devices: int | None = 1, own_network: bool = False) -> list[str]:
-    """Refuses a config that could not run, before anything is compiled; returns warnings, one sentence each.
+    """Refuses a config that cannot run, before anything is compiled. Returns warnings, one sentence each.
 
-    num_devices: devices over all processes, or None where a config is looked at that may be of other devices. own_network:
-    the network is another than the U-Net of config.model, which is not looked at then. Raises ConfigError.
+    num_devices: devices of all processes; None skips the checks that depend on them. own_network: the network is not the
+    U-Net, so config.model is not checked. Raises ConfigError.
     """
     check_types(config)
     _check_numbers(config)
@@ -254,7 +262,7 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
 
 
 def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
-    """What a schedule whose last alpha-bar is far from 0 does, and which one to take."""
+    """The warning for a schedule whose last alpha-bar is far from 0."""
     remedies = ["diffusion.schedule=cosine"]
     if diffusion.schedule not in ("cosine", "jsd"):  # these have no betas of their own
         start, end = (beta * 1000 / diffusion.T for beta in (1e-4, 0.02))  # the paper's, of T = 1000
@@ -270,7 +278,7 @@ def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
 
 
 def check_types(section: Any, prefix: str = "") -> None:
-    """Refuses values that are not of their field's type, or none of its choices. Raises ConfigError.
+    """Refuses values of the wrong type, or outside of a field's choices. Raises ConfigError.
 
     prefix: of the section's field names.
     """
@@ -327,7 +335,7 @@ def _describe(hint: Any) -> str:
 
 
 def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Every field of a config: its full name, its type, and what is said beside it (`Bounds`, `Choices`, `MAY_CHANGE`)."""
+    """Every field of a config: its full name, type and marks (`Bounds`, `Choices`, `MAY_CHANGE`)."""
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
@@ -336,7 +344,7 @@ def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, A
 
 
 def changeable() -> frozenset[str]:
-    """The names of the fields that may change when a run is continued."""
+    """The names of the fields that may change when a run resumes."""
     return frozenset(name for name, _, marks in fields_of() if MAY_CHANGE in marks)
 
 
@@ -458,7 +466,7 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: Any) -> Config:
-    """The config of `to_json`; fields that are not there have their defaults. Raises ConfigError for any other content."""
+    """The inverse of `to_json`; missing fields take their defaults. Raises ConfigError for any other content."""
     return _section_from_json(Config, values, "")
 
 
@@ -496,15 +504,15 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:
-    """The fields that must stay as they are while a run goes on, {"seed": 0, ...}, as JSON values."""
+    """The fields that may not change when a run resumes, {"seed": 0, ...}, as JSON values."""
     fixed = {name: value for name, value in flatten(config).items() if name not in changeable()}
     return json.loads(json.dumps(fixed))
 
 
 def changed_fields(recorded: dict[str, Any], config: Config) -> list[str]:
-    """Where a config differs from the `fixed_fields` of an earlier one: "name (checkpoint 1, config.json 2)" each.
+    """The fixed fields in which a config differs from recorded ones, each as "name (checkpoint 1, config.json 2)".
 
-    Fields that the earlier one did not have yet, had their defaults.
+    A field that was not recorded counts as its default.
     """
     now = fixed_fields(config)
     was = fixed_fields(Config()) | recorded

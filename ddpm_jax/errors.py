@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person is told in one sentence: what was got, what was expected, what to do."""
+"""The two kinds of failure that end a command with one sentence: what it got, what it expected, what to do."""
 
 import contextlib
 import importlib
@@ -8,22 +8,22 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """Something the user can put right: an option, a path, a file. The scripts end with exit code 2."""
+    """Something the user can correct: an option, a path, a file. The commands end with exit code 2."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: a loss that is not finite, a full disk. The scripts end with exit code 1."""
+    """A run that cannot continue: a loss that is not finite, a full disk. The commands end with exit code 1."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, or its kind if it says nothing."""
+    """The first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def import_extra(module: str, extra: str, what: str, otherwise: str = "") -> Any:
-    """A module of an extra of the package. what: needs it, the subject of the sentence. otherwise: what to do instead.
+    """Imports a module of an optional extra. what: the subject of the sentence. otherwise: what to do instead.
 
-    Raises UsageError where it is not installed.
+    Raises UsageError if it cannot be imported.
     """
     try:
         return importlib.import_module(module)
@@ -35,9 +35,9 @@ def import_extra(module: str, extra: str, what: str, otherwise: str = "") -> Any
 
 
 def say(message: str, *, before: str = "\n") -> None:
-    """Writes a line to standard error past Python's buffers, which a thread that was interrupted may hold.
+    """Writes a line to standard error, bypassing Python's buffers, whose lock an interrupted thread may hold.
 
-    before: ends the line that a progress bar may stand in.
+    before: written first; the default ends the line of a progress bar.
     """
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), f"{before}{os.path.basename(sys.argv[0])}: {message}.\n".encode())

@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, read with suspicion, and written by one process at a time.
+"""Files: written atomically, checked when read, and locked against a second writer.
 
-Every file that lies in a workdir or a cache is read by `read_text`, `read_json` or what is built on them. What cannot be used
-raises `DamagedFileError`. The caller decides what becomes of it: caches and parts are made again, logs are cut back,
-configurations and checkpoints are named.
+Files of a workdir or a cache are read by `read_text`, `read_json` or functions built on them. A file that cannot be used raises
+`DamagedFileError`, and the caller decides: caches and parts are recomputed, logs are truncated, configs and checkpoints are
+reported.
 """
 
 import errno
@@ -23,11 +23,11 @@ from etils import epath
 from ddpm_jax.errors import UsageError, first_line
 
 LOCK = "lock"
-MOST_BYTES = 2**26  # of a text or JSON file: a manifest has 200 bytes a file, a log 300 bytes a line
+MOST_BYTES = 2**26  # of a text or JSON file: a manifest takes 200 bytes a file, a log 300 bytes a line
 
 
 class DamagedFileError(UsageError):
-    """A file that is not what was written there: `path`, and `reason`, which says what is wrong with it."""
+    """A file whose content is not what was written. Attributes: `path`, and `reason`, what is wrong."""
 
     def __init__(self, path: epath.PathLike, reason: str, advice: str = "restore it from a copy, or move it away"):
         super().__init__(f"{path} is damaged ({reason}); {advice}")
@@ -37,11 +37,11 @@ class DamagedFileError(UsageError):
 
 # ---- Finding
 
-STORAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # and what reads them
+STORAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # scheme -> package that reads it
 
 
 def open_folder(path: epath.PathLike) -> epath.Path:
-    """The path, which may be one of an object store. Raises UsageError where that store cannot be reached from here."""
+    """The path as an epath.Path; it may lie in an object store. Raises UsageError if the store cannot be reached."""
     scheme, separator, _ = os.fspath(path).partition("://")
     if not separator:
         return epath.Path(path)
@@ -56,7 +56,7 @@ def open_folder(path: epath.PathLike) -> epath.Path:
             f"{path} needs {STORAGES[scheme]}, which is not installed; pip install {STORAGES[scheme]}, use a local folder, "
             f"or mount the storage as one"
         ) from None
-    except Exception as error:  # no network, no permission: each library has its own
+    except Exception as error:  # each library has its own errors for a missing network or permission
         raise UsageError(
             f"{path} cannot be reached ({first_line(error)}); look at the network and the credentials, or use a local folder"
         ) from error
@@ -68,9 +68,9 @@ def open_folder(path: epath.PathLike) -> epath.Path:
 
 @contextmanager
 def whole(path: epath.Path) -> Iterator[epath.Path]:
-    """A temporary path beside `path`, which takes its place when the block ends, and is removed if it fails.
+    """Yields a temporary path that replaces `path` when the block ends, and is removed if the block fails.
 
-    The name is the process's own, so that two that write one file at a time do not disturb each other.
+    The temporary name holds the process id, so two processes can write the same file.
     """
     temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
@@ -82,27 +82,27 @@ def whole(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def is_remnant(path: epath.Path, name: str) -> bool:
-    """Whether the path is what a killed process left of writing a file of this name."""
+    """Whether the path is a temporary file that a killed process left while writing a file of this name."""
     return path.name.startswith(f"{name}.") and path.name.endswith(".tmp")
 
 
 def remove_remnants(folder: epath.Path, name: str = "") -> None:
-    """Removes what killed processes left of writing a file of this name, or any file; call it where no other one writes."""
+    """Removes temporary files that killed processes left, of one name or of all. Call it only where no one else writes."""
     for path in folder.iterdir() if folder.exists() else ():
         if path.name.endswith(".tmp") and (not name or is_remnant(path, name)) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically."""
     with whole(path) as temporary:
         temporary.write_text(text)
 
 
 def check_place(file: epath.PathLike, advice: str) -> None:
-    """Raises UsageError where no such file can be made: below a file, in a folder that is not writable, of too long a name.
+    """Raises UsageError if the file cannot be created: below a file, in a read-only folder, with too long a name.
 
-    It and its folders are tried out in a temporary folder, so that nothing is left. A full disk raises its OSError.
+    The file and its folders are created on trial in a temporary folder, so nothing remains. A full disk raises OSError.
     """
     if "://" in str(file):
         return
@@ -126,12 +126,12 @@ def check_place(file: epath.PathLike, advice: str) -> None:
 
 
 def is_regular(path: epath.Path) -> bool:
-    """Whether a file is there that can be read to an end: no folder, and no pipe, which would be waited for."""
+    """Whether the path is a regular file: no folder, and no pipe, whose reading would block."""
     return path.is_file() and ("://" in str(path) or stat.S_ISREG(os.stat(path).st_mode))
 
 
 def fingerprint(path: epath.Path) -> list[Any] | None:
-    """Size and SHA-256 of a file, as JSON holds them, or None where no regular file is."""
+    """[size, SHA-256] of a file, or None if there is no regular file."""
     if not is_regular(path):
         return None
     sha, size = hashlib.sha256(), 0
@@ -144,7 +144,7 @@ def fingerprint(path: epath.Path) -> list[Any] | None:
 
 def read_bytes(path: epath.Path, *, most: int = MOST_BYTES) -> bytes:
     """The content of a file. Raises FileNotFoundError, or DamagedFileError for more than `most` bytes or no regular file."""
-    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without an end
+    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block forever
         raise DamagedFileError(path, "it is no regular file")
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -154,7 +154,7 @@ def read_bytes(path: epath.Path, *, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: epath.Path, *, most: int = MOST_BYTES) -> str:
-    """The text of a UTF-8 file. Raises as `read_bytes`, and DamagedFileError for other bytes."""
+    """The text of a UTF-8 file. Raises as `read_bytes`, and DamagedFileError for bytes that are not UTF-8."""
     try:
         return read_bytes(path, most=most).decode()
     except UnicodeDecodeError as error:
@@ -162,7 +162,7 @@ def read_text(path: epath.Path, *, most: int = MOST_BYTES) -> str:
 
 
 def parse_json(path: epath.PathLike, text: str, *, kind: type = dict) -> Any:
-    """The JSON value of a file's text. Raises DamagedFileError where it is not JSON of this kind, or nested too deep."""
+    """The JSON value of a file's text. Raises DamagedFileError if it is not JSON of this type, or nested too deep."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it has the number {constant}")
@@ -179,7 +179,7 @@ def parse_json(path: epath.PathLike, text: str, *, kind: type = dict) -> Any:
 
 
 def read_json(path: epath.Path, *, kind: type = dict, most: int = MOST_BYTES) -> Any:
-    """The JSON value of a file. Raises FileNotFoundError, or DamagedFileError where it is not JSON of this kind."""
+    """The JSON value of a file. Raises FileNotFoundError, or DamagedFileError if it is not JSON of this type."""
     return parse_json(path, read_text(path, most=most), kind=kind)
 
 
@@ -188,10 +188,10 @@ def read_json(path: epath.Path, *, kind: type = dict, most: int = MOST_BYTES) ->
 
 @contextmanager
 def sole_writer(folder: epath.Path) -> Iterator[None]:
-    """Holds the file FOLDER/lock while the block runs. Raises UsageError at once where another process holds it.
+    """Locks FOLDER/lock while the block runs. Raises UsageError at once if another process holds the lock.
 
-    The operating system lets go of it when the process ends, however it ends. On object stores, and on file systems that know
-    no locks, nothing is locked.
+    The operating system releases the lock when the process ends. Object stores, and file systems without locks, are not
+    locked.
     """
     if "://" in str(folder):
         yield
@@ -210,7 +210,7 @@ def sole_writer(folder: epath.Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             break
-        # The one before may have removed the file after it was opened here: what is locked then is no longer this path.
+        # The previous holder may have removed the file after it was opened here: then the lock is on another file.
         if os.path.exists(path) and os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
             break
         file.close()
@@ -221,5 +221,5 @@ def sole_writer(folder: epath.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # a disk that meanwhile can no longer be written
+            with suppress(OSError):  # the disk may have become read-only
                 path.unlink(missing_ok=True)

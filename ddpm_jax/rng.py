@@ -5,8 +5,8 @@
     train  : fold_in(stream, step)                     draws for the whole global batch
     sample : fold_in(fold_in(stream, image_index), k)  k = 0 draws x_T, k = 1, 2, ... the reverse steps in order
 
-Keys are derived, never stored and never split in passing, so that the seed and the step (or the image's index) are all it
-takes to repeat a draw. See docs/reproducibility.md.
+Keys are derived from the seed and never stored or split. The seed and the step (or the image index) therefore determine every
+draw. See docs/reproducibility.md.
 """
 
 import enum
@@ -23,7 +23,7 @@ LAST_SEED = 2**32 - 1
 
 
 class Purpose(enum.IntEnum):
-    """What a stream of draws is for. The numbers are part of the contract: add new ones, never renumber."""
+    """The purpose of a stream of draws. Draws depend on these numbers: add new ones, never renumber."""
 
     INIT = 0
     T = 1
@@ -35,16 +35,16 @@ class Purpose(enum.IntEnum):
 
 
 def root_key(seed: int) -> Key[Array, ""]:
-    """The key of a run, `jax.random.key(seed)` of the threefry2x32 generator.
+    """The root key of a run: `jax.random.key(seed)` of the threefry2x32 generator.
 
-    seed: an integer in 0 .. 2**32 - 1. Raises ValueError outside of it, where JAX would silently wrap.
+    seed: 0 to 2**32 - 1. Raises UsageError for any other, which JAX would wrap silently.
     """
     check_seed(seed)
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def check_seed(seed: int) -> None:
-    """Raises UsageError, a ValueError, for a seed that no key can be made of."""
+    """Raises UsageError unless the seed is from 0 to 2**32 - 1."""
     if not 0 <= seed <= LAST_SEED:
         raise UsageError(f"got seed {seed}, expected a whole number from 0 to {LAST_SEED}; choose another")
 
@@ -62,8 +62,7 @@ def step_key(root: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int)
 def image_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key for each image: fold_in(key, index), shape (B,).
 
-    `indices` are the images' global places (in a sample set, a data set or a global batch), so that what is drawn for an
-    image does not depend on which others are computed beside it.
+    `indices` are global (in a sample set, a data set or a global batch), so an image's draws do not depend on its batch.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(indices))
 
@@ -71,8 +70,8 @@ def image_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B
 def image_normal(
     keys: Key[Array, " B"], k: Int[Array, ""] | Int[Array, " B"] | int, shape: tuple[int, ...], dtype=jnp.float32
 ) -> Array:
-    """Standard normal draws (B, *shape) of reverse step k, one for all or one for each: image b's are fold_in(keys[b], k)'s."""
-    # Drawn flat: the same words as drawn in shape, but compiled and run in a third of the time on CPU (jax 0.10.2).
+    """Standard normal draws (B, *shape); image b draws from fold_in(keys[b], k). k: one for all images, or one for each."""
+    # Drawn flat: the same words, but a third of the time to compile and run on CPU (jax 0.10.2).
     size = math.prod(shape)
     draw = jax.vmap(lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (size,), dtype))
     return draw(keys, jnp.broadcast_to(k, keys.shape)).reshape(*keys.shape, *shape)
@@ -80,10 +79,10 @@ def image_normal(
 
 @functools.partial(jax.jit, static_argnums=1)
 def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
-    """jax.random.bits(keys[b], shape) for each b, of threefry2x32 keys.
+    """jax.random.bits(keys[b], shape) for each b; threefry2x32 keys only.
 
-    The generator (Salmon et al. 2011, 20 rounds) is written out here as elementwise operations, which XLA fuses into the use
-    of the bits. JAX's own is a loop over whole arrays on CPU, slow to compile and slow to run.
+    Threefry (Salmon et al. 2011, 20 rounds) is written as elementwise operations, which XLA fuses with their consumer. JAX's
+    own is a loop over whole arrays on CPU, slow to compile and to run.
     """
     words = jax.random.key_data(keys)
     if words.shape[-1] != 2:

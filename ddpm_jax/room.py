@@ -1,4 +1,4 @@
-"""What a computation needs of memory and disk, said before it is begun: "this needs N bytes, there are M"."""
+"""Checks of free memory and disk space before a computation starts."""
 
 import os
 import shutil
@@ -8,15 +8,15 @@ from ddpm_jax.errors import UsageError
 
 
 def gib(count: int) -> str:
-    """A number of bytes as a person reads it: 1.5 GiB, 300 MiB."""
+    """A number of bytes as text: 1.5 GiB, 300 MiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that this process may still take of the host, or None where the system does not tell (not Linux).
+    """Bytes of host memory that this process can still allocate; None on systems other than Linux.
 
-    The least of what the machine has available and what the process's control group leaves, to which the system's cache of
-    files counts as free: it gives way.
+    The smaller of the machine's available memory and what the process's control group leaves. The page cache counts as free,
+    since the system drops it on demand.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -31,20 +31,20 @@ def free_memory() -> int | None:
 
 
 def _cached_files(stat: Path) -> int:
-    """Bytes of a control group's memory that are files' content only."""
+    """Bytes of a control group's memory that are page cache."""
     counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raises UsageError where `needed` bytes of host memory are not free. what: the subject of the sentence."""
+    """Raises UsageError if fewer than `needed` bytes of host memory are free. what: the subject of the sentence."""
     free = free_memory()
     if free is not None and needed > free:
         raise UsageError(f"{what} needs at least {gib(needed)} of memory, and {gib(free)} are free; {remedy}")
 
 
 def check_disk(folder: os.PathLike | str, needed: int, what: str, remedy: str) -> None:
-    """Raises UsageError where `needed` bytes are not free on the disk of the folder, or of its nearest parent that exists."""
+    """Raises UsageError if fewer than `needed` bytes are free on the folder's disk (its nearest parent, if it does not exist)."""
     if "://" in str(folder):
         return
     there = Path(folder).absolute()

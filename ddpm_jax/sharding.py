@@ -1,7 +1,7 @@
-"""How a run lies on its devices: the mesh, the shardings of state and batch, and starting several processes.
+"""Devices and processes: the mesh, the shardings of state and batch, and broadcasts from process 0.
 
-The mesh has two axes: `data`, over which batches are split, and `fsdp`, over which batches and big arrays of the state are.
-The layout changes where numbers are computed, never which.
+The mesh has two axes, `data` and `fsdp`. Batches are split over both, large arrays of the state over `fsdp`. The layout changes
+where numbers are computed, never which.
 """
 
 import os
@@ -17,23 +17,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ddpm_jax import peers
 from ddpm_jax.errors import RunError, UsageError, first_line
 
-HEARTBEAT_SECONDS = 40  # after which a process that is silent counts as gone
+HEARTBEAT_SECONDS = 40  # a process that is silent for longer counts as gone
 BATCH_AXES = ("data", "fsdp")
 
 
 def start_processes(*, timeout: float = 300.0) -> None:
-    """Joins the processes of a multi-host run: `jax.distributed.initialize()`. Call it before anything else of JAX.
+    """Joins the processes of a multi-host run by `jax.distributed.initialize()`. Call it before anything else of JAX.
 
-    It detects TPU pods, GKE and Slurm; elsewhere it takes the environment's JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. Raises UsageError if neither says which processes there are. timeout: seconds after which a process whose
-    others have not come ends.
+    It detects TPU pods, GKE and Slurm. Elsewhere it reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+        timeout: Seconds to wait for the other processes; then this one ends.
+
+    Raises:
+        UsageError: If the processes are neither detected nor given.
     """
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
     )
     at = f" at {address}" if address else ""
     whom = f"the other processes of this run{at}" if index == "0" or not index else f"process 0 of this run{at}"
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # its handler would replace ours for SIGTERM
     try:
         processes, process = (int(number) if number else None for number in (count, index))
         peers.listen()
@@ -42,7 +46,7 @@ def start_processes(*, timeout: float = 300.0) -> None:
                 address,
                 processes,
                 process,
-                initialization_timeout=int(timeout) + 60,  # ours comes first: JAX's ends in an abort
+                initialization_timeout=int(timeout) + 60,  # later than ours, since JAX's timeout aborts the process
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
     except (ValueError, RuntimeError) as error:
@@ -51,15 +55,15 @@ def start_processes(*, timeout: float = 300.0) -> None:
             "JAX_COORDINATOR_ADDRESS (process 0's host and a free port), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or "
             "leave out --distributed"
         ) from None
-    # Gloo connects at the first computation together, and gives up after 30 s: here, where all have just come.
+    # Gloo connects at the first collective and gives up after 30 s. Connect now, while all processes are here.
     multihost_utils.sync_global_devices("joined")
     peers.others[:] = [i for i in range(jax.process_count()) if i != jax.process_index()]
 
 
 def first_decides(decide: Callable[[], int]) -> int:
-    """What `decide` returns on the first process, on all of them; so files are looked at and written by one.
+    """Runs `decide` on process 0 and broadcasts the result, so that only one process reads and writes files.
 
-    An error there is raised there, and on the others a UsageError or RunError that says so.
+    If `decide` raises, process 0 raises its error, and the others raise a UsageError or RunError. All processes must call it.
     """
     if jax.process_count() == 1:
         return decide()
@@ -68,10 +72,10 @@ def first_decides(decide: Callable[[], int]) -> int:
     if jax.process_index() == 0:
         try:
             value = decide()
-        except Exception as problem:  # whatever it is: the others wait
+        except Exception as problem:  # any error must reach the others, which wait for the broadcast
             error = problem
     kind = 0 if error is None else 1 if isinstance(error, UsageError) else 2
-    told = np.array([value, kind], np.int32)  # one type on all processes, also where decide gives a bool
+    told = np.array([value, kind], np.int32)  # `decide` may return a bool; the broadcast needs one type
     value, kind = multihost_utils.broadcast_one_to_all(told).tolist()
     if error is not None:
         raise error
@@ -81,7 +85,7 @@ def first_decides(decide: Callable[[], int]) -> int:
 
 
 def first_reads(path: epath.Path) -> bytes | None:
-    """A file's content as the first process finds it, or None if no file is there: the same on all, which must all ask."""
+    """Reads a file on process 0 and broadcasts its content; None if there is no file. All processes must call it."""
     content = b""
 
     def look() -> int:
@@ -99,39 +103,52 @@ def first_reads(path: epath.Path) -> bytes | None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process: the same answer on all of them, which must all ask."""
+    """Whether the flag is set on any process. All processes must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices (or the given ones) as a mesh of axes (data, fsdp). Raises ValueError if fsdp does not divide them."""
+    """The mesh of a run, with the axes (data, fsdp).
+
+    Args:
+        fsdp: Size of the fsdp axis.
+        devices: Devices of the mesh; default all.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: If fsdp does not divide the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     if len(devices) % fsdp:
         raise ValueError(f"got fsdp={fsdp} with {len(devices)} devices, expected a divisor of their number")
-    # Auto axes: with the default Explicit ones Linen's table look-ups and dropout have no sharding rule.
+    # Auto axes: Linen's table look-ups and dropout have no sharding rule for the default Explicit ones.
     return Mesh(np.array(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def round_up(count: int, mesh: Mesh) -> int:
-    """The least multiple of the mesh's devices that is not below a number of images."""
+    """The number of images, rounded up to a multiple of the mesh's devices."""
     return -(-count // mesh.devices.size) * mesh.devices.size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """The given axis, a batch of images, is split over all devices."""
+    """The sharding that splits one axis, the batch, over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """The sharding of each array of a state (arrays or ShapeDtypeStructs): replicated, or its last axis that the fsdp axis
-    divides split over it, where it has at least 2**16 entries (smaller ones cost more to gather than to hold).
+    """The sharding of each array of a state (arrays or ShapeDtypeStructs).
+
+    An array of at least 2**16 entries is split over the fsdp axis, along its last axis that fsdp divides. Smaller arrays are
+    replicated, since gathering them costs more than holding them.
     """
     size = mesh.shape["fsdp"]
 

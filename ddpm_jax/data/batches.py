@@ -1,4 +1,4 @@
-"""Batches for the compiled steps: from a data set on the devices, which then only gets places, or from the host."""
+"""Batches for the compiled steps: indices into a data set on the devices, or images from the host."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +21,28 @@ Feed = Callable[[int, int], tuple[Array, Array | None]]
 
 
 def on_device(config: Config, source: Source) -> bool:
-    """Whether the data set is kept on the devices: data.cache, where auto means up to 1 GiB."""
+    """Whether the devices hold the data set: data.cache, where auto means up to 1 GiB."""
     if config.data.cache == "auto":
         return source.images.nbytes <= DEVICE_CACHE_BYTES
     return config.data.cache == "device"
 
 
 def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
-    """(first_step, num_steps) -> what `make_train_step`'s function takes after the state; the same batches for any cache.
+    """Makes the feed of a run: (first_step, num_steps) -> the arguments of the train step after the state.
 
-    Raises UsageError where the data set has no room on the devices, or the batches none on the host. What it returns raises
-    PictureError at the step that takes a picture which cannot be decoded.
+    The batches do not depend on data.cache.
+
+    Args:
+        config: The run's config.
+        source: The training images.
+        mesh: The devices that the batches are split over.
+
+    Returns:
+        The feed: (batches, dataset), as `make_train_step` takes them. It raises PictureError at the step that needs a picture
+        that cannot be decoded.
+
+    Raises:
+        UsageError: If the data set does not fit on the devices, or the batches do not fit on the host.
     """
     batch_size, size = config.train.batch_size, len(source)
     layout = sharding.split(mesh, axis=1)
@@ -40,7 +51,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
 
     if on_device(config, source):
-        assert isinstance(source.images, np.ndarray)  # open_source decodes what goes to the devices
+        assert isinstance(source.images, np.ndarray)  # open_source has decoded it
         _check_devices(source.images.nbytes, mesh)
         dataset = _put(source.images, sharding.replicated(mesh))
 
@@ -59,7 +70,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
     def images(first_step, num_steps):
         wanted = indices(first_step, num_steps)
 
-        def read(part):  # the steps and places of one device; other processes' devices are not asked for here
+        def read(part):  # one device's steps and indices; called for this process's devices only
             chosen = wanted[part[:2]]
             return source.read(chosen.reshape(-1)).reshape(*chosen.shape, *source.images.shape[1:])
 
@@ -69,9 +80,9 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
 
 def _check_devices(needed: int, mesh: Mesh) -> None:
-    """Raises UsageError where a data set of `needed` bytes has no room on this process's devices, as far as they tell."""
+    """Raises UsageError if a data set of `needed` bytes does not fit on this process's devices, where they report memory."""
     remedy = "use --data.cache host"
-    if mesh.devices.flat[0].platform == "cpu":  # whose memory is the host's
+    if mesh.devices.flat[0].platform == "cpu":  # its memory is the host's
         room.check_memory(needed, "the data set on the devices", remedy)
     for device in mesh.local_devices:
         stats = device.memory_stats() or {}
@@ -83,16 +94,16 @@ def _check_devices(needed: int, mesh: Mesh) -> None:
 
 
 def _put(array: np.ndarray, layout: NamedSharding) -> Array:
-    """The array on the devices; each process puts the parts of its own (device_put would refuse those of others)."""
+    """Puts an array on the devices. Each process puts its own devices' parts, since device_put refuses other processes'."""
     return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 
 
 def read_ahead(feed: Feed, end: int) -> Feed:
-    """The same feed, which begins with the dispatches that follow the one asked for, up to step `end`, in other threads.
+    """The feed with read-ahead: threads prepare the next dispatches, up to step `end`.
 
-    What they raise is raised when they are asked for.
+    An error is raised when its dispatch is requested.
     """
-    threads = ThreadPoolExecutor(2)  # so that the next is begun where all that is left of one is its last pictures
+    threads = ThreadPoolExecutor(2)  # the next dispatch starts while the last pictures of one are still decoded
     waiting: dict[tuple[int, int], Future] = {}
 
     def call(first_step, num_steps):
