@@ -1,1 +1,1 @@
-"""Training: the experiment that a config describes, its compiled step, and everything of a run that survives the process."""
+"""Training: the experiment of a config, the compiled step, the loop, checkpoints and logs."""

@@ -1,13 +1,13 @@
-"""Checkpoints: asynchronous Orbax saves of a training state, each with a manifest that proves every byte of it.
+"""Checkpoints: asynchronous Orbax saves of a training state, each with a manifest of checksums.
 
     DIRECTORY/<step>/state      step, params, opt_state, loss_history
-    DIRECTORY/<step>/ema        ema_params, an item of its own, so that sampling reads no more than it needs
-    DIRECTORY/<step>/meta       JSON: the data set's identity, what the logs wait for
+    DIRECTORY/<step>/ema        ema_params, a separate item, so that sampling reads nothing else
+    DIRECTORY/<step>/meta       JSON: the data set's identity, losses not logged yet
     DIRECTORY/<step>/manifest.json   the step, the config's fixed fields, and path, size and SHA-256 of every other file
 
-A step is written as DIRECTORY/<step>.saving.tmp, renamed when its manifest is complete, and renamed again before it is
-deleted: what a kill leaves is never taken for a step. (Object stores cannot rename: there a step without a manifest was cut
-short.) Array files carry no checksum of their own: a flipped bit would restore silently, so the manifest is checked first.
+A step is written as DIRECTORY/<step>.saving.tmp and renamed once its manifest is complete. It is renamed again before it is
+deleted. A kill therefore never leaves a partial step under its final name. (Object stores cannot rename: there, a step without
+a manifest is partial.) Array files have no checksums, so a flipped bit would restore silently: the manifest is checked first.
 """
 
 import contextlib
@@ -35,17 +35,18 @@ from ddpm_jax.training.step import TrainState
 MANIFEST = "manifest.json"
 NO_STEP = -1
 SAVING, DELETING = ".saving.tmp", ".deleting.tmp"
-# Orbax counts its 20 minutes for a save by the clock on the wall, which may jump. Processes that wait for each other keep them.
+# Orbax measures its 20-minute timeout by the wall clock, which may jump. Several processes keep the timeout: they wait for
+# each other.
 SAVE_SECONDS = 10 * 365 * 86400
 
 
 def _tree_handler() -> ocp.PyTreeCheckpointHandler:
-    # By default each of n devices that hold the same array hands over its n-th part: thousands of small operations for a
-    # state of small arrays. Only parts of 1 MiB or more are worth that. In a registry of our own: Orbax's is everybody's.
+    # By default each of the n replicas of an array saves its n-th part: thousands of small operations for a state of small
+    # arrays. Here only parts of 1 MiB or more are split. The registry is our own, since Orbax's is global.
     default = ocp.type_handlers.get_type_handler(jax.Array)
     arrays = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=2**20,
-        array_metadata_store=getattr(default, "_array_metadata_store", None),  # what hosts compare at the end of a save
+        array_metadata_store=getattr(default, "_array_metadata_store", None),  # hosts compare it at the end of a save
     )
     numpy = ocp.type_handlers.get_type_handler(np.ndarray)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, numpy))
@@ -53,12 +54,12 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _restore_as(like: Any) -> ocp.args.PyTreeRestore:
-    """The arguments that restore a tree as `like`: ShapeDtypeStructs, with shardings."""
+    """The arguments that restore a tree like `like` (ShapeDtypeStructs with shardings)."""
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
 
 
 def _manifest_text(content: dict[str, Any]) -> str:
-    # Manifests of earlier versions have the files alone, and their digest is of these alone.
+    # Manifests of earlier versions hold only the files, and their digest covers only these.
     proven = content["files"] if set(content) == {"files"} else content
     listing = json.dumps(proven, sort_keys=True)
     return json.dumps(content | {"sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
@@ -75,16 +76,16 @@ def _fingerprint(path: epath.Path) -> list[Any]:
 
 
 def write_manifest(folder: epath.Path, step: int, config: Config | None) -> None:
-    """Writes what proves a finished step folder: its step, the config's fixed fields, every file with size and SHA-256."""
+    """Writes the manifest of a finished step folder."""
     files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
     fields = None if config is None else fixed_fields(config)
     write_text(folder / MANIFEST, _manifest_text({"files": files, "step": step, "config": fields}))
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """A step folder's manifest: "files", and but for those of earlier versions "step" and "config" (None: not recorded).
+    """A step folder's manifest: "files", "step" and "config" (None: not recorded); earlier versions hold only "files".
 
-    Raises FileNotFoundError, or DamagedFileError where it does not agree with its own digest.
+    Raises FileNotFoundError, or DamagedFileError if its digest does not match.
     """
     path = folder / MANIFEST
     text = read_text(path)
@@ -96,7 +97,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def manifest_digest(folder: epath.Path) -> str:
-    """SHA-256 of a step folder's manifest, which stands for every byte of it; "" if it has none."""
+    """SHA-256 of a step folder's manifest, which identifies the checkpoint; "" if there is none."""
     path = folder / MANIFEST
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
@@ -110,7 +111,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
-    """What is wrong with a step folder, or None. Only the files of the given items (and those of no item) are read."""
+    """What is wrong with a step folder, or None if it is intact. Reads the files of the given items and those of no item."""
     try:
         manifest = read_manifest(folder)
         step = manifest.get("step", int(folder.name))
@@ -133,7 +134,7 @@ def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema",
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
-    """The steps that have a folder in a run's checkpoint folder, in order, whether intact or not."""
+    """The steps with a folder in a run's checkpoint folder, in order, intact or not."""
     if not directory.exists():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
@@ -142,8 +143,8 @@ def saved_steps(directory: epath.Path) -> list[int]:
 class Checkpoints:
     """The checkpoints of a run.
 
-    config: what each manifest records and is compared with; None where it is not known. `say` receives one sentence about
-    each step that is passed over.
+    config: recorded in each manifest, and compared with it at a restore; None: neither. say: receives one sentence for each
+    step that is passed over.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Checkpoints:
         keep_every: int = 0,
         say: Callable[[str], None] = print,
     ):
-        self.directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
+        self.directory = epath.Path(directory).resolve()  # Orbax requires absolute paths
         self.config = config
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -170,7 +171,7 @@ class Checkpoints:
         self._passed_over: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps that have a folder, in order, whether intact or not."""
+        """The steps with a folder, in order, intact or not."""
         return saved_steps(self.directory)
 
     def folder(self, step: int) -> epath.Path:
@@ -178,15 +179,15 @@ class Checkpoints:
         return self.directory / str(step)
 
     def save(self, state: TrainState, meta: dict[str, Any], *, keep: int | None = None) -> None:
-        """Starts saving: returns when the state has left the devices, and writes while training goes on.
+        """Starts an asynchronous save: returns once the state is copied to the host.
 
-        keep: a step that stays although others are newer. Waits for the save before, and raises RunError if that failed (a
-        full disk, say).
+        keep: a step that is not deleted although newer ones exist. Waits for the previous save; raises RunError if that
+        failed.
         """
         self.wait()
         step = int(state.step)
         folder = self.folder(step)
-        meta = copy.deepcopy(meta)  # it is written later, while the caller goes on changing what is in it
+        meta = copy.deepcopy(meta)  # it is written later, and the caller changes it meanwhile
         state_item = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
         if state.loss_history is not None:
             state_item["loss_history"] = state.loss_history
@@ -194,7 +195,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self.sweep()
                 if folder.exists():
-                    self._delete(folder)  # passed over at the start, and computed anew since
+                    self._delete(folder)  # it was passed over at the start, and the step was trained again
                     self._passed_over.discard(step)
             self.directory.mkdir(parents=True, exist_ok=True)
             self._checkpointer.save(
@@ -210,7 +211,7 @@ class Checkpoints:
         self._pending = self._finisher.submit(self._finish, step, keep)
 
     def _written_as(self, folder: epath.Path) -> epath.Path:
-        """Where a step is while it is written."""
+        """The folder of a step during its save."""
         return folder if "://" in str(folder) else folder.parent / f"{folder.name}{SAVING}"
 
     def _finish(self, step: int, keep: int | None) -> None:
@@ -224,21 +225,21 @@ class Checkpoints:
             self._delete_old(keep)
 
     def _delete_old(self, keep: int | None) -> None:
-        # What was passed over or never finished is no reason to delete an intact step.
+        # Only finished steps count: a damaged or partial one must not displace an intact one.
         finished = [s for s in self.steps() if s not in self._passed_over and (self.folder(s) / MANIFEST).exists()]
         for step in finished[: -self.keep_last]:
             if step != keep and not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
 
     def sweep(self) -> int:
-        """Removes what killed processes left of saving and deleting. Call it where no save is under way."""
+        """Removes partial folders that killed processes left. Call it only while no save is running."""
         for path in self.directory.iterdir() if self.directory.exists() else ():
             if path.name.endswith((SAVING, DELETING, ocp.utils.TMP_DIR_SUFFIX)):
                 path.rmtree()
         return 0
 
     def _delete(self, folder: epath.Path) -> None:
-        if "://" in str(folder):  # the manifest goes first: a folder deleted in part is never taken for a checkpoint
+        if "://" in str(folder):  # the manifest goes first: a folder without one is no checkpoint
             (folder / MANIFEST).unlink(missing_ok=True)
         else:
             doomed = folder.parent / f"{folder.name}{DELETING}"
@@ -247,7 +248,7 @@ class Checkpoints:
         folder.rmtree()
 
     def wait(self) -> None:
-        """Waits until the last save is complete on disk. Raises RunError if it failed."""
+        """Waits until the last save is on disk. Raises RunError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -256,22 +257,28 @@ class Checkpoints:
                 raise RunError(_save_failed(self.directory, error)) from error
 
     def close(self) -> None:
-        """Waits, and lets go of all threads."""
+        """Waits for the last save and ends all threads."""
         try:
             self.wait()
         finally:
             self._finisher.shutdown()
-            with contextlib.suppress(Exception):  # a failed save, told by then, may be raised here once more
+            with contextlib.suppress(Exception):  # Orbax may raise the error of a failed save again
                 self._checkpointer.close()
 
     def choose(
         self, *, step: int | None = None, unverified: bool = False, items: tuple[str, ...] = ("state", "ema", "meta")
     ) -> int | None:
-        """The newest intact step, or the given one if it is intact; None if nothing was ever saved whole.
+        """The newest intact step, or the given one; None if no save was ever completed. Process 0 decides for all.
 
-        unverified: take the step without checking it. Steps passed over are told to `say`. Of several processes the first one
-        looks and decides for all. Raises UsageError if a given step is not there or damaged, or if there are steps and all are
-        damaged.
+        Damaged steps are passed over and reported to `say`.
+
+        Args:
+            step: The step to choose.
+            unverified: Choose without checking the files.
+            items: The items whose files are checked.
+
+        Raises:
+            UsageError: If the given step is missing or damaged, or all steps are damaged.
         """
         chosen = sharding.first_decides(lambda: self._choose(step, unverified, items))
         return None if chosen == NO_STEP else chosen
@@ -299,7 +306,7 @@ class Checkpoints:
             lost, cut_short = lost or has_manifest, cut_short + (not has_manifest)
             self._passed_over.add(candidate)
             self.say(f"The checkpoint of step {candidate} is passed over: {damage}.")
-        # One alone may be a first save that was killed, of an earlier version or on an object store; no kill leaves two.
+        # A single one may be a killed first save, by an earlier version or on an object store. No kill leaves two.
         if lost or cut_short > 1:
             raise UsageError(
                 f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
@@ -308,7 +315,7 @@ class Checkpoints:
         return NO_STEP
 
     def _check_config(self, step: int) -> None:
-        """Refuses a config that is not the one that an intact step was trained with."""
+        """Refuses a config other than the one that an intact step was trained with."""
         recorded = read_manifest(self.folder(step)).get("config")
         if self.config is not None and recorded is not None and (changed := changed_fields(recorded, self.config)):
             raise UsageError(
@@ -317,7 +324,7 @@ class Checkpoints:
             )
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
-        """The training state of a step. like: its ShapeDtypeStructs, with the shardings that the arrays shall have."""
+        """The training state of a step. like: its ShapeDtypeStructs with shardings."""
         state_like = {"step": like.step, "params": like.params, "opt_state": like.opt_state}
         if like.loss_history is not None:
             state_like["loss_history"] = like.loss_history
@@ -341,7 +348,7 @@ class Checkpoints:
         return self._restore(step, ema=_restore_as(like)).ema
 
     def restore_meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays: the "data" set's identity, and the losses "since_log"."""
+        """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network"."""
         meta = self._restore(step, meta=ocp.args.JsonRestore()).meta
         if not isinstance(meta, dict) or "data" not in meta or not isinstance(meta.get("since_log"), dict):
             raise UsageError(
@@ -353,7 +360,7 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._checkpointer.restore(self.folder(step), args=ocp.args.Composite(**items))
-        except Exception as error:  # unverified files can make a library fail anywhere
+        except Exception as error:  # unverified files can cause any error
             raise UsageError(
                 f"the checkpoint of step {step} in {self.directory} cannot be restored ({first_line(error)}); "
                 "choose another step"
@@ -367,7 +374,7 @@ def _save_failed(where: epath.Path, error: Exception) -> str:
 
 
 def _remedy(number: int | None) -> str:
-    """What to do about a save that failed by an error of the operating system, or by another one (None)."""
+    """What to do about a failed save. number: the errno, or None for any other error."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "make room and run the same command again"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -378,9 +385,9 @@ def _remedy(number: int | None) -> str:
 
 
 def _system_error(error: BaseException | None) -> int | None:
-    """The number of the operating system's error that is at the bottom of this one, or None.
+    """The errno that caused an error, or None.
 
-    TensorStore writes it at the end of a long list of its files: "[os_error_code='28']", or "[OS error 28: ...]".
+    TensorStore gives it only in its message: "[os_error_code='28']" or "[OS error 28: ...]".
     """
     found = None
     while error is not None:

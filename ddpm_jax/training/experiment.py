@@ -1,4 +1,4 @@
-"""Everything that a config describes, built once: the process, the network, the loss and the optimizer."""
+"""What a config describes, built once: the process, the network, the loss and the optimizer."""
 
 import dataclasses
 import inspect
@@ -21,10 +21,10 @@ Loss = Callable[..., Float[Array, " B"]]
 
 
 class Network(Protocol):
-    """A network: x_t float (B, H, W, C) and t int (B,) -> output float (B, H, W, D), with parameters of its own shape.
+    """A network: x_t float (B, H, W, C) and t int (B,) -> output float (B, H, W, D). A Flax module is one.
 
-    D is C, or 2 C for a learned variance. A Flax module is one. `apply` is given `dropout_keys`, a key for each image, in
-    training, if it or `__call__` has an argument of that name.
+    D is C, or 2 C for a learned variance. In training `apply` receives `dropout_keys`, one key for each image, if it or
+    `__call__` has an argument of that name.
     """
 
     def init(self, key: Any, x_t: Any, t: Any, /) -> Any:
@@ -36,10 +36,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What is trained, sampled and evaluated: made once from a config, and passed from there on.
+    """What is trained, sampled and evaluated; built once from a config.
 
     Attributes:
-        config: What it was made from, and what a workdir stores.
+        config: The config, which a workdir stores.
         process: The schedule, and what the network's output means.
         network: The U-Net, or any other network.
         image_shape: (H, W, C) of an image.
@@ -67,7 +67,7 @@ class Experiment:
 
         Args:
             config: A config that `config.check` accepts.
-            network: A network of one's own, in place of the U-Net that `config.model` describes.
+            network: Your own network, in place of the U-Net of `config.model`.
         """
         d, data = config.diffusion, config.data
         process = Process(
@@ -85,7 +85,7 @@ class Experiment:
         )
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """The network's parameters, drawn from the key."""
+        """Random parameters of the network, drawn from the key."""
         return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32))["params"]
 
     def model(self, params: Params, dropout_keys: Key[Array, " B"] | None = None) -> Model:
@@ -99,7 +99,7 @@ class Experiment:
 
     @property
     def has_own_network(self) -> bool:
-        """Whether the network is another than the config's U-Net."""
+        """Whether the network is not the U-Net of the config."""
         return not isinstance(self.network, UNet)
 
     @property
@@ -134,7 +134,7 @@ def _learning_rate(config: Config) -> optax.Schedule:
 
 
 def _optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    # The global gradient is clipped; the authors' code clips each TPU core's.
+    # This clips the global gradient. The authors' code clips the gradient of each TPU core.
     train = config.train
     return optax.chain(
         optax.clip_by_global_norm(train.grad_clip),

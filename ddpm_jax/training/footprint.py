@@ -1,6 +1,6 @@
-"""How much memory a training needs at least, from its config alone: nothing is traced, compiled or drawn.
+"""A lower bound of the memory that training needs, computed from the config alone, without tracing or compiling.
 
-Every number is a lower bound, so that what fits is never refused.
+A config that fits is never refused, since every number is a lower bound.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ FEWER_SAMPLES = "lower train.eval_samples"
 
 
 class Layer(NamedTuple):
-    """A part of the U-Net: its kind, the height and width of its output, its channels, and whether it is a skip's start."""
+    """A layer of the U-Net. size: height and width of its output. skip: its output is a skip connection."""
 
     kind: Literal["conv", "block", "attention"]
     size: int
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
     @property
     def params(self) -> int:
-        """How many parameters the layer has, but for a block's projection of the time embedding."""
+        """The number of parameters, without a block's projection of the time embedding."""
         i, o = self.channels_in, self.channels
         if self.kind == "conv":
             return 9 * i * o + o
@@ -46,12 +46,12 @@ class Layer(NamedTuple):
 
     @property
     def values(self) -> int:
-        """How many numbers its output has for one image."""
+        """The number of values of its output for one image."""
         return self.size**2 * self.channels
 
     def kept(self, remat: bool) -> int:
-        """How many numbers of one image the backward pass needs of a block or attention."""
-        if remat:  # its input, which is the output of the one before
+        """The number of values for one image that a block or attention keeps for the backward pass."""
+        if remat:  # its input, which is the output of the layer before
             return self.values if self.kind == "block" else 0
         if self.kind == "block":  # the inputs of both norms
             return self.size**2 * (self.channels_in + self.channels)
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
 
 def layers(config: Config) -> Iterator[Layer]:
-    """The layers of the config's network in the order of `ddpm_jax.unet.UNet`, without those of the time embedding."""
+    """The layers of the config's U-Net in the order of `ddpm_jax.models.unet.UNet`, without the time embedding's."""
     model, size, last = config.model, config.data.image_size, len(config.model.ch_mult) - 1
     c = model.ch
     skips = [c]
@@ -93,7 +93,7 @@ def layers(config: Config) -> Iterator[Layer]:
 
 
 def count_params(config: Config) -> int:
-    """How many parameters the config's network has, exactly."""
+    """The exact number of parameters of the config's U-Net."""
     ch, last = config.model.ch, config.model.ch * config.model.ch_mult[0]
     temb = ch * 4 * ch + 4 * ch + (4 * ch) ** 2 + 4 * ch
     projections = sum(4 * ch * layer.channels + layer.channels for layer in layers(config) if layer.kind == "block")
@@ -101,19 +101,19 @@ def count_params(config: Config) -> int:
 
 
 class Need(NamedTuple):
-    """Bytes that one device holds at once in some part of a training, by what is lowered if they are too many."""
+    """Bytes that one device holds at once in a phase of training. parts: bytes by the remedy that lowers them."""
 
     what: str
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of the parts."""
         return sum(self.parts.values())
 
 
 def needs(config: Config, num_devices: int) -> list[Need]:
-    """What each part of a training needs of each device, at least. num_devices: devices over all processes."""
+    """The least memory that each phase of training needs on each device. num_devices: devices of all processes."""
     train, data = config.train, config.data
     image = data.image_size**2 * data.channels
     computed = np.dtype("float16").itemsize if config.model.dtype == "bfloat16" else FLOAT32
@@ -121,8 +121,8 @@ def needs(config: Config, num_devices: int) -> list[Need]:
     for_output = computed * sum(layer.values for layer in layers(config) if layer.skip)  # all held at the middle
     params = FLOAT32 * count_params(config)
     state = STATE_COPIES * params // train.fsdp
-    batch = train.batch_size // num_devices  # check() has seen that it divides
-    images = batch * train.steps_per_dispatch * min(FLOAT32, image)  # as places in the data set, or themselves
+    batch = train.batch_size // num_devices  # `config.check` ensures that it divides
+    images = batch * train.steps_per_dispatch * min(FLOAT32, image)  # indices into the data set, or the images
     found = [
         Need(
             f"a training step of {count_params(config):,} parameters and batch {train.batch_size:,}",
@@ -136,7 +136,7 @@ def needs(config: Config, num_devices: int) -> list[Need]:
         evaluated = {SMALLER_NETWORK: state, SMALLER_EVALUATION: batch * for_output}
         if train.eval_samples:
             features = INCEPTION_FEATURES if train.eval_features == "inception" else image
-            evaluated[FEWER_SAMPLES] = train.eval_samples * features * FLOAT32 // num_devices  # the host's, in all
+            evaluated[FEWER_SAMPLES] = train.eval_samples * features * FLOAT32 // num_devices  # on the host
         found.append(Need(f"an evaluation with batch {train.batch_size:,}", evaluated))
     if train.sample_every or (train.eval_every and train.eval_samples):
         drawn = -(-train.num_samples // num_devices)
@@ -146,9 +146,9 @@ def needs(config: Config, num_devices: int) -> list[Need]:
 
 
 def check_training(config: Config) -> None:
-    """Refuses a config, one that `check` has passed, whose training the devices cannot hold. Raises UsageError.
+    """Raises UsageError if the devices cannot hold the training of a config that `config.check` accepts.
 
-    All processes must call it, and all raise where the first one does.
+    All processes must call it, and all raise if process 0 does.
     """
     sharding.first_decides(lambda: _check_training(config))
 

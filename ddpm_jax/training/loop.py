@@ -1,8 +1,7 @@
-"""The training loop: compiled steps one after the other, and what happens between them.
+"""The training loop: dispatches of compiled steps, and the logs, checkpoints and evaluations between them.
 
-The devices are never waited for but at a log, evaluation or checkpoint boundary, and a little to keep the host from running
-far ahead. Whatever is killed, the same command continues from the newest intact checkpoint, and ends as if nothing had
-happened.
+The host waits for the devices only to log, evaluate or save, and to stay at most two dispatches ahead. After a kill, the same
+command resumes from the newest intact checkpoint and ends with the same state.
 """
 
 import collections
@@ -29,7 +28,7 @@ from ddpm_jax.training.step import TrainState
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Training was asked to stop and has saved; `signum` says by which signal."""
+    """A signal stopped training, and the state is saved. Attributes: `signum` and `step`."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped at step {step}, which is saved")
@@ -38,28 +37,29 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Findings(NamedTuple):
-    """What an evaluator has found: numbers (and texts) for the log, and images for a grid, uint8 (N, H, W, C), by name."""
+    """The result of an evaluator, by name: numbers (and texts) for the log, and images for grids, uint8 (N, H, W, C)."""
 
     numbers: dict[str, Any]
     pictures: dict[str, UInt8[np.ndarray, "N H W C"]]
 
 
 class Evaluator(Protocol):
-    """Something that looks at the EMA parameters now and then. It draws the same each time, so that findings compare.
+    """Evaluates the EMA parameters at an interval, with the same draws each time.
 
-    name: a number or picture that it always finds, by which a lost evaluation is noticed. every: steps between two; 0: never.
+    name: a number or picture that every evaluation gives; if the log lacks it, the evaluation is repeated at a resume.
+    every: steps between two evaluations; 0: never.
     """
 
     name: str
     every: int
 
     def __call__(self, params: Any) -> Findings:
-        """What is found of the parameters; of several processes all must ask."""
+        """Evaluates the parameters. All processes must call it."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop is handed. writer: on the first process only. check: raises where the workdir is no longer there."""
+    """What the loop works with. writer: on process 0 only. check: raises RunError if the workdir is gone."""
 
     train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     feed: Callable[[int, int], tuple[Any, Any]]
@@ -71,14 +71,14 @@ class Parts:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, collected instead of ending the process; a second one of them ends it at once."""
+    """Records SIGTERM and SIGINT, so that training can save first. A second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
-        """Collects while the block runs."""
+        """Records signals while the block runs."""
 
         def receive(signum, frame):
             self.received.append(signum)
@@ -95,19 +95,19 @@ class StopSignal:
                 signal.signal(signum, handler)
 
     def asked(self, boundary: bool) -> bool:
-        """Whether training shall stop. Several processes agree at a boundary, where all of them wait for the devices anyhow."""
+        """Whether to stop. Several processes agree only at a boundary, where they wait for the devices anyway."""
         if jax.process_count() == 1:
             return bool(self.received)
         return boundary and sharding.any_process(bool(self.received))
 
     @property
     def signum(self) -> int:
-        """The signal; SIGTERM where another process was sent it."""
+        """The signal; SIGTERM if another process received it."""
         return self.received[0] if self.received else signal.SIGTERM
 
 
 class Stopwatch:
-    """Steps per second of training alone."""
+    """Measures steps per second, without evaluations."""
 
     def __init__(self, step: int):
         self._step, self._start = step, time.perf_counter()
@@ -121,28 +121,28 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Does not count the block."""
+        """Excludes the block from the time."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
 
 class Losses:
-    """The metrics of steps on their way from the devices: fetched late, checked for NaN, averaged for each log line."""
+    """Collects the metrics of steps: fetches them late, checks that they are finite, averages them for each log line."""
 
     def __init__(self, step: int, since_log: dict[str, list[float]]):
-        self.step = step  # the last step whose metrics are here
+        self.step = step  # the last step whose metrics are fetched
         self.since_log = since_log
         self._waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a dispatch; waits only for those before the last two, so that the host stays near."""
+        """Adds the metrics of a dispatch. Waits until at most two dispatches are pending."""
         self._waiting.append(metrics)
         while len(self._waiting) > 2:
             self._fetch()
 
     def fetch_all(self) -> None:
-        """Waits for every metric under way."""
+        """Waits for all pending metrics."""
         while self._waiting:
             self._fetch()
 
@@ -158,7 +158,7 @@ class Losses:
             self.since_log.setdefault(name, []).extend(value.tolist())
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric since the last call, all of them fetched."""
+        """The mean of each metric since the last call, after waiting for all."""
         self.fetch_all()
         means = {name: math.fsum(values) / len(values) for name, values in self.since_log.items()}
         self.since_log = {}
@@ -166,7 +166,7 @@ class Losses:
 
 
 class Log:
-    """The log lines of a run: mean losses and the pace of training, for the writer and the progress bar."""
+    """Writes the log lines of a run: mean losses and speed, to the writer and the progress bar."""
 
     def __init__(self, options: TrainConfig, parts: Parts, step: int, since_log: dict[str, list[float]]):
         self.options, self.writer, self.learning_rate = options, parts.writer, parts.learning_rate
@@ -175,7 +175,7 @@ class Log:
         self.bar = tqdm(total=options.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def write(self, step: int) -> None:
-        """One line."""
+        """Writes one line."""
         values = self.losses.means()
         rate = self.watch.lap(step)
         images = rate * self.options.batch_size
@@ -185,7 +185,7 @@ class Log:
             self.writer.write(step, values | {"lr": lr, "steps_per_s": rate, "images_per_s": images})
 
     def evaluate(self, evaluator: Evaluator, step: int, params: Any) -> None:
-        """What an evaluator finds. The steps still under way count as training, the evaluation does not."""
+        """Runs an evaluator and writes its findings. Its time does not count as training; that of pending steps does."""
         self.losses.fetch_all()
         with self.watch.stopped():
             findings = evaluator(params)
@@ -204,9 +204,16 @@ def train_loop(
 ) -> TrainState:
     """Trains from the state to step `options.steps`, and returns the last state.
 
-    options: how long, and how often what happens between the steps does. meta: what was saved beside the state, which is
-    donated: the data set's identity, and the losses that wait for a log line. Raises RunError where a loss is not finite, a
-    save fails or the workdir is gone, Interrupted once what `stop` asked for is saved.
+    Args:
+        options: The number of steps, and the intervals.
+        parts: What the loop works with.
+        state: The state to start from; it is donated.
+        meta: The JSON saved with a checkpoint; "since_log" holds the losses of the next log line.
+        stop: The signals that stop training.
+
+    Raises:
+        RunError: If a loss is not finite, a save fails or the workdir is gone.
+        Interrupted: After a signal, once the state is saved.
     """
     step, last = int(state.step), options.steps
     with contextlib.closing(Log(options, parts, step, meta["since_log"])) as log:
@@ -217,13 +224,13 @@ def train_loop(
         def is_missing(name: str) -> bool:
             return parts.writer is not None and not parts.writer.has(name, step)
 
-        # A run that stopped between a save and the evaluations after it makes up for them.
+        # A run that stopped between a save and its evaluations catches up on them.
         for evaluator in parts.evaluators if step else ():
             if is_due(evaluator.every) and sharding.first_decides(functools.partial(is_missing, evaluator.name)):
                 log.evaluate(evaluator, step, state.ema_params)
 
         while step < last:
-            # Train: one dispatch of compiled steps, which is not waited for.
+            # Train: one dispatch of compiled steps, asynchronously.
             state, metrics = parts.train_steps(state, *parts.feed(step, options.steps_per_dispatch))
             step += options.steps_per_dispatch
             log.losses.add(metrics)
@@ -233,7 +240,7 @@ def train_loop(
             if step % options.log_every == 0:
                 log.write(step)
 
-            # Save, where all losses were finite.
+            # Save, once all losses are known to be finite.
             stopping = stop.asked(step % options.log_every == 0)
             if step % options.save_every == 0 or step == last or stopping:
                 log.losses.fetch_all()
@@ -254,7 +261,7 @@ def train_loop(
 
 
 def save(options: TrainConfig, parts: Parts, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts a save, with the logs up to it on disk; the best checkpoint so far stays."""
+    """Flushes the logs and starts a save. The best checkpoint so far is kept."""
     parts.check()
     best = None
     if parts.writer:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, image grids. All can be cut back to a step, so that none appears twice."""
+"""The logs of a run: metrics.jsonl, TensorBoard events and image grids. A resume truncates them to its step."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from ddpm_jax.training.checksum import masked_crc32c
 METRICS = "metrics.jsonl"
 EVENTS = "events"
 CHECKSUM = "crc32"  # the last entry of a line
-MOST_LOG_BYTES = 2**34  # a long run's grids are among the events
+MOST_LOG_BYTES = 2**34  # the events hold a long run's grids
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -34,16 +34,16 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: epath.Path) -> list[bytes]:
-    """The lines of a log, without a last one that was cut short, and without the zeros that a system's crash leaves."""
+    """The lines of a log, without an incomplete last one, and without the zeros that a system crash leaves."""
     content = read_bytes(path, most=MOST_LOG_BYTES) if path.exists() else b""
     return [line.lstrip(b"\0") for line in content.split(b"\n")[:-1]]
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """The values of a line, or None if it is not one that `MetricWriter.write` writes."""
+    """The values of a line, or None if it is damaged."""
     try:
         values = json.loads(line.decode())
-    except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
         return None
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         return None
@@ -54,7 +54,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _checksum(values: dict[str, Any]) -> int:
-    """The CRC-32 of a line's values, without which a flipped digit would go unnoticed."""
+    """The CRC-32 of a line's values, which detects a flipped digit."""
     return zlib.crc32(json.dumps(values).encode())
 
 
@@ -63,9 +63,9 @@ def _is_scalar(value: Any) -> bool:
 
 
 def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | None:
-    """The first of the steps at which the scalar of this name was least, or None if it was logged at none of them.
+    """The first of the steps at which a scalar was least, or None if it was logged at none of them.
 
-    Only lines that measured the same as its last one are compared: those of an equal "eval_of".
+    Compares only lines whose "eval_of" equals that of the last line.
     """
     numbers = [line for line in read_metrics(workdir) if not isinstance(line.get(name, ""), str)]
     logged = [line for line in numbers if math.isfinite(line[name])]
@@ -74,7 +74,7 @@ def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | N
 
 
 def cut_metrics(path: epath.Path, last_step: int) -> int:
-    """Removes the lines of metrics.jsonl beyond `last_step`, a last line that was cut short, and damaged ones: how many."""
+    """Truncates metrics.jsonl to `last_step`, and removes an incomplete last line and damaged lines; returns their number."""
     if not path.exists():
         return 0
     lines = [(line, _parse_line(line)) for line in _whole_lines(path)]
@@ -86,10 +86,10 @@ def cut_metrics(path: epath.Path, last_step: int) -> int:
 
 
 def cut_events(directory: epath.Path, last_step: int) -> int:
-    """Removes the TensorBoard events beyond `last_step`, a last record that was cut short, and damaged ones: how many.
+    """Truncates the TensorBoard events to `last_step`, and removes damaged records; returns the number of the latter.
 
-    An event file is a sequence of records: length (8 bytes), its checksum (4), an Event, its checksum (4). Where a length is
-    damaged nobody knows where the next record begins: there the file ends.
+    An event file is a sequence of records: length (8 bytes), its checksum (4), an Event, its checksum (4). After a damaged
+    length the next record cannot be found, so the file is cut there.
     """
     damaged = 0
     for path in directory.glob("events.out.tfevents.*") if directory.exists() else ():
@@ -107,14 +107,14 @@ def cut_events(directory: epath.Path, last_step: int) -> int:
                 kept.append(content[position:end])
             position = end
         if sum(map(len, kept)) != len(content):
-            temporary = directory / "cut.tmp"  # not with `tfevents` in its name: TensorBoard would read it
+            temporary = directory / "cut.tmp"  # TensorBoard reads every file with `tfevents` in its name
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)
     return damaged
 
 
 def _step_of_event(data: bytes) -> int | None:
-    """The step of an Event that is followed by its checksum, or None if one of them is damaged."""
+    """The step of an Event, or None if it or the checksum after it is damaged."""
     if struct.unpack("<I", data[-4:]) != (masked_crc32c(data[:-4]),):
         return None
     try:
@@ -124,9 +124,9 @@ def _step_of_event(data: bytes) -> int | None:
 
 
 class MetricWriter:
-    """Writes a run's metrics and pictures into its workdir; what is there beyond `last_step`, or damaged, is cut first.
+    """Writes a run's metrics and grids into its workdir, after truncating its logs to `last_step`.
 
-    `say` receives one sentence about each log that was damaged.
+    say: receives one sentence for each log that was damaged.
     """
 
     def __init__(self, workdir: epath.Path, *, last_step: int, say: Callable[[str], None] = print):
@@ -135,16 +135,16 @@ class MetricWriter:
             if damaged := cut(workdir / path, last_step):
                 say(f"Note: {workdir / path} had {damaged} damaged {what}, which are cut; the others are kept.")
         (workdir / EVENTS).mkdir(parents=True, exist_ok=True)
-        # The file's name has the second it is opened in, and last_step to tell apart two of a second. Not a SummaryWriter:
-        # its flush does not wait for the thread that writes, so a kill after a checkpoint would lose events before it.
+        # The file's name holds the time in seconds, and last_step in case two are opened in one second. A SummaryWriter's
+        # flush does not wait for its thread, so a kill after a checkpoint would lose events from before it.
         self._events = EventsWriter(str(workdir / EVENTS / "events"), f".from_{last_step}")
         self._metrics = (workdir / METRICS).open("a")
 
     def write(self, step: int, numbers: dict[str, Any], pictures: dict[str, np.ndarray] | None = None) -> None:
-        """One line of metrics.jsonl, {"step": step, **numbers, "crc32": checksum}, and a TensorBoard scalar for each number.
+        """Writes a line of metrics.jsonl, {"step": step, **numbers, "crc32": checksum}, and the same to TensorBoard.
 
-        numbers: texts may be among them. pictures: images uint8 (N, H, W, C) by name, each a grid: <name>/step_<step>.png and a
-        TensorBoard picture.
+        numbers: scalars, and texts, which go to the line alone. pictures: images uint8 (N, H, W, C) by name, each written as
+        a grid to <name>/step_<step>.png and to TensorBoard.
         """
         for name, images in (pictures or {}).items():
             sheet, path = enlarge(grid(images)), self._grid_path(name, step)
@@ -162,13 +162,13 @@ class MetricWriter:
         self._events.flush()
 
     def has(self, name: str, step: int) -> bool:
-        """Whether the number or picture of this name was written at a step."""
+        """Whether a number or picture of this name was written at a step."""
         if self._grid_path(name, step).exists():
             return True
         return any(name in line for line in read_metrics(self.workdir) if line["step"] == step)
 
     def best_step(self, name: str, steps: Collection[int]) -> int | None:
-        """The first of the steps at which the number of this name was least (`best_step`)."""
+        """The first of the steps at which a number was least (`best_step`)."""
         return best_step(self.workdir, name, steps)
 
     def _grid_path(self, name: str, step: int) -> epath.Path:
@@ -178,11 +178,11 @@ class MetricWriter:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def flush(self) -> None:
-        """Hands everything over to the file system."""
+        """Flushes the files to the file system."""
         self._metrics.flush()
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files. Raises OSError where that fails; they are closed all the same."""
+        """Flushes and closes the files. Raises OSError if that fails, with the files closed."""
         with contextlib.closing(self._metrics), contextlib.closing(self._events):
             self.flush()

@@ -1,4 +1,4 @@
-"""Where a training begins: the newest intact checkpoint of its workdir, another run's parameters, or random ones."""
+"""The first state of a training: the newest intact checkpoint, another run's parameters, or random ones."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ from ddpm_jax.training.workdir import check_network, load_run, network_name
 
 
 def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState) -> str:
-    """What runs where, in one line, and where it continues."""
+    """One line about the network, the data and the devices, and one about the step a resume starts from."""
     devices, batch_size = mesh.devices.size, experiment.config.train.batch_size
     params = sum(array.size for array in jax.tree.leaves(state.params))
     said = (
@@ -37,15 +37,26 @@ def start_state(
     unverified: bool = False,
     changed_data: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, with what was saved beside it: the newest intact checkpoint's, or that of step 0.
+    """Restores the newest intact checkpoint, or makes the state of step 0; returns the state and its meta.
 
-    What a killed process left of a checkpoint is removed.
+    Removes partial checkpoints first.
+
+    Args:
+        experiment: What is trained.
+        source: The training images.
+        mesh: The devices of the state.
+        checkpoints: Of the workdir.
+        unverified: Restore without checking the files.
+        changed_data: Accept another data set than the checkpoint's.
+
+    Raises:
+        UsageError: If no checkpoint is intact, or it belongs to another config, network or data set.
     """
     sharding.first_decides(checkpoints.sweep)
     step = checkpoints.choose(unverified=unverified)
     if step is not None:
         meta = checkpoints.restore_meta(step)
-        if meta["data"] not in (None, source.identity):  # None: imported weights, which remember no data set
+        if meta["data"] not in (None, source.identity):  # None: imported weights record no data set
             changed = f"the data set has changed since the checkpoint of step {step}"
             changed += f": it was {meta['data']} and is {source.identity}"
             if not changed_data:
@@ -64,7 +75,7 @@ def start_state(
 
 
 def initial_params(experiment: Experiment, state: TrainState, mesh: Mesh) -> Any:
-    """The EMA parameters of the run `train.init_from`, if they fit this config's network."""
+    """The EMA parameters of the run `train.init_from`. Raises UsageError if their shapes differ from this network's."""
     source = experiment.config.train.init_from
     network = experiment.network if experiment.has_own_network else None  # else the U-Net of the other run's config
     params = load_run(source, mesh=mesh, network=network).params

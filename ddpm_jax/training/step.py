@@ -1,7 +1,7 @@
 """The training step: Algorithm 1 with gradient clipping, Adam, warm-up and EMA, several steps in one compiled scan.
 
-Every draw of step s depends on (seed, s) alone and is made for the whole global batch, so a run can be cut anywhere, moved to
-other devices or accumulated in parts without changing a draw.
+The draws of step s depend on (seed, s) alone and are made for the whole global batch. Neither a resume, other devices nor
+accumulation changes a draw.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ddpm_jax.training.experiment import Experiment, Params
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes in training. No random state is among it: the step is enough.
+    """All that changes in training. It holds no random state, since the draws depend on the step.
 
     Example:
         >>> import jax
@@ -41,7 +41,7 @@ class TrainState:
 
 
 def state_from_params(experiment: Experiment, params: Params) -> TrainState:
-    """The state at step 0 with these parameters: their EMA equal to them, nothing seen by the optimizer."""
+    """The state at step 0 with these parameters: an equal EMA and a fresh optimizer state."""
     by_history = experiment.config.diffusion.t_sampler == "loss_history"
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -53,7 +53,7 @@ def state_from_params(experiment: Experiment, params: Params) -> TrainState:
 
 
 def init_state(experiment: Experiment, key: Key[Array, ""]) -> TrainState:
-    """The state at step 0, its parameters drawn from the key.
+    """The state at step 0 with random parameters.
 
     Pure: give it to `jax.jit` or `jax.eval_shape`. A run uses the key of its INIT stream.
 
@@ -76,7 +76,7 @@ def init_state(experiment: Experiment, key: Key[Array, ""]) -> TrainState:
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
-    """The shapes and types of a state, as ShapeDtypeStructs; with the shardings that a run has on the mesh, if one is given."""
+    """The state as ShapeDtypeStructs, with a run's shardings if a mesh is given."""
     shapes = jax.eval_shape(lambda: init_state(experiment, jax.random.key(0)))
     if mesh is None:
         return shapes
@@ -85,7 +85,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainSta
 
 
 def init_sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """`init_state` of the run's seed, each array born on the devices that will hold it."""
+    """`init_state` of the run's seed, with each array created on its devices."""
     key = rng.stream(rng.root_key(experiment.config.seed), Purpose.INIT)
     layout = sharding.state_sharding(mesh, abstract_state(experiment))
     return jax.jit(lambda: init_state(experiment, key), out_shardings=layout)()
@@ -96,7 +96,7 @@ class Draws(NamedTuple):
 
     flip: Bool[Array, " B"]
     t: Int[Array, " B"]
-    weights: Float[Array, " B"]  # of t's importance sampling; 1 where t is uniform
+    weights: Float[Array, " B"]  # importance weights of t; 1 if t is uniform
     eps: Float[Array, "B H W C"]
     dropout_keys: Key[Array, " B"]
 
@@ -104,7 +104,7 @@ class Draws(NamedTuple):
 def draw(
     experiment: Experiment, step: Int[Array, ""], shape: tuple[int, ...], history: losses.LossHistory | None
 ) -> Draws:
-    """The draws of a step, a pure function of (seed, step), and of the loss history where t is chosen by it.
+    """The draws of a step: a function of (seed, step), and of the loss history if t is drawn by it.
 
     shape: (B, H, W, C) of the global batch.
     """
@@ -125,7 +125,7 @@ def draw(
 
 
 def _parts(x: Array, n: int) -> Array:
-    """(B, ...) -> (n, B/n, ...). Images are dealt out in turn, so that a batch split over devices stays where it is."""
+    """(B, ...) -> (n, B/n, ...). Part i takes images i, i + n, ..., so that no image moves to another device."""
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
@@ -144,7 +144,7 @@ def one_step(
         return jnp.mean(values * weights), values
 
     def gradient(params, batch):
-        """Gradient of the mean loss, and each image's loss, in n parts one after the other."""
+        """Gradient of the mean loss, and each image's loss, accumulated over n parts."""
         value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
         if n == 1:
             return value_and_grad(params, *batch)
@@ -183,15 +183,15 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles (state, batches, dataset) -> (state, metrics): a scan over as many steps as `batches` has.
 
-    Also one step runs through the scan, since a step inside a scan and one outside of it round differently.
+    A single step runs through the scan too, since a step outside of a scan rounds differently.
 
     Args:
         experiment: What is trained.
-        mesh: What the state and the batches lie on (`sharding.make_mesh`); default all devices.
+        mesh: The devices of the state and the batches (`sharding.make_mesh`); default all devices.
 
     Returns:
         The compiled function. batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their
-        places in `dataset`, uint8 (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
+        indices into `dataset`, uint8 (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
         donated: use the returned one.
 
     Example:
@@ -208,7 +208,7 @@ def make_train_step(
         def body(state, batch):
             images = batch if dataset is None else dataset[batch]
             images = jax.lax.with_sharding_constraint(images, sharding.split(mesh))
-            # The barrier keeps the look-up out of the step's own kernels, which would round differently with it inside.
+            # The barrier keeps the look-up from fusing into the step's kernels, which would then round differently.
             return step(state, jax.lax.optimization_barrier(images))
 
         return jax.lax.scan(body, state, batches)

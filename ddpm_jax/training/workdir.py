@@ -1,11 +1,11 @@
-"""The folder that everything of a run lies in, and the run that can be loaded back from it.
+"""The workdir, which holds everything of a run, and loading a run from it.
 
 WORKDIR/config.json      the resolved config
 WORKDIR/checkpoints/     see checkpoint.py
 WORKDIR/metrics.jsonl    every logged scalar
 WORKDIR/events/          the same for TensorBoard
 WORKDIR/samples/         sample grids
-WORKDIR/lock             while it is trained: by which process
+WORKDIR/lock             while it is trained: which process trains it
 """
 
 import contextlib
@@ -34,9 +34,9 @@ CHECKPOINTS = "checkpoints"
 
 
 def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
-    """The config of a workdir. Raises UsageError if it is none, or its config cannot be read or used.
+    """The config of a workdir. Raises UsageError if the folder is no workdir, or its config cannot be read or used.
 
-    own_network: its network is not the U-Net that the config describes.
+    own_network: the run's network is not the U-Net of the config.
     """
     if not workdir.exists():
         raise UsageError(f"{workdir} does not exist; give the folder of a run that train.py made")
@@ -58,9 +58,9 @@ def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-    """Makes the workdir if it is not there, and is its only writer while the block runs; left empty, it goes again.
+    """Creates the workdir if needed, and locks it while the block runs. A new workdir that stays empty is removed.
 
-    Of several processes the first one holds it for all. Raises UsageError at once where another run does.
+    Process 0 holds the lock for all. Raises UsageError at once if another run holds it.
     """
     with contextlib.ExitStack() as stack:
         sharding.first_decides(lambda: _hold(workdir, stack))
@@ -71,9 +71,9 @@ def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> int:
     if not workdir.exists():
         _make(workdir)
         stack.callback(_remove_empty, workdir)
-    if workdir.is_dir():  # `enter` refuses what is none
+    if workdir.is_dir():  # `enter` refuses a file
         stack.enter_context(sole_writer(workdir))
-        for name in (CONFIG, METRICS):  # not all: evaluate.py may be writing beside
+        for name in (CONFIG, METRICS):  # only these: evaluate.py may be writing others
             remove_remnants(workdir, name)
     return 0
 
@@ -84,7 +84,7 @@ def _remove_empty(workdir: epath.Path) -> None:
 
 
 def check_there(workdir: epath.Path) -> None:
-    """Raises RunError, on all processes, where the workdir of a run was deleted or moved away meanwhile."""
+    """Raises RunError on all processes if the workdir was deleted or moved during the run."""
     if not sharding.first_decides((workdir / CONFIG).exists):
         raise RunError(
             f"the workdir {workdir} or its {CONFIG} was deleted or moved while it was trained, so nothing more can be saved "
@@ -93,9 +93,9 @@ def check_there(workdir: epath.Path) -> None:
 
 
 def enter(workdir: epath.Path, config: Config, *, own_network: bool = False) -> None:
-    """Makes the workdir this config's: creates it, or checks that it is, or refuses with the fields that differ.
+    """Writes the config into the workdir. Raises UsageError with the fields that differ if it belongs to another config.
 
-    Before its first checkpoint a workdir takes any config, so that one that did not work can be put right.
+    Before its first checkpoint a workdir accepts any config, so that a config that failed can be corrected.
     """
     sharding.first_decides(lambda: _enter(workdir, config, own_network))
 
@@ -136,7 +136,7 @@ def _make(workdir: epath.Path) -> None:
 
 
 def check_empty(path: epath.PathLike) -> None:
-    """Refuses a folder that holds anything, so that nothing is overwritten. Raises UsageError."""
+    """Raises UsageError unless the folder is empty or new, so that nothing is overwritten."""
     folder = open_folder(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a new folder")
@@ -145,9 +145,9 @@ def check_empty(path: epath.PathLike) -> None:
 
 
 def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState) -> None:
-    """Makes a workdir of the experiment with the state as its one checkpoint; it remembers no data set, so any may follow.
+    """Creates a workdir with the state as its only checkpoint. It records no data set, so training may use any.
 
-    Raises UsageError if the workdir is not empty, RunError if saving fails; then nothing is left of it.
+    Raises UsageError if the workdir is not empty, and RunError if saving fails; the workdir is then removed.
     """
     workdir, config = epath.Path(workdir), experiment.config
     check_empty(workdir)
@@ -157,19 +157,19 @@ def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState
             checkpoints.save(state, {"data": None, "since_log": {}, "network": network_name(experiment)})
         finally:
             checkpoints.close()
-        _write_config(workdir, config)  # last: without it the folder is no workdir, wherever this was killed
+        _write_config(workdir, config)  # last: after a kill, a folder without it is no workdir
     except BaseException:
         workdir.rmtree(missing_ok=True)
         raise
 
 
 def network_name(experiment: Experiment) -> str:
-    """What a checkpoint remembers of the network."""
+    """The name of the network's class, which a checkpoint records."""
     return type(experiment.network).__name__
 
 
 def check_network(meta: dict[str, Any], experiment: Experiment) -> None:
-    """Refuses a network of another kind than a checkpoint remembers; those of earlier versions are of the U-Net."""
+    """Raises UsageError if a checkpoint was trained with another network. Earlier versions recorded none: the U-Net."""
     trained = meta.get("network", UNet.__name__)
     if trained != network_name(experiment):
         raise UsageError(
@@ -180,13 +180,13 @@ def check_network(meta: dict[str, Any], experiment: Experiment) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: all it takes to sample from it, evaluate and export it.
+    """A trained run, ready to sample, evaluate and export.
 
     Attributes:
         experiment: What was trained.
-        step: The checkpoint's.
+        step: The step of the checkpoint.
         checkpoint: SHA-256 of its manifest, "" if it has none.
-        weights: What params are: "ema" or "raw".
+        weights: Which parameters: "ema" or "raw".
         params: The network's parameters, on the mesh.
         mesh: The devices.
 
@@ -205,7 +205,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The config that the workdir stores."""
+        """The run's config."""
         return self.experiment.config
 
     def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -222,23 +222,23 @@ def load_run(
     mesh: Mesh | None = None,
     network: Network | None = None,
 ) -> Run:
-    """The run of a workdir at its newest intact checkpoint; parameters and config checked byte for byte.
+    """Loads a run from its workdir, at its newest intact checkpoint.
 
-    Executes nothing of the workdir's.
+    Checks the parameters and the config against the checkpoint's manifest. Executes no code of the workdir.
 
     Args:
-        workdir: A folder that training made.
-        step: Another checkpoint's step; "best" is the one at which train.keep_best was least (see train.eval_every).
-        weights: "ema", or "raw" for the parameters as the optimizer left them.
+        workdir: The folder of a run.
+        step: The step of another checkpoint; "best" is the one at which train.keep_best was least (see train.eval_every).
+        weights: "ema", or "raw" for the parameters of the optimizer.
         unverified: Skip the check.
-        mesh: Where the parameters go; default all devices.
-        network: The network of one's own that was trained, if it is not the U-Net of the config.
+        mesh: The devices of the parameters; default all devices.
+        network: Your own network, if the run was trained with one.
 
     Returns:
         The `Run`.
 
     Raises:
-        UsageError: Where there is no such run, checkpoint or kind of weights.
+        UsageError: If the run, the checkpoint or the kind of weights does not exist.
 
     Example:
         >>> from ddpm_jax import load_run
