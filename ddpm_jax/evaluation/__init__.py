@@ -1,1 +1,1 @@
-"""Judging samples."""
+"""Evaluation of a run: metrics, figures and the report."""

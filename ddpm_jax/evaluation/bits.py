@@ -1,8 +1,8 @@
-"""Bits/dim of a set of images with all their parts, and the rate-distortion table of section 4.3 (Figure 5).
+"""Bits/dim of a set of images, its parts, and the rate-distortion table of section 4.3 (Figure 5).
 
-The decoder's term and L_T are computed for every image. The T - 1 terms between are cut into strata of neighbouring t, and each
-image is given one t drawn from each stratum, weighted by the stratum's size: an unbiased estimate for any number of strata,
-and the whole bound where each stratum is a single t.
+L_0 and L_T are computed for every image. The T - 1 terms between them are divided into strata of neighbouring t. Each image
+draws one t from each stratum, weighted by the stratum's size. The estimate is unbiased for any number of strata, and it is the
+exact bound if each stratum is a single t.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from ddpm_jax.training.experiment import Experiment
 
 
 def bound_key(seed: int) -> Key[Array, ""]:
-    """The key that a seed's bounds are drawn with, its BOUND stream. Image i draws x_t from k = t, and its times from k = T."""
+    """The key of a seed's bounds: its BOUND stream. Image i draws x_t from k = t, and its times from k = T."""
     return rng.stream(rng.root_key(seed), Purpose.BOUND)
 
 
 def strata(T: int, terms: int) -> Int[np.ndarray, " S1"]:
-    """Edges, from 1 to T, of `terms` strata of the times 1 .. T-1, sizes differing by at most one.
+    """Edges, from 1 to T, of `terms` strata of the times 1 .. T-1, whose sizes differ by at most one.
 
     Raises UsageError unless 1 <= terms <= T - 1.
     """
@@ -40,7 +40,7 @@ def strata(T: int, terms: int) -> Int[np.ndarray, " S1"]:
 def draw_times(
     key: Key[Array, ""], indices: Int[Array, " B"], edges: Int[np.ndarray, " S1"], T: int
 ) -> Int[Array, "B S1"]:
-    """The times at which each image's terms are computed: 0, the decoder's, and one of each stratum."""
+    """The times at which each image's terms are computed: 0, and one of each stratum."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rng.image_keys(key, indices), T)
     low, high = jnp.asarray(edges[:-1], jnp.int32), jnp.asarray(edges[1:], jnp.int32)
     drawn = jax.vmap(lambda key: jax.random.randint(key, low.shape, low, high))(keys)
@@ -48,8 +48,9 @@ def draw_times(
 
 
 class Drawn(NamedTuple):
-    """What is computed of each of N images, float32: L_T, and at t = 0 and one t of each stratum L_t and the squared error
-    of x_0, in bits/dim and squared pixels of [-1, 1].
+    """Terms of N images, float32: L_T, and at t = 0 and one t of each stratum L_t and the squared error of x_0.
+
+    L_T and L_t are in bits/dim, the squared error in squared pixels of [-1, 1].
     """
 
     L_T: np.ndarray  # (N,)
@@ -58,16 +59,16 @@ class Drawn(NamedTuple):
 
 
 def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
-    """Compiles (params, key, images, indices) -> `Drawn`'s arrays by name: terms of the bound of each image.
+    """Compiles (params, key, images, indices) -> the arrays of `Drawn` by name: terms of the bound of each image.
 
     Args:
-        experiment: Whose network and process.
-        mesh: The devices that the work is split over.
-        edges: Of the strata of t that each image is given a time from (`strata`).
+        experiment: The experiment of the parameters.
+        mesh: The devices that the batch is split over.
+        edges: Edges of the strata of t (`strata`).
 
     Returns:
         The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to arrays
-        that every device has whole. What is drawn for an image depends on (key, its index) alone.
+        replicated on every device. An image's draws depend on (key, its index) alone.
     """
     process = experiment.process
 
@@ -83,17 +84,17 @@ def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]
 
 
 def mean_and_error(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:
-    """The mean over images and its standard error, which a single image has not."""
+    """The mean over images and its standard error; None for a single image."""
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {"value": float(values.mean()), "standard_error": error}
 
 
 def summarize_bound(drawn: Drawn, edges: Int[np.ndarray, " S1"]) -> dict[str, Any]:
-    """Bits/dim over the images and every part of it; total = L_T + rate + L_0, image by image.
+    """Bits/dim of the images and its parts: total = L_T + rate + L_0 for each image.
 
-    Each part has its mean and standard error over images, which counts the draws of t and x_t in. `L_t` lists the strata from
-    t = 1 up: its first and last t, and the mean of L_t over them; `rate` is the sum of all of these (section 4.3 counts L_T in).
-    Raises UsageError where a term is not finite.
+    Each number has its standard error over images, which includes the draws of t and x_t. `L_t` lists the strata from t = 1 up:
+    the first and last t, and the mean of L_t. `rate` sums L_t over t >= 1 (section 4.3 adds L_T). Raises UsageError if a term is
+    not finite.
     """
     L_T, bits, sizes = drawn.L_T.astype(np.float64), drawn.bits.astype(np.float64), np.diff(edges)
     rate = bits[:, 1:] @ sizes
@@ -115,16 +116,16 @@ def summarize_bound(drawn: Drawn, edges: Int[np.ndarray, " S1"]) -> dict[str, An
 
 
 def rate_distortion(drawn: Drawn, edges: Int[np.ndarray, " S1"]) -> list[dict[str, float]]:
-    """The progressive code's rate and distortion after each part of it, from the first bits to the last (section 4.3).
+    """The rate and distortion of the progressive code (section 4.3), from t = T - 1 down to 0.
 
-    Knowing x_t has cost rate = L_T and all L_s of s > t, in bits/dim; the x_0 predicted from it is off by distortion, a root
-    mean square over images and pixels on the scale 0..255. One row for each stratum (the rate is that of its last t, which the
-    row names, the distortion that of a t drawn from it), and for t = 0, where all but the decoder's L_0 is paid.
+    The rate of x_t is L_T plus L_s for all s > t, in bits/dim. The distortion is the root mean squared error of the x_0
+    predicted from x_t, over images and pixels, on the scale 0..255. Each stratum gives one row: t and the rate are those of its
+    last t, and the distortion is that of a t drawn from it. The last row is t = 0, without L_0.
     """
     sizes, mean_bits = np.diff(edges), drawn.bits.astype(np.float64).mean(axis=0)
     rmse = 127.5 * np.sqrt(drawn.mse.astype(np.float64).mean(axis=0))
     cost = sizes * mean_bits[1:]
-    before = drawn.L_T.astype(np.float64).mean() + np.cumsum(cost[::-1])[::-1] - cost  # of strata beyond
+    before = drawn.L_T.astype(np.float64).mean() + np.cumsum(cost[::-1])[::-1] - cost  # of the noisier strata
     rows = [
         {"t": int(end) - 1, "rate": float(rate), "distortion": float(error)}
         for end, rate, error in zip(edges[1:], before, rmse[1:], strict=True)
@@ -133,7 +134,7 @@ def rate_distortion(drawn: Drawn, edges: Int[np.ndarray, " S1"]) -> list[dict[st
 
 
 def progressive_table(rows: list[dict[str, float]], T: int) -> list[dict[str, float]]:
-    """The rows nearest to tenths of the reverse process, as the paper's appendix has them: reverse time T - t = T/10, ..., T."""
+    """The rows nearest to reverse time T - t = T/10, 2T/10, ..., T, as in the paper's appendix."""
     wanted = (T - T * k / 10 for k in range(1, 11))
     chosen = {row["t"]: row for t in wanted for row in [min(rows, key=lambda row: abs(row["t"] - t))]}
     return [{"reverse_time": T - t, **row} for t, row in chosen.items()]

@@ -1,11 +1,11 @@
-"""How good generated digits are, by numbers that need no network: python -m ddpm_jax.evaluation.digits images.npz
+"""Scores of generated digits that need no neural network: python -m ddpm_jax.evaluation.digits images.npz
 
-confidence: a calibrated support vector classifier, fitted on half of the real digits, is this sure of its class of each image
-on average; about 0.92 of the other half. It says little alone: it is 0.88 sure of uniform noise.
-precision: the share of images that lie nearer to a digit of one half of the real ones than its third neighbour in that half
-does (Kynkäänniemi et al. 2019, on pixels); about 0.91 of the other half, 0.22 of a Gaussian fitted to the pixels.
-distance: the Fréchet distance of raw pixels (in [-1, 1]) between 512 samples and 512 real digits, beside the mean distance
-between disjoint 512-subsets of the real ones.
+confidence: the mean confidence of a calibrated support vector classifier fitted on half of the real digits. The other half
+scores about 0.92, and uniform noise 0.88, so it says little alone.
+precision: the share of images inside the k-nearest-neighbour balls of half of the real digits (Kynkäänniemi et al. 2019, on
+pixels, k = 3). The other half scores about 0.91, and a Gaussian fitted to the pixels 0.22.
+distance: the Fréchet distance of pixels in [-1, 1] between 512 samples and 512 real digits, compared with the mean distance
+between disjoint 512-subsets of the real digits.
 """
 
 import sys
@@ -25,7 +25,7 @@ MAX_DISTANCE = 2.0
 
 
 def confidence(images: UInt8[np.ndarray, "N 8 8 1"]) -> tuple[float, np.ndarray]:
-    """The classifier's mean confidence in its own class, and how many images it puts in each of the ten."""
+    """The classifier's mean confidence, and the number of images of each predicted class."""
     data = load_digits()
     half = np.random.default_rng(0).permutation(len(data.data))[: len(data.data) // 2]
     classifier = CalibratedClassifierCV(SVC(), ensemble=False).fit(_pixels(data.data[half], 16), data.target[half])
@@ -34,7 +34,7 @@ def confidence(images: UInt8[np.ndarray, "N 8 8 1"]) -> tuple[float, np.ndarray]
 
 
 def precision(images: UInt8[np.ndarray, "N 8 8 1"], *, neighbour: int = 3) -> float:
-    """The share of images inside the union of balls around one half of the real digits, each as wide as its k-th neighbour."""
+    """The share of images inside the balls around half of the real digits; a ball's radius is the k-th neighbour's distance."""
     real = _pixels(load_digits().data, 16)
     half = real[np.random.default_rng(0).permutation(len(real))[: len(real) // 2]]
     radii = np.sort(cdist(half, half), axis=1)[:, neighbour]
@@ -42,7 +42,7 @@ def precision(images: UInt8[np.ndarray, "N 8 8 1"], *, neighbour: int = 3) -> fl
 
 
 def relative_distance(images: UInt8[np.ndarray, "512 8 8 1"], *, repeats: int = 20) -> tuple[float, float]:
-    """(Fréchet distance of 512 samples to 512 real digits, that between disjoint 512-subsets of the real ones), means."""
+    """Mean Fréchet distances: 512 samples to 512 real digits, and between disjoint 512-subsets of the real digits."""
     real = _pixels(load_digits().data, 16)
     generator = np.random.default_rng(0)
     samples, to_real, among_real = statistics(_pixels(images, 255)), [], []
@@ -59,7 +59,7 @@ def _pixels(images: np.ndarray, largest: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints the numbers of an .npz of at least 512 images; exit code 1 if the digits are not good enough."""
+    """Prints the scores of an .npz of at least 512 images; exit code 1 if one misses its threshold."""
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
         images = arrays["images"][:512]
     sure, classes = confidence(images)

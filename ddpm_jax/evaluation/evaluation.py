@@ -1,10 +1,9 @@
-"""What the metrics are made of: samples, features, losses and bounds of a network's parameters, and all that defines them.
+"""What the metrics are computed from: samples, features, losses and bounds, and the definition of each.
 
-    WORKDIR/evaluation/parts/     images, features and bounds, a part at a time, so that a killed evaluation continues; may be
-                                  deleted
+    WORKDIR/evaluation/parts/     images, features and bounds, part by part, so that a killed evaluation resumes; may be deleted
 
-`Programs` are compiled once for an experiment; an `Evaluation` is of one set of parameters. Its methods compute what they give
-when it is first asked for. Of several processes all must ask.
+`Programs` are compiled once for an experiment. An `Evaluation` belongs to one set of parameters; its methods compute a result at
+their first call and keep it. All processes must call them.
 """
 
 import contextlib
@@ -46,12 +45,12 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 
 EVALUATION = "evaluation"
-MOST_IMAGES = 50_000  # what papers take their FID of
+MOST_IMAGES = 50_000  # the number that papers use for FID
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is computed of a run, and of how much."""
+    """How much is computed, and from which images."""
 
     num_images: int = 0
     """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
@@ -72,9 +71,9 @@ class Options:
 
 
 class Programs:
-    """What evaluations of an experiment compute, compiled when it is first called: for any parameters of its network.
+    """The compiled programs of evaluation, for any parameters of an experiment.
 
-    terms: of the bound, between the prior's and the decoder's, that each image is given; 0: all.
+    terms: terms of the bound between L_T and L_0 that are computed for each image; 0: all.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh, sampler: SamplerOptions | None = None, *, terms: int = 0):
@@ -88,16 +87,16 @@ class Programs:
 
 
 class Evaluation:
-    """Parameters, real images, and what can be computed of both.
+    """Everything that metrics need of a network's parameters and of real images.
 
     Args:
-        programs: Of the experiment that the parameters are of.
+        programs: The programs of the parameters' experiment.
         params: The network's parameters.
         source: The real images.
-        features: What images are compared by.
+        features: The feature function.
         options: How much is computed.
-        model: What tells these parameters from others, for the results.
-        folder: Where parts are kept, so that a killed evaluation continues; None: nowhere.
+        model: The identity of the parameters, recorded in results.
+        folder: Where parts are kept; None: nowhere.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class Evaluation:
         options: Options,
         sampler: SamplerOptions | None = None,
     ) -> "Evaluation":
-        """The evaluation of a run, kept in its workdir. Raises UsageError for options that cannot be used."""
+        """The evaluation of a run, with its parts in the workdir. Raises UsageError for invalid options."""
         check_options(options)
         programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms)
         data = run.config.data
@@ -153,7 +152,7 @@ class Evaluation:
             if count > LAST_IMAGE:
                 raise UsageError(f"{what} goes beyond image {LAST_IMAGE}; {remedy}")
             image = int(np.prod(self.source.images.shape[1:]))
-            # Of a function of a user's own no more is known than that it gives numbers.
+            # The number of features is known for pixels only; any function gives at least one.
             number = {PIXELS.name: image}.get(self.features.name, 1)
             check_memory(4 * number * count, f"{what} (their features)", remedy)
             there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
@@ -166,9 +165,9 @@ class Evaluation:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds WORKDIR/evaluation while the block runs, swept of what killed processes left.
+        """Locks WORKDIR/evaluation while the block runs, and removes temporary files that killed processes left.
 
-        Raises UsageError where another command holds it, or it cannot be written.
+        Raises UsageError if another command holds the lock, or the folder cannot be written.
         """
         folder = self._place()
         with contextlib.ExitStack() as held:
@@ -184,22 +183,22 @@ class Evaluation:
             sharding.first_decides(enter)
             yield
 
-    # ---- What defines the numbers
+    # ---- Provenance
 
     def sampling(self) -> dict[str, Any]:
-        """What defines the samples but for their number."""
+        """The definition of the samples, without their number."""
         sampler, process = self.programs.sampler, self.experiment.process
         steps = sampler.steps or (process.schedule.T,)
         drawn = {**dataclasses.asdict(sampler), "steps": steps[0] if len(steps) == 1 else list(steps)}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
 
     def reference(self) -> dict[str, Any]:
-        """What defines the real images."""
+        """The definition of the real images."""
         name = self.options.source or self.experiment.config.data.source
         return {"source": name, "identity": self.source.identity, "images": self.num_real}
 
     def definition(self, *parts: str) -> dict[str, Any]:
-        """What defines a result that is made of these: sampling, features, reference, statistics, bound, losses."""
+        """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses."""
         drawn = {**self.model, "seed": self.options.seed, "T": self.experiment.process.schedule.T}
         values: dict[str, Callable[[], Any]] = {
             "sampling": lambda: {**self.sampling(), "images": self.num_images},
@@ -212,14 +211,14 @@ class Evaluation:
         return {**{name: values[name]() for name in parts}, "batch_size": self.batch_size, "software": self.software}
 
     def _statistics(self) -> dict[str, Any]:
-        """What defines the real images' statistics."""
+        """The definition of the real images' statistics."""
         if not self.options.statistics:
             return self.reference()
         content = sharding.first_reads(epath.Path(self.options.statistics))
-        assert content is not None  # the statistics were read from it
+        assert content is not None  # `_read_statistics` has read it
         return {"statistics": self.options.statistics, "sha256": hashlib.sha256(content).hexdigest()}
 
-    # ---- What is computed, part by part
+    # ---- Computation, part by part
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._known:
@@ -258,7 +257,7 @@ class Evaluation:
         return self._once("first_samples", lambda: self._samples().get(range(count))["images"][:64])
 
     def real(self) -> Arrays:
-        """The features of the real images, kept in the machine's cache by the data's fingerprint."""
+        """The features of the real images (`real_features`)."""
         parts = self._real_features()
         return self._once("real", lambda: parts.all(self.num_real, self.batch_size, title="real images"))
 
@@ -266,11 +265,11 @@ class Evaluation:
         return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh)
 
     def read(self, part: range) -> np.ndarray:
-        """Some real images, uint8 (n, H, W, C)."""
+        """A range of the real images, uint8 (n, H, W, C)."""
         return self.source.read(np.arange(part.start, part.stop))
 
     def real_statistics(self) -> Statistics:
-        """Mean and covariance of the real images' features: from --statistics, or computed once and kept in the cache."""
+        """Mean and covariance of the real images' features: from --statistics, or computed once and cached."""
         return self._once("real_statistics", self._read_statistics)
 
     def _read_statistics(self) -> Statistics:
@@ -296,7 +295,7 @@ class Evaluation:
         return self._once("losses", lambda: parts.all(self.num_real, self.batch_size, title="losses")["losses"])
 
     def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str) -> Parts:
-        """What a compiled program gives of the real images, a part at a time."""
+        """The results of a compiled program on the real images, part by part."""
         key = bits.bound_key(self.options.seed)
 
         def compute(part: range) -> Arrays:
@@ -309,7 +308,7 @@ class Evaluation:
 
 
 def check_options(options: Options) -> None:
-    """Raises UsageError for numbers that are too small, or a seed that is none."""
+    """Raises UsageError for numbers that are too small, or an invalid seed."""
     for name, low in (("num_images", 0), ("num_real", 0), ("terms", 0), ("bootstrap", 0), ("batch_size", 1)):
         if getattr(options, name) < low:
             shown = name.replace("_", "-")
@@ -320,7 +319,7 @@ def check_options(options: Options) -> None:
 
 
 def software(mesh: Mesh) -> dict[str, str]:
-    """The versions and devices that numbers were computed with."""
+    """The versions of the software, and the devices."""
     names = ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
     return {
         "python": platform.python_version(),
@@ -330,10 +329,10 @@ def software(mesh: Mesh) -> dict[str, str]:
 
 
 def real_features(source: Source, features: Features, *, batch_size: int, mesh: Mesh) -> Parts:
-    """The features of a source's images, kept in the machine's cache by the data's fingerprint."""
+    """The features of a source's images, cached on this machine by the data set's fingerprint."""
     definition = {
         "identity": source.identity,
-        "image_shape": list(source.images.shape[1:]),  # one folder gives images of many sizes
+        "image_shape": list(source.images.shape[1:]),  # a folder can be read at many sizes
         "features": features.name,
         "batch_size": batch_size,
         "software": software(mesh),
@@ -346,7 +345,7 @@ def real_features(source: Source, features: Features, *, batch_size: int, mesh: 
 
 
 def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:
-    """Mean and covariance of the first `count` images' features, computed once and kept beside them."""
+    """Mean and covariance of the features of the first `count` images, computed once and cached beside them."""
     assert features.folder is not None  # `real_features` gives one
     path = features.folder / f"statistics-{count}.npz"
     kept = load_arrays(path)
@@ -359,7 +358,7 @@ def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Stati
 
 
 def weights_checksum(params: Any) -> str:
-    """SHA-256 of parameters: names, shapes and values."""
+    """SHA-256 of the parameters' names, shapes and values."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
@@ -368,7 +367,7 @@ def weights_checksum(params: Any) -> str:
 
 
 def read_statistics(path: epath.Path) -> Statistics:
-    """mu and sigma of an .npz file, as published for data sets. Raises UsageError for any other file."""
+    """Reads mu and sigma from an .npz file, as published for data sets. Raises UsageError for any other file."""
     content = sharding.first_reads(path) if sharding.first_decides(lambda: is_regular(path)) else None
     try:
         arrays = parse_arrays(path, content or b"")

@@ -1,7 +1,7 @@
-"""What a run looks at while it trains: a grid of samples, and held-out losses, bits/dim and FID by the metrics of evaluate.py.
+"""Evaluations during training: a grid of samples, and losses, bits/dim and FID by the metrics of evaluate.py.
 
-Always of the EMA parameters, and with the same draws each time, so that two evaluations differ by the parameters alone. A new
-evaluator is a class with `name`, `every` and a call, and a line in `EVALUATORS`.
+They use the EMA parameters and the same draws each time, so two evaluations differ by the parameters alone. To add an evaluator,
+write a class with `name`, `every` and `__call__`, and add it to `EVALUATORS`.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from ddpm_jax.generation.generator import generate_batches, sample_key
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.loop import Evaluator, Findings
 
-TERMS = 16  # of the bound between L_T and L_0, for each held-out image
+TERMS = 16  # terms of the bound between L_T and L_0 for each held-out image
 
 
 def open_held_out(experiment: Experiment) -> Source:
-    """train.eval_images of the images of train.eval_source, made as the training images are.
+    """train.eval_images images of train.eval_source, decoded like the training images.
 
-    Raises UsageError if they, or two, cannot be had.
+    Raises UsageError if the source cannot be read, or has fewer than two images.
     """
     config = experiment.config
     source = open_source(dataclasses.replace(config.data, source=config.train.eval_source))
@@ -41,13 +41,13 @@ def open_held_out(experiment: Experiment) -> Source:
 
 
 def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
-    """At most `count` images of a source, at equal distances: a source may be sorted by class."""
+    """At most `count` images of a source, equally spaced, since a source may be sorted by class."""
     count = min(count, len(source))
     return source.read(np.arange(count) * len(source) // count)
 
 
 class SampleGrid:
-    """The first train.num_samples images of the run's seed."""
+    """Draws the first train.num_samples images of the run's seed."""
 
     name = "samples"
 
@@ -71,12 +71,15 @@ class SampleGrid:
 
 
 class HeldOut:
-    """Losses and bits/dim of held-out images, and the FID of a few samples to the training images.
+    """Computes losses and bits/dim of held-out images, and the FID of train.eval_samples samples to the training images.
 
-    eval_loss and eval_loss_quarter_1 .. 4 (from small t to large): the training loss; eval_bits_per_dim and its standard error
-    over the images: an unbiased estimate of the bound from 16 terms between L_T and L_0; eval_fid, if train.eval_samples;
-    eval_of: a text that is equal for evaluations of the same images, samples and features, whose numbers can be compared.
-    Raises UsageError if the Inception weights are needed and not there.
+    eval_loss, eval_loss_quarter_1 .. 4 (from small t to large): the training loss.
+    eval_bits_per_dim, eval_bits_per_dim_error: an unbiased estimate of the bound from 16 terms between L_T and L_0, and its
+    standard error over the images.
+    eval_fid: if train.eval_samples is not 0.
+    eval_of: a fingerprint of images, samples and features; numbers with equal ones can be compared.
+
+    Raises UsageError if the Inception weights are needed but missing.
     """
 
     name = "eval_loss"
@@ -89,11 +92,11 @@ class HeldOut:
         if options.eval_samples and options.eval_features == "inception":
             size = sharding.round_up(
                 Options().batch_size, programs.mesh
-            )  # as evaluate.py, which finds the same features
+            )  # evaluate.py's batch size, so that both share the cached features
             self._features = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
 
     def __call__(self, params: Any) -> Findings:
-        """The numbers."""
+        """The numbers, by the names above."""
         config = self._programs.experiment.config
         options = Options(seed=config.seed, batch_size=config.train.batch_size, bootstrap=0)
         held_out = self._evaluation(params, self._held_out, options)
@@ -111,7 +114,7 @@ class HeldOut:
 
 
 def eval_of(config: Config, source: Source, held_out: Source) -> str:
-    """A text that is equal for evaluations of the same images, samples and features."""
+    """A fingerprint of the images, samples and features of an evaluation."""
     options = config.train
     of_samples = [source.identity, options.eval_samples, options.eval_features] if options.eval_samples else []
     return digest([held_out.identity, min(options.eval_images, len(held_out)), *of_samples])[:8]
@@ -124,19 +127,19 @@ EVALUATORS: dict[str, Callable[[Programs, Source, Source | None], Evaluator | No
 
 
 def make_evaluators(experiment: Experiment, mesh: Mesh, source: Source, held_out: Source | None) -> list[Evaluator]:
-    """What a run looks at, in the order of `EVALUATORS`.
+    """The evaluators of a run, in the order of `EVALUATORS`.
 
     Args:
         experiment: What is trained.
-        mesh: What its state lies on.
+        mesh: The devices of its state.
         source: The training images.
-        held_out: The held-out images; None for no evaluation of them.
+        held_out: The held-out images; None: no evaluation on them.
 
     Returns:
         The evaluators, each with its own interval.
 
     Raises:
-        UsageError: If the Inception weights are needed and not there.
+        UsageError: If the Inception weights are needed but missing.
     """
     terms = min(TERMS, experiment.process.schedule.T - 1)
     programs = Programs(experiment, mesh, terms=terms)

@@ -1,4 +1,4 @@
-"""What images are compared by: a named function from uint8 images to feature vectors."""
+"""Feature functions: from uint8 images to feature vectors."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from ddpm_jax import sharding
 
 
 class Features(NamedTuple):
-    """A feature function, any: uint8 images (B, H, W, C) -> {"features": (B, D)}, and "logits" (B, K) if it classifies.
+    """A feature function: uint8 images (B, H, W, C) -> {"features": (B, D)}, and "logits" (B, K) if it classifies.
 
-    name: tells it from every other function, weights and all; results and cached features are kept by it.
+    name: identifies the function with its weights. Results record it, and cached features are keyed by it.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Features(NamedTuple):
 
 
 def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:
-    """The pixels themselves, x / 127.5 - 1, float32 (B, H W C)."""
+    """The pixels as features: x / 127.5 - 1, float32 (B, H W C)."""
     return {"features": images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1.0}
 
 
@@ -30,9 +30,9 @@ PIXELS = Features("pixels", flat_pixels)
 
 
 def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, batch_size: int) -> Callable:
-    """Compiles compute(constants, uint8 images) for a mesh: images split over its devices, in batches padded to one size.
+    """Compiles compute(constants, uint8 images) for a mesh. Batches are padded to one size and split over the devices.
 
-    Of several processes all must call it, with the same images, and each is given the whole result.
+    All processes must call the result with the same images, and each gets all features.
     """
     size = -(-batch_size // mesh.devices.size) * mesh.devices.size
 

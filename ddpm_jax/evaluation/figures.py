@@ -1,9 +1,9 @@
-"""The paper's figures, of a run: pictures as grids of images, curves by matplotlib.
+"""The paper's figures for a run: grids of images, and curves by matplotlib.
 
 samples          a grid of samples                                              (Figures 1, 11-14)
 progressive      the x_0 predicted along the reverse process                    (Figure 6)
 shared_latents   samples that share x_t with the first one, for several t       (Figure 7)
-interpolation    between two real images, mixed at several t                    (Figure 8)
+interpolation    between two real images, at several t                          (Figure 8)
 nearest          samples and the real images nearest to them                    (Figure 15)
 """
 
@@ -46,22 +46,22 @@ def chain_of(run: Run, *, seed: int) -> Chain:
 
 
 def progressive(chain: Chain, *, frames: int = 10) -> UInt8[np.ndarray, "N H W C"]:
-    """The x_0 predicted along the process, a row of `frames` for each of the first images."""
+    """The x_0 predicted along the reverse process, a row of `frames` for each image."""
     seen = latents.progressive_generation(chain, jnp.arange(COLUMNS), count=frames)
     return np.asarray(to_uint8(seen.x_0)).swapaxes(0, 1).reshape(-1, *chain.image_shape)
 
 
 def shared(chain: Chain) -> UInt8[np.ndarray, "N H W C"]:
-    """Samples from one x_t, a row for each of t = T, 3T/4, T/2, T/4: what x_t decides, and what is left open."""
+    """Samples that share one x_t, a row for each of t = T, 3T/4, T/2, T/4."""
     T = len(chain.sampler)
     rows = [latents.shared_latents(chain, 0, t=T - 1 - T * i // 4, count=COLUMNS) for i in range(4)]
     return np.asarray(to_uint8(jnp.concatenate(rows)))
 
 
 def interpolation(chain: Chain, schedule: Schedule, real: UInt8[np.ndarray, "2 H W C"]) -> UInt8[np.ndarray, "N H W C"]:
-    """Between two real images: both noised to x_t, mixed, and taken back, a row for each of t = T/8, T/4, T/2, 3T/4, T.
+    """Interpolations between two real images in x_t, a row for each of t = T/8, T/4, T/2, 3T/4, T.
 
-    First and last in each row are the images themselves; the noise is the same for every mixture.
+    Each row starts and ends with the images themselves. All interpolations share the same noise.
     """
     T, (one, other) = schedule.T, from_uint8(real)[:, None]
     fractions, rows = np.linspace(0, 1, COLUMNS - 2).tolist(), []
@@ -75,7 +75,7 @@ def interpolation(chain: Chain, schedule: Schedule, real: UInt8[np.ndarray, "2 H
 def nearest_grid(
     samples: UInt8[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
 ) -> UInt8[np.ndarray, "N H W C"]:
-    """A row for each sample: itself, then the real images nearest to it."""
+    """A row for each sample: the sample, then its nearest real images."""
     images: list[np.ndarray] = []
     for sample, near in zip(samples, places, strict=False):
         images += [sample[None], real(np.asarray(near))]
@@ -83,10 +83,9 @@ def nearest_grid(
 
 
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
-    """Draws the figures of pictures into a folder, each as a PNG named by the step.
+    """Draws the figures into a folder, each as a PNG named by the step. All processes compute; process 0 writes.
 
-    results: of the metrics computed now; the nearest real images are those of `nearest` among them. Of several processes all
-    compute, and the first one writes.
+    results: of the metrics; its `nearest` gives the nearest real images.
     """
     samples = evaluation.first_samples()
     chain, schedule = chain_of(run, seed=evaluation.options.seed), run.experiment.process.schedule
@@ -120,7 +119,7 @@ def curves(
     marks: bool = False,
     log: bool = False,
 ) -> bytes:
-    """Lines by name, (x, y) each, as an SVG picture's content."""
+    """Plots lines, (x, y) by name, as the content of an SVG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Inception-v3 as the Fréchet Inception distance uses it: Google's graph of 2015-12-05, 1008 outputs; its preprocessing."""
+"""Inception-v3 for the Fréchet Inception distance: Google's graph of 2015-12-05 with 1008 outputs, and its preprocessing."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIZE = 299
 
 
 class Convolution(nn.Module):
-    """A convolution with bias (in which the batch normalisation is folded) and ReLU."""
+    """A convolution with bias and ReLU; the batch normalisation is folded in."""
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -41,12 +41,12 @@ def _max_pool(x: Array, *, stride: int, padding: str) -> Array:
 
 
 def _average_pool(x: Array) -> Array:
-    # TensorFlow's: what is padded is not counted.
+    # TensorFlow does not count the padding.
     return nn.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
 
 
 class Mixed(nn.Module):
-    """Branches over the same input, concatenated: each a name prefix and convolutions, after a pooling or not."""
+    """Concatenates the outputs of several branches over one input."""
 
     branches: Callable[[Callable, Array], list[Array]]
 
@@ -114,8 +114,8 @@ def _mixed_7(pool: Callable[[Array], Array]):
 class InceptionV3(nn.Module):
     """Features (B, 2048) and logits (B, 1008) of images (B, 299, 299, 3) in [-1, 1], float32.
 
-    The logits have no bias, as the Inception score was defined on them. The last block's pooling is a maximum, as in the
-    2015 graph, not the average of later ones.
+    The logits have no bias, as in the definition of the Inception score. The last block uses max pooling, as the 2015 graph
+    does; later versions use average pooling.
     """
 
     @nn.compact
@@ -147,10 +147,10 @@ class InceptionV3(nn.Module):
 
 
 def resize_matrix(size: int, preprocessing: Preprocessing) -> Float[np.ndarray, "299 size"]:
-    """Bilinear interpolation of `size` pixels to 299 as a matrix, float32; two neighbours each, no antialiasing.
+    """The matrix of bilinear interpolation from `size` pixels to 299, float32, without antialiasing.
 
-    tensorflow: output i lies at i * size / 299 (TensorFlow 1's, pixels' corners aligned at the first only). pytorch-fid: at
-    (i + 1/2) size / 299 - 1/2, pixels' centres aligned.
+    tensorflow: output i samples input i * size / 299, as TensorFlow 1 does. pytorch-fid: it samples (i + 1/2) size / 299 - 1/2,
+    which aligns the pixels' centres.
     """
     places = np.arange(SIZE) * (size / SIZE)
     if preprocessing == "pytorch-fid":
@@ -164,10 +164,10 @@ def resize_matrix(size: int, preprocessing: Preprocessing) -> Float[np.ndarray, 
 
 
 def preprocess(images: UInt8[Array, "B H W C"], preprocessing: Preprocessing) -> Float[Array, "B 299 299 3"]:
-    """Images as the network takes them, grey ones as three equal channels.
+    """Images resized and scaled for the network; a grey channel is repeated.
 
-    tensorflow: resized as TensorFlow 1 does, then (x - 128) / 128 (the original FID, torch-fidelity). pytorch-fid: resized
-    about the pixels' centres, then x / 127.5 - 1.
+    tensorflow: resized as TensorFlow 1 does, then (x - 128) / 128 (the original FID, torch-fidelity). pytorch-fid: resized with
+    aligned centres, then x / 127.5 - 1.
     """
     x = jnp.asarray(images, jnp.float32)
     down, across = (jnp.asarray(resize_matrix(size, preprocessing)) for size in x.shape[1:3])

@@ -1,4 +1,4 @@
-"""The weights of Inception-v3: converted once from pytorch-fid's and torch-fidelity's file into the cache, and its features.
+"""The weights of Inception-v3, converted once from the file of pytorch-fid or torch-fidelity into the cache.
 
 Each batch normalisation is folded into its convolution.
 """
@@ -22,9 +22,9 @@ from ddpm_jax.evaluation.features import Features, on_devices
 from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
 from ddpm_jax.files import whole
 
-INCEPTION = "inception-2015-12-05"  # what the features' name starts with
+INCEPTION = "inception-2015-12-05"  # the start of the features' name
 SOURCE = "pt_inception-2015-12-05-6726825d.pth"
-SOURCE_SHA256 = "6726825d"  # its first digits, which the file's name ends with
+SOURCE_SHA256 = "6726825d"  # its first digits, as in the file's name
 BN_EPSILON = 1e-3
 HOW_TO_GET = (
     f"download {SOURCE} from the releases of pytorch-fid (or torch-fidelity's file of that date) and convert it with "
@@ -33,7 +33,7 @@ HOW_TO_GET = (
 
 
 def inception_path() -> epath.Path:
-    """Where the converted weights lie."""
+    """The path of the converted weights."""
     return epath.Path(cache_folder()) / f"{INCEPTION}.safetensors"
 
 
@@ -52,9 +52,9 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def fold(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This network's parameters from PyTorch's state: OIHW kernels to HWIO, batch normalisation folded in, no last bias.
+    """Converts PyTorch's state: OIHW kernels to HWIO, batch normalisation folded in, no last bias.
 
-    Raises UsageError naming a tensor that is missing or of another shape.
+    Raises UsageError if a tensor is missing or has another shape.
     """
     folded = {}
     for name, shape in _shapes().items():
@@ -86,7 +86,7 @@ def convert_inception(
 ) -> epath.Path:
     """Converts the public PyTorch weights into a safetensors file, by default in the cache, and returns its path.
 
-    sha256: what the file's SHA-256 must start with. Executes nothing of the file's. Raises UsageError for any other file.
+    sha256: the required start of the file's SHA-256. Executes no code of the file. Raises UsageError for any other file.
     """
     from safetensors.numpy import save
 
@@ -102,7 +102,7 @@ def convert_inception(
         tensors = fold({name: np.asarray(tensor) for name, tensor in state.items()})
     except UsageError:
         raise
-    except Exception as error:  # torch raises almost anything at a file that is not its own
+    except Exception as error:  # a damaged file can raise any error
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be read as PyTorch weights ({reason}); {HOW_TO_GET}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,9 @@ def convert_inception(
 
 
 def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
-    """The network's parameters and their checksum, on all processes as the first one finds them.
+    """Reads the network's parameters and their checksum on process 0, and broadcasts them.
 
-    Raises UsageError if they are not there or not what was converted.
+    Raises UsageError if they are missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -129,7 +129,7 @@ def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
         )
     try:
         tensors = load(content)
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:  # the others of kinds that NumPy has not
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:  # the latter three: types that NumPy lacks
         raise UsageError(f"{path} cannot be read as safetensors ({error}); {HOW_TO_GET}") from None
     wrong = {n: s for n, s in _shapes().items() if n not in tensors or tensors[n].shape != s}
     if wrong:
@@ -146,7 +146,7 @@ def load_inception(path: epath.PathLike | None = None) -> tuple[Any, str]:
 def inception_features(
     mesh: Mesh, *, preprocessing: Preprocessing = "tensorflow", path: epath.PathLike | None = None, batch_size: int = 64
 ) -> Features:
-    """Inception's features and logits of uint8 images of any size, computed on a mesh. Raises UsageError without weights."""
+    """Inception's features and logits for uint8 images of any size. Raises UsageError if the weights are missing."""
     if preprocessing not in get_args(Preprocessing):
         raise UsageError(f"got preprocessing {preprocessing!r}, expected one of {', '.join(get_args(Preprocessing))}")
     params, checksum = load_inception(path)

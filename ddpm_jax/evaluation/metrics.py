@@ -1,7 +1,6 @@
-"""The metrics of a run, each a function of an `Evaluation`, and the files that they are written to.
+"""The metrics of a run, each a function of an `Evaluation`, and the files of their results.
 
-WORKDIR/evaluation/METRIC-STEP-DIGEST.json   a result with all that defines it and, last, its own SHA-256; one file for each
-                                             definition, so that none overwrites another
+WORKDIR/evaluation/METRIC-STEP-DIGEST.json   a result, its definition and its SHA-256; each definition has its own file
 """
 
 import json
@@ -20,7 +19,7 @@ from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.files import write_text
 
 NEAREST = 8
-BLOCK_BYTES = 2**24  # of real images that are compared at a time
+BLOCK_BYTES = 2**24  # of real images compared at a time
 
 
 def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
@@ -28,7 +27,7 @@ def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
 
 
 def fid(e: Evaluation) -> dict[str, Any]:
-    """The Fréchet distance between the features of samples and of real images."""
+    """The Fréchet distance between the features of samples and real images."""
     reference, features = e.real_statistics(), e.generated()["features"]
     result: dict[str, Any] = {"value": scores.frechet_distance(scores.statistics(features), reference)}
     if e.options.bootstrap:
@@ -59,7 +58,7 @@ def inception_score(e: Evaluation) -> dict[str, Any]:
 
 
 def kid(e: Evaluation) -> dict[str, Any]:
-    """The kernel distance between the features of samples and of real images."""
+    """The kernel distance between the features of samples and real images."""
     distance = scores.kernel_distance(e.generated()["features"], e.real()["features"])
     definition = e.definition("sampling", "features", "reference")
     return _estimate(distance, "deviation_over_subsets") | {"definition": definition}
@@ -78,7 +77,7 @@ def nll(e: Evaluation) -> dict[str, Any]:
 
 
 def losses(e: Evaluation) -> dict[str, Any]:
-    """The training loss of the real images, and of each quarter of t from little noise to much."""
+    """The training loss of the real images, over all t and for each quarter of t."""
     values = e.losses().astype(np.float64)
     quarters = {f"quarter_{i}": bits.mean_and_error(values[:, i - 1]) for i in range(1, values.shape[1] + 1)}
     mean = bits.mean_and_error(values.mean(axis=1))
@@ -86,7 +85,7 @@ def losses(e: Evaluation) -> dict[str, Any]:
 
 
 def rate_distortion(e: Evaluation) -> dict[str, Any]:
-    """The rate-distortion curve, and its table at tenths of the reverse process."""
+    """The rate-distortion curve, and a table at each tenth of the reverse process."""
     rows = bits.rate_distortion(e.drawn(), e.edges)
     return {
         "rate": rows[-1]["rate"],
@@ -99,7 +98,7 @@ def rate_distortion(e: Evaluation) -> dict[str, Any]:
 
 
 def nearest(e: Evaluation) -> dict[str, Any]:
-    """The real images nearest to each of the first samples, by pixels and by features: whether they were learned by heart."""
+    """The real images nearest to each of the first samples, by pixels and by features: were training images memorised?"""
     samples, result = e.first_samples()[:NEAREST], {}
     block = max(1, BLOCK_BYTES // samples[0].nbytes)
     starts = range(0, e.num_real, block)
@@ -127,21 +126,21 @@ WITHOUT_FEATURES = ("losses", "nll", "rate-distortion", "nearest")
 
 
 def step_of(result: dict[str, Any]) -> int:
-    """The step of the checkpoint that a result is of."""
+    """The checkpoint's step of a result."""
     definition = result["definition"]
     made_of = definition.get("sampling") or definition.get("bound") or definition["losses"]
     return made_of["step"]
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """The name of a result's file."""
+    """The file name of a result."""
     return f"{result['metric']}-{step_of(result):08d}-{digest(result['definition'])[:8]}.json"
 
 
 def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Computes metrics and writes each into its file; what was begun before is continued. Returns the results by metric.
+    """Computes metrics, resuming from parts on disk, and writes each result to its file. Returns the results by metric.
 
-    Of several processes all compute, and the first one writes.
+    All processes compute; process 0 writes.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UsageError(f"got the metric {unknown[0]!r}, expected some of {', '.join(METRICS)}")

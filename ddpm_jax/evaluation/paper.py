@@ -1,11 +1,11 @@
-"""The paper's own numbers, for the runs whose config is one of its recipes: Tables 1 to 3 and section 4.3."""
+"""The numbers that the paper reports for its recipes: Tables 1 to 3 and section 4.3."""
 
 import re
 from typing import Any
 
 from ddpm_jax.config import Config, flatten
 
-# The CIFAR-10 recipe, which the config's defaults are: every field that decides what is learned.
+# The CIFAR-10 recipe, the config's defaults: every field that affects what is learned.
 CIFAR10 = {
     name: value
     for name, value in flatten(Config()).items()
@@ -28,7 +28,7 @@ def _cifar10(prediction: str, loss: str, variance: str) -> dict[str, Any]:
     return CIFAR10 | {"diffusion.prediction": prediction, "diffusion.loss": loss, "diffusion.variance": variance}
 
 
-# (a pattern in the data source's name without its signs, fields that a config must have, numbers by metric)
+# (a pattern of the data source's name in letters and digits alone, the config's fields, numbers by metric)
 RECIPES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     (
         r"cifar10(?!\d)",
@@ -55,7 +55,7 @@ RECIPES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
 
 
 def papers_numbers(config: dict[str, Any], source: str) -> dict[str, str]:
-    """What the paper reports of a config (flat, as `config.flatten` gives it) on a data source, by metric; else nothing."""
+    """The paper's numbers for a config (flat, from `config.flatten`) and a data source, by metric; {} if it is no recipe."""
     name = re.sub("[^a-z0-9]", "", source.lower())
     for pattern, fields, numbers in RECIPES:
         if re.search(pattern, name) and all(config[field] == value for field, value in fields.items()):

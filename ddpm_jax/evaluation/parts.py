@@ -1,9 +1,7 @@
-"""Long computations over images, in parts that survive the process: each range of images is computed once and kept on disk.
+"""Long computations over images, split into parts on disk, so that they resume after a kill with the same numbers.
 
-Parts of one definition lie in a folder named by its digest, so that what was computed under another never mixes in. A part is
-written whole or not at all; a damaged one is computed anew. So a run killed at any moment continues with the same numbers.
-
-Of several processes the first one reads and writes, and tells the others what it read: all compute the same parts together.
+Each definition has a folder, named by its digest. Parts are written atomically, and a damaged one is computed again. Process 0
+reads, writes and broadcasts the parts; all processes compute the missing ones together.
 """
 
 import hashlib
@@ -22,17 +20,17 @@ from ddpm_jax.files import DamagedFileError, write_text
 
 
 def digest(definition: Any) -> str:
-    """SHA-256 of what JSON can hold, the same for equal content."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def _of(path: epath.Path) -> str:
-    # The folder's name is the digest of what the arrays depend on, the file's name which of them they are.
+    # The folder's name is the digest of the definition; the file's name is the range.
     return f"{path.parent.name}/{path.name}"
 
 
 def save_arrays(path: epath.Path, arrays: Arrays) -> None:
-    """Writes an .npz file whole or not at all, on the first process."""
+    """Writes an .npz file atomically, on process 0 only."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +38,7 @@ def save_arrays(path: epath.Path, arrays: Arrays) -> None:
 
 
 def load_arrays(path: epath.Path) -> Arrays | None:
-    """The arrays of a file that `save_arrays` wrote, or None if it is not there, damaged, or was moved from another place.
-
-    A damaged one is named on the first process.
-    """
+    """The arrays of a file of `save_arrays`; None if it is missing, damaged or misplaced. Process 0 reports a damaged file."""
     content = sharding.first_reads(path)
     if content is None:
         return None
@@ -56,9 +51,10 @@ def load_arrays(path: epath.Path) -> Arrays | None:
 
 
 class Parts:
-    """compute(range of images) -> arrays whose first axis is those images, remembered in a folder below `folder`, if any.
+    """Computes arrays over ranges of images, and keeps them in a subfolder of `folder`, if any.
 
-    definition: all that the arrays depend on but the images' places, as JSON holds it.
+    definition: everything that the arrays depend on except the range, as JSON values. compute: range -> arrays, whose first
+    axis is the images.
     """
 
     def __init__(self, folder: epath.Path | None, definition: dict[str, Any], compute: Callable[[range], Arrays]):
@@ -68,7 +64,7 @@ class Parts:
         self._described = False
 
     def get(self, part: range) -> Arrays:
-        """The arrays of one range, read or computed."""
+        """The arrays of one range, read from disk or computed."""
         if self.folder is None:
             return self.compute(part)
         path = self.folder / f"{part.start:07d}-{part.stop - 1:07d}.npz"
@@ -80,7 +76,7 @@ class Parts:
         return arrays
 
     def _describe(self, folder: epath.Path) -> None:
-        """Says in the folder what its name is the digest of: nothing reads it, and a person may."""
+        """Writes the definition into the folder, for people to read."""
         path, text = folder / "definition.json", json.dumps(self.definition, indent=2) + "\n"
         if jax.process_index() == 0 and not self._described:
             if not path.exists() or path.read_bytes() != text.encode():
@@ -88,7 +84,7 @@ class Parts:
             self._described = True
 
     def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
-        """The arrays of images 0 .. count - 1, by ranges of `batch_size`, with a progress bar on the first process."""
+        """Yields the arrays of images 0 .. count - 1 in ranges of `batch_size`, with a progress bar on process 0."""
         shown = {"disable": jax.process_index() != 0, "leave": self.folder is not None, "dynamic_ncols": True}
         with tqdm(total=count, desc=title, unit="image", **shown) as bar:
             for first in range(0, count, batch_size):
@@ -97,6 +93,6 @@ class Parts:
                 bar.update(len(part))
 
     def all(self, count: int, batch_size: int, *, title: str) -> Arrays:
-        """The arrays of images 0 .. count - 1, together."""
+        """The arrays of images 0 .. count - 1, concatenated."""
         parts = list(self.each(count, batch_size, title=title))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

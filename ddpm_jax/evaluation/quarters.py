@@ -1,4 +1,4 @@
-"""The training loss by quarter of t: what a run learns at little noise and at much."""
+"""The training loss by quarter of t, from little noise to much."""
 
 from collections.abc import Callable
 
@@ -19,13 +19,13 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., Flo
     """Compiles (params, key, images, indices) -> the training loss of each image in each quarter of t.
 
     Args:
-        experiment: Whose network and loss.
-        mesh: The devices that the work is split over.
+        experiment: The experiment of the parameters.
+        mesh: The devices that the batch is split over.
 
     Returns:
         The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to float
-        (B, 4). Each image is given one t of each quarter of 0 .. T-1, and noise, by (key, its index) alone; there is no
-        dropout, and no flip.
+        (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its index) alone. There is no dropout
+        and no flip.
     """
     T = experiment.process.schedule.T
     edges = np.arange(QUARTERS + 1) * T // QUARTERS

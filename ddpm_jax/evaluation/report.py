@@ -1,6 +1,6 @@
-"""A run on one page: report.html, with the config, the training curve, the results beside the paper's, and the figures.
+"""The report of a run, report.html: config, training curve, results beside the paper's, and figures.
 
-It is written from the workdir's files alone, holds its pictures within itself and asks for nothing from a network.
+It is written from the workdir's files alone. It embeds its pictures and loads nothing from a network.
 """
 
 import base64
@@ -45,7 +45,7 @@ small, figcaption { opacity: .75; }
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result in one line: its numbers with their spread, and whether it can be compared."""
+    """A result in one line: its numbers, their spread, and whether they can be compared with published ones."""
     metric = result["metric"]
     if metric == "prdc":
         return ", ".join(f"{name} {_number(result[name])}" for name in ("precision", "recall", "density", "coverage"))
@@ -70,7 +70,7 @@ def _number(estimate: dict[str, Any]) -> str:
 
 
 def read_results(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results of a workdir's evaluations, by metric and step; and of each file that is none, what is wrong with it."""
+    """The results of a workdir, ordered by metric and step, and a note for each damaged file."""
     folder, results, notes = workdir / EVALUATION, [], []
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
         try:
@@ -81,7 +81,7 @@ def read_results(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _read_result(path: epath.Path) -> dict[str, Any]:
-    """A result that is proven or, of an earlier version, can be shown. Raises DamagedFileError."""
+    """Reads a result. It must match its checksum, or, from an earlier version, be displayable. Raises DamagedFileError."""
     result = read_json(path)
     proof = result.pop("sha256", None)
     try:
@@ -96,7 +96,7 @@ def _read_result(path: epath.Path) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """Makes all that the report makes of a result, to see whether it can."""
+    """Renders a result as the report does, to find out whether it can be rendered."""
     texts = [f"{step_of(result):,d}", describe(result), _made_of(result["definition"]), result["metric"]]
     texts += [f"{name} {version}" for name, version in result["definition"]["software"].items()]
     _table([""], [texts])
@@ -105,7 +105,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
-    """What was measured of a step: the metric, its value in a line, and what it is of."""
+    """The results of a step: the metric, its value in a line, and its provenance."""
     return [
         (result["metric"], describe(result), _made_of(result["definition"]))
         for result in read_results(workdir)[0]
@@ -130,7 +130,7 @@ def _made_of(definition: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are texts; what follows a line break in one is set small."""
+    """An HTML table of texts. Text after a line break in a cell is set small."""
 
     def cell(text: str) -> str:
         first, *rest = (html.escape(part) for part in text.split("\n"))
@@ -158,7 +158,7 @@ def _training_curve(workdir: epath.Path) -> str:
 
 
 def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
-    """FIDs against steps, a line for each way to take them; ways that have one step alone are left out."""
+    """FID against steps, a line for each provenance with more than one step."""
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
@@ -207,7 +207,7 @@ def _pictures(workdir: epath.Path) -> str:
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
-    """Writes report.html from what lies in the workdir, and returns its path."""
+    """Writes report.html from the workdir's files, and returns its path."""
     workdir = epath.Path(workdir)
     config, (results, notes) = read_config(workdir), read_results(workdir)
     flat = configs.flatten(config)

@@ -1,8 +1,8 @@
 """Scores of generated images from their features: FID, IS, KID, precision, recall, density, coverage; float64 on the host.
 
-Features are arrays (N, D), one row for each image, of whatever function (Inception-v3 for numbers that can be compared with
-published ones). Every random choice is pinned: subsets and permutations come from NumPy's frozen legacy generator, seeded as
-torch-fidelity seeds it, so that the numbers are those of that package.
+Features are arrays (N, D), one row for each image. Only those of Inception-v3 give numbers that compare with published ones.
+Subsets and permutations come from NumPy's frozen legacy generator with torch-fidelity's seed, so the numbers equal that
+package's.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,18 +17,18 @@ from ddpm_jax.errors import UsageError
 
 SEED = 2020
 MOST_FEATURES = 2**14  # 2 GiB of covariance
-MIN_COMPARABLE = 10_000  # images below which the FID's bias is larger than what papers compare
+MIN_COMPARABLE = 10_000  # with fewer images the FID's bias exceeds the differences that papers compare
 
 
 class Statistics(NamedTuple):
-    """Mean (D,) and covariance (D, D) of features, float64: all that the Fréchet distance takes of a set of images."""
+    """Mean (D,) and covariance (D, D) of features, float64: the input of the Fréchet distance."""
 
     mu: Float[np.ndarray, " D"]
     sigma: Float[np.ndarray, "D D"]
 
 
 class Estimate(NamedTuple):
-    """A number and its spread: what `error` is a standard deviation of, each function says."""
+    """A number and its spread; each function documents its `error`."""
 
     value: float
     error: float
@@ -40,10 +40,9 @@ def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
 
 
 def statistics_of_parts(parts: Iterable[Float[np.ndarray, "n D"]]) -> Statistics:
-    """Mean and unbiased covariance of features that come in parts, of which no more than one is held (Chan et al. 1983).
+    """Mean and unbiased covariance of features in parts, holding one part at a time (Chan et al. 1983).
 
-    Raises UsageError for fewer than 2 images, which have no covariance, for features that are not finite, and for so many
-    features that their covariance would not fit.
+    Raises UsageError for fewer than 2 images, features that are not finite, or more than MOST_FEATURES features.
     """
     count, mu, scatter = 0, np.zeros(()), np.zeros(())
     for part in parts:
@@ -54,7 +53,7 @@ def statistics_of_parts(parts: Iterable[Float[np.ndarray, "n D"]]) -> Statistics
         if not np.isfinite(part).all():
             raise UsageError(
                 f"the features of image {count + np.argmin(np.isfinite(part).all(axis=1))} are not finite; look at that "
-                "image, and at the function that they are of"
+                "image and the feature function"
             )
         mean = part.mean(axis=0)
         centred, away, total = part - mean, mean - mu, count + n
@@ -66,10 +65,10 @@ def statistics_of_parts(parts: Iterable[Float[np.ndarray, "n D"]]) -> Statistics
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)): FID, where the features are Inception's.
+    """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)): the FID, if the features are Inception's.
 
-    With sigma_a = A A^T and sigma_b = B B^T the root's trace is the sum of the singular values of A^T B, which are real, and
-    exact where the covariances are singular. Raises UsageError if the sizes differ.
+    With sigma_a = A A^T and sigma_b = B B^T, the trace of the root is the sum of the singular values of A^T B. It is real, and
+    accurate even for singular covariances. Raises UsageError if the sizes differ.
     """
     if a.mu.shape != b.mu.shape:
         raise UsageError(
@@ -80,14 +79,14 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(sigma: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D r"]:
-    """A with A A^T = sigma, a column for each eigenvalue that is more than the rounding of the largest."""
+    """A with A A^T = sigma; eigenvalues below the rounding error of the largest are dropped."""
     values, vectors = np.linalg.eigh(sigma)
     kept = values > np.abs(values).max() * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(logits: Float[np.ndarray, "N K"], *, splits: int = 10) -> Estimate:
-    """exp E[KL(p(y | x) || p(y))]: the mean over `splits` parts of the images, in a pinned order, and its deviation over them.
+    """exp E[KL(p(y | x) || p(y))]: mean and standard deviation over `splits` parts of the images, in a fixed random order.
 
     Raises UsageError for fewer images than parts.
     """
@@ -106,10 +105,10 @@ def inception_score(logits: Float[np.ndarray, "N K"], *, splits: int = 10) -> Es
 def kernel_distance(
     a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], *, subsets: int = 100, subset_size: int = 1000
 ) -> Estimate:
-    """KID: the unbiased squared maximum mean discrepancy with kernel (x.y / D + 1)^3, of features.
+    """KID: the unbiased squared maximum mean discrepancy of features with the kernel (x.y / D + 1)^3.
 
-    The mean over pinned random subsets of both sets (no image twice in one) and the deviation over them; the subsets are no
-    larger than the sets. Raises UsageError for fewer than 2 images.
+    Mean and standard deviation over fixed random subsets of both sets, drawn without replacement. Raises UsageError for fewer
+    than 2 images.
     """
     size = min(subset_size, len(a), len(b))
     if size < 2:
@@ -133,11 +132,11 @@ def _squared_discrepancy(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "n D"
 
 
 class Neighbourhoods(NamedTuple):
-    """Shares of images inside the balls that reach from each image of a set to its k-th neighbour in that set.
+    """Shares of images inside balls, where an image's ball reaches to its k-th neighbour in its own set.
 
-    precision: generated images in a ball of real ones; recall: real images in a ball of generated ones (Kynkäänniemi et al.
-    2019). density: real balls around a generated image, over k; coverage: real balls with a generated image inside (Naeem
-    et al. 2020). Each error is the standard error of a mean over images, the other set held fixed.
+    precision: generated images inside a real image's ball; recall: real images inside a generated image's ball (Kynkäänniemi
+    et al. 2019). density: the mean number of real balls around a generated image, over k; coverage: real balls that hold a
+    generated image (Naeem et al. 2020). Each error is the standard error over images, with the other set fixed.
     """
 
     precision: Estimate
@@ -188,9 +187,9 @@ def _mean(values: np.ndarray) -> Estimate:
 def bootstrap_error(
     score: Callable[[Float[np.ndarray, "N D"]], float], features: Float[np.ndarray, "N D"], *, repeats: int
 ) -> float:
-    """The standard deviation of a score over `repeats` sets of as many images, drawn with replacement from these.
+    """The bootstrap standard error of a score: its standard deviation over `repeats` sets drawn with replacement.
 
-    Only the spread is told: the scores of such sets are themselves biased, since images repeat in them.
+    The resampled scores themselves are biased, since images repeat, so only their spread is returned.
     """
     generator = np.random.RandomState(SEED)
     draws = (generator.randint(len(features), size=len(features)) for _ in range(repeats))
@@ -200,7 +199,7 @@ def bootstrap_error(
 def nearest(
     queries: Float[np.ndarray, "n D"], blocks: Iterable[Float[np.ndarray, "m D"]], *, count: int
 ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
-    """The `count` rows nearest to each query, of rows that come in blocks: their places, nearest first, and the distances."""
+    """The `count` rows of all blocks nearest to each query: their indices, nearest first, and their distances."""
     places: np.ndarray = np.empty((len(queries), 0), np.int64)
     distances: np.ndarray = np.empty((len(queries), 0))
     start = 0

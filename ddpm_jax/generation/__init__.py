@@ -1,1 +1,1 @@
-"""Images from trained parameters: compiled samplers, sets of images on disk, the reverse process as a film."""
+"""Images from trained parameters: compiled samplers, image sets on disk, animations of the reverse process."""

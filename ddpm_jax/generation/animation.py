@@ -1,4 +1,4 @@
-"""The reverse process as a moving picture: a grid of x_t on its way from noise to images."""
+"""Animations of the reverse process: a grid of x_t from noise to images."""
 
 import contextlib
 import io
@@ -21,10 +21,10 @@ FRAMES, MILLISECONDS, LAST_MILLISECONDS = 50, 80, 2000
 def write_animation(
     run: Run, path: epath.Path, indices: range, *, seed: int, options: SamplerOptions, batch_size: int
 ) -> None:
-    """Writes x_t of the first of the images, at up to 50 equally spaced steps, as a looping .gif or .webp (the path's ending).
+    """Writes x_t of the first images of a set, at up to 50 equally spaced steps, as a looping .gif or .webp.
 
-    They are the first 64, or batch_size where that is less, and those that the same seed and options give alone; the last
-    frame stays for two seconds. It lies beside the set.json that lists it; a file that is there as listed is left as it is.
+    The path's ending selects the format. The first min(64, batch_size) images are shown, and the last frame stays for two
+    seconds. set.json beside the file lists it; a file that matches its listing is not written again.
     """
     with contextlib.ExitStack() as held:
 
@@ -50,7 +50,7 @@ def write_animation(
 def _seen(
     run: Run, indices: range, *, seed: int, options: SamplerOptions, count: int
 ) -> UInt8[np.ndarray, "F n H W C"]:
-    """x_t of the first `count` of the images at the steps that become frames."""
+    """x_t of the first `count` images at the steps of the frames."""
     rows = len(build_sampler(run.experiment.process, options))
     watch = np.unique(np.linspace(0, rows - 1, min(FRAMES, rows)).round().astype(int)).tolist()
     padded = -(-count // run.mesh.devices.size) * run.mesh.devices.size

@@ -1,4 +1,4 @@
-"""Images from parameters: a sampler compiled for an experiment and a mesh, over ranges of image indices."""
+"""Generating images: a sampler compiled for an experiment and a mesh, run over ranges of image indices."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ddpm_jax.room import check_memory, gib
 from ddpm_jax.sampling import SAMPLERS, SPACINGS, Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training.experiment import Experiment
 
-LAST_IMAGE = 2 * 10**9  # below 2**31 with room for a batch: the devices count in 32 bits
+LAST_IMAGE = 2 * 10**9  # indices are int32; this leaves room for a batch
 
 Generate = Callable[..., Any]  # (params, key, indices) -> images
 
@@ -42,7 +42,7 @@ class SamplerOptions:
 
 
 def build_sampler(process: Process, options: SamplerOptions) -> Sampler:
-    """The sampler of these options for a process. Raises UsageError if there is none."""
+    """The sampler of these options. Raises UsageError if they do not go together."""
     if options.steps == ():
         raise UsageError("--steps has no value; give one, or leave it out for all steps")
     try:
@@ -59,24 +59,24 @@ def build_sampler(process: Process, options: SamplerOptions) -> Sampler:
 
 
 def sample_key(seed: int) -> Key[Array, ""]:
-    """The key that the samples of a seed are drawn with, its SAMPLE stream."""
+    """The key of a seed's samples: its SAMPLE stream."""
     return rng.stream(rng.root_key(seed), Purpose.SAMPLE)
 
 
 def make_generator(
     experiment: Experiment, mesh: Mesh, options: SamplerOptions | None = None, *, watch: Sequence[int] = ()
 ) -> Generate:
-    """Compiles (params, key, indices) -> images: the whole reverse chain, one program for each number of images B.
+    """Compiles (params, key, indices) -> images: the whole reverse chain, one program for each batch size B.
 
     Args:
-        experiment: Whose network draws.
-        mesh: The devices that the work is split over; B must be a multiple of their number.
+        experiment: The experiment of the parameters.
+        mesh: The devices that the batch is split over; B must be a multiple of their number.
         options: How images are drawn; default the paper's Algorithm 2 over all steps.
-        watch: Rows of the sampler after which to look.
+        watch: Rows of the sampler after which x_t is returned.
 
     Returns:
-        The compiled function: indices int (B,) to uint8 images (B, H, W, C), all of them on every device. With `watch` it gives
-        (images, x_t), the latter uint8 (len(watch), B, H, W, C).
+        The compiled function: indices int (B,) to uint8 images (B, H, W, C), replicated on every device. With `watch` it
+        returns (images, x_t), with x_t uint8 (len(watch), B, H, W, C).
 
     Raises:
         UsageError: For options that do not go together.
@@ -95,7 +95,7 @@ def make_generator(
 
 @dataclass(frozen=True)
 class Batches:
-    """`indices` in ranges of `size`, the last one perhaps shorter; each is made when it is asked for, so any number is cheap."""
+    """`indices` split into ranges of `size`, the last one perhaps shorter. Ranges are computed on access."""
 
     indices: range
     size: int
@@ -113,12 +113,12 @@ class Batches:
 
 
 def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> Batches:
-    """The indices in fixed ranges of batch_size, rounded up to a multiple of num_devices; the last one may be shorter."""
+    """The indices split into batches; batch_size is rounded up to a multiple of num_devices."""
     return Batches(indices, _padded(min(batch_size, len(indices)), num_devices))
 
 
 def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
-    """Raises UsageError where so large a batch cannot fit: the images four times and the widest activation twice, at least."""
+    """Raises UsageError if a batch cannot fit in memory, which holds at least four copies of the images and two activations."""
     H, W, C = experiment.image_shape
     model, widest = experiment.config.model, 0
     if not experiment.has_own_network:
@@ -147,9 +147,9 @@ def generate_batches(
     batch_size: int,
     num_devices: int,
 ) -> Iterator[tuple[range, UInt8[np.ndarray, "n H W C"]]]:
-    """Yields (range, images) for each of the ranges; while one is looked at, the devices compute the next.
+    """Yields (range, images) for each range, while the devices compute the next one.
 
-    Every batch is computed in the shape of batch_size (rounded up to a multiple of num_devices); what pads it is left out.
+    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped.
     """
     size, waiting = _padded(batch_size, num_devices), None
     for part in ranges:

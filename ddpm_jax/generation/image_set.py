@@ -1,13 +1,13 @@
-"""A set of generated images on disk, made batch by batch: killed at any moment and started again, it continues.
+"""A set of generated images on disk, written batch by batch, so that it resumes after a kill.
 
-    OUT/set.json              what defines the set, whether it is complete, and then size and SHA-256 of every file
-    OUT/parts/000000.npz      the batch from image 0 on, written after its PNGs: a batch is done when this is there
+    OUT/set.json              the set's definition, whether it is complete, and size and SHA-256 of every file
+    OUT/parts/000000.npz      the batch from image 0 on, written after its PNGs: it marks the batch as done
     OUT/000000.png, ...       single images, format `png` and `both`
     OUT/images.npz            all images, joined from the parts at the end, format `npz` and `both`
     OUT/grid.png              the first 64
 
-With format `shards` the parts stay as they are, for sets too large for one file. What is missing or damaged is named and made
-again: from the same images elsewhere in the set where they are proven, else by sampling the batches that it concerns.
+Format `shards` keeps the parts, for sets too large for one file. Missing or damaged files are reported and made again: from
+intact copies of the same images in the set, or else by sampling their batches again.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ from ddpm_jax.training.workdir import Run
 Format = Literal["both", "png", "npz", "shards"]
 IMAGES, GRID = "images.npz", "grid.png"
 GRID_IMAGES = 64
-BYTES_OF_A_LINE = 200  # of set.json, for each file and batch: more than there are
+BYTES_OF_A_LINE = 200  # of set.json for each file and batch; an upper bound
 
 
 def _sha(content: bytes) -> str:
@@ -70,10 +70,10 @@ def _sha(content: bytes) -> str:
 
 
 class ImageSet:
-    """The images of `batches`, of an image_shape (H, W, C), in a folder that no other process writes until `close`.
+    """The images of `batches`, of an image_shape (H, W, C), in a folder that is locked until `close`.
 
-    definition: everything that the images depend on, a dict for JSON. Raises UsageError if the folder holds another set, or
-    files that are none, or cannot be written: nothing is ever mixed or written over.
+    definition: everything that the images depend on, as JSON values. Raises UsageError if the folder holds another set or
+    other files, or cannot be written.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageSet:
             self._take(read_mark(self.folder, most=MOST_BYTES + BYTES_OF_A_LINE * len(self.batches.indices)))
         else:
             self.mark.write(self.folder)
-        if not self.mark.complete:  # after the mark: killed in between, the folder is still this set's
+        if not self.mark.complete:  # after the mark, so that a kill in between leaves a folder of this set
             self.parts.mkdir(exist_ok=True)
 
     def _take(self, mark: Mark) -> None:
@@ -138,16 +138,16 @@ class ImageSet:
         self.mark = mark
 
     def close(self) -> None:
-        """Ends the writing and lets other processes have the folder."""
+        """Waits for pending writes and unlocks the folder."""
         self._writer.shutdown()
         self._held.close()
 
-    # ---- What there is
+    # ---- Missing and damaged files
 
     def missing(self) -> list[range]:
-        """The places in `batches` of what is to be made, in ranges; what is damaged is named, and what can be is recovered.
+        """The batches to sample, as ranges of places in `batches`. Reports damaged files and recovers what it can.
 
-        Raises UsageError where the disk has no room for it.
+        Raises UsageError if the disk has no room.
         """
         if self.mark.complete:
             if self.mark.files is None:
@@ -163,7 +163,7 @@ class ImageSet:
         return [range(a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
 
     def _names(self) -> Iterator[str]:
-        """Every file of the complete set."""
+        """The names of all files of the complete set."""
         if self._of_pngs:
             yield from (f"{i:06d}.png" for i in self.batches.indices)
         if self.format == "shards":
@@ -184,7 +184,7 @@ class ImageSet:
                 yield path, f"its {there[0]:,} bytes are not those that were written"
 
     def _reopen(self, damaged: dict[epath.Path, str]) -> None:
-        """Makes the complete set an unfinished one, whose parts are the batches that are proven to be whole."""
+        """Marks the set as incomplete, and restores the parts of intact batches from its other files."""
         self.parts.mkdir(exist_ok=True)
         for path in damaged:
             if path.parent == self.parts:
@@ -206,7 +206,7 @@ class ImageSet:
             return None
         head = io.BytesIO()
         with zipfile.ZipFile(head, "w") as archive, self._array(archive):
-            start = head.tell()  # of the pixels, also in a file whose own head is damaged
+            start = head.tell()  # of the pixels, computed, since the file's header may be damaged
         with path.open("rb") as file:
             file.seek(start + (part.start - self.batches.indices.start) * size)
             content = file.read(len(part) * size)
@@ -218,7 +218,7 @@ class ImageSet:
         try:
             pictures = [np.asarray(Image.open(io.BytesIO(read_bytes(self._png(i))))) for i in part]
             return np.stack(pictures).reshape(-1, *self.image_shape)
-        except Exception:  # a damaged picture raises almost anything
+        except Exception:  # a damaged picture can raise any error
             return None
 
     def _check_room(self) -> None:
@@ -229,7 +229,7 @@ class ImageSet:
         check_disk(self.folder, needed, f"a set of {count:,} images, --format {self.format},", advice)
 
     def _parts_that_are_there(self) -> Iterator[int]:
-        """The places in `batches` of the parts that are whole; damaged ones are named, to be written over."""
+        """The places in `batches` of the intact parts. Reports damaged ones, which are overwritten later."""
         indices, size, damaged = self.batches.indices, self.batches.size, []
         for path in sorted(self.parts.iterdir()):
             start = int(path.stem) if path.stem.isdecimal() else -1
@@ -256,7 +256,7 @@ class ImageSet:
         return f"{self.identity} {part.start} {part.stop}"
 
     def _read(self, part: range) -> dict[str, np.ndarray]:
-        """The arrays of a batch: `images` and, with PNGs, each one's SHA-256, `pngs`. Raises DamagedFileError."""
+        """The arrays of a batch: `images`, and with PNGs their SHA-256 `pngs`. Raises DamagedFileError."""
         path, advice = self._part(part), "run the same command again"
         if not is_regular(path):
             raise DamagedFileError(path, "it is missing", advice)
@@ -270,7 +270,7 @@ class ImageSet:
         return arrays
 
     def add(self, part: range, images: UInt8[np.ndarray, "n H W C"]) -> None:
-        """Writes a batch in the background, after the one before it; that one's failure is raised here."""
+        """Writes a batch in the background. Waits for the previous one, and raises its error."""
         self.wait()
         self._pending = self._writer.submit(self._write, part, images)
 
@@ -283,7 +283,7 @@ class ImageSet:
         write_arrays(self._part(part), arrays, of=self._of(part))
 
     def _write_png(self, i: int, image: np.ndarray, listed: Any) -> list[Any]:
-        """Size and SHA-256 of a PNG: of the one that is there, where it is the listed one, else of the one that is written."""
+        """Writes a PNG unless the file matches `listed`; returns its size and SHA-256."""
         path = self._png(i)
         if listed and fingerprint(path) == listed:
             return listed
@@ -293,15 +293,15 @@ class ImageSet:
         return [len(content), _sha(content)]
 
     def wait(self) -> None:
-        """Waits until everything added is on disk."""
+        """Waits until all added batches are on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def finish(self) -> None:
-        """Joins the parts into what the format says, draws the grid and marks the set complete, with digests of all.
+        """Joins the parts as the format requires, draws the grid, and marks the set as complete, with all checksums.
 
-        Raises DamagedFileError if a part is not the set's.
+        Raises DamagedFileError if a part is damaged.
         """
         self.wait()
         if not self.mark.complete:
@@ -327,7 +327,7 @@ class ImageSet:
             self.parts.rmtree()
 
     def _list(self, part: range, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Size and SHA-256 of a batch's own files; a PNG that was damaged since it was written is named and written again."""
+        """Size and SHA-256 of a batch's files. Reports and rewrites PNGs that were damaged since they were written."""
         if self.format == "shards":
             return {f"parts/{self._part(part).name}": fingerprint(self._part(part))}
         if not self._of_pngs:
@@ -345,7 +345,7 @@ class ImageSet:
 
     @contextlib.contextmanager
     def _join(self) -> Iterator[Callable[[bytes], Any]]:
-        """What takes the pixels of one batch after the other, into images.npz where there is to be one."""
+        """Yields a function that appends a batch's pixels to images.npz, or does nothing without that file."""
         if not self._of_one_file:
             yield lambda content: None
             return
@@ -359,7 +359,7 @@ class ImageSet:
 
     @contextlib.contextmanager
     def _array(self, archive: zipfile.ZipFile) -> Iterator[Any]:
-        """The array `images` in an archive, its header written."""
+        """Opens the array `images` in an archive and writes its header."""
         shape = (len(self.batches.indices), *self.image_shape)
         with archive.open("images.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -376,16 +376,16 @@ def generate_set(
     batch_size: int,
     format: Format,
 ) -> None:
-    """Generates the images `indices` of a seed into a folder, from wherever it is to the end, with a progress bar.
+    """Generates the images `indices` of a seed into a folder, or resumes an incomplete set there.
 
-    The devices of all processes compute; the first process reads and writes the folder. Raises UsageError if the folder holds
-    something else or another process writes it, if there is no room, or the sampler's options do not go together.
+    All processes compute; process 0 reads and writes the folder. Raises UsageError if the folder holds something else or is
+    locked, the disk has no room, or the sampler's options do not go together.
     """
     generator = make_generator(run.experiment, run.mesh, options)
     devices, data = run.mesh.devices.size, run.config.data
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
-    # Of the parts, which the devices round up: on others that do not, they would overlap.
+    # The rounded batch size: with another number of devices the parts could overlap.
     definition |= {"batch_size": batches.size, **dataclasses.asdict(options)}
     images: ImageSet | None = None
     edges: list[int] = []
@@ -399,7 +399,7 @@ def generate_set(
         return len(edges)
 
     try:
-        # What the first process found to be missing, on all of them.
+        # Broadcast the missing batches from process 0.
         count = sharding.first_decides(open_set)
         edges = [sharding.first_decides(functools.partial(edges.__getitem__, i)) for i in range(count)]
         gaps = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -420,6 +420,6 @@ def generate_set(
 
 
 def read_images(path: epath.Path) -> UInt8[np.ndarray, "n H W C"]:
-    """The images of an .npz of this module."""
+    """The images of an images.npz or a part."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays["images"]

@@ -1,4 +1,4 @@
-"""OUT/set.json: what defines a set of images, whether it is complete, and then the digests that prove what is there."""
+"""OUT/set.json: the definition of a set of images, whether it is complete, and the checksums of its files."""
 
 import dataclasses
 import hashlib
@@ -11,12 +11,12 @@ from tqdm import tqdm
 from ddpm_jax.files import MOST_BYTES, DamagedFileError, fingerprint, read_json, write_text
 
 SET = "set.json"
-MOST_TOLD = 10  # damaged files that are named one by one
+MOST_TOLD = 10  # damaged files that are reported one by one
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What set.json says: the set's definition, whether it is complete, and then what is there, which proves it."""
+    """The content of set.json: the set's definition, whether it is complete, and the checksums of its files."""
 
     definition: dict[str, Any]
     complete: bool = False
@@ -35,7 +35,7 @@ def _proof(values: dict[str, Any]) -> str:
 
 
 def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
-    """What the folder's set.json says. Raises FileNotFoundError, or DamagedFileError."""
+    """Reads the folder's set.json. Raises FileNotFoundError or DamagedFileError."""
     path, advice = folder / SET, "give another --out"
     try:
         values = read_json(path, most=most)
@@ -51,7 +51,7 @@ def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
 
 
 def is_listed(path: epath.Path) -> bool:
-    """Whether a file beside set.json is there and as it was listed; one that is not is named."""
+    """Whether a file beside set.json matches its listing. Reports a damaged one."""
     there, files = fingerprint(path), read_mark(path.parent).files
     if there is None:
         return False
@@ -62,14 +62,14 @@ def is_listed(path: epath.Path) -> bool:
 
 
 def add_to_list(path: epath.Path) -> None:
-    """Lists a file beside set.json there."""
+    """Adds a file beside set.json to its list."""
     mark = read_mark(path.parent)
     if mark.files is not None:
         dataclasses.replace(mark, files=mark.files | {path.name: fingerprint(path)}).write(path.parent)
 
 
 def tell(sentences: list[str]) -> None:
-    """Says what is damaged, the first of it one by one."""
+    """Reports damaged files, the first MOST_TOLD of them one by one."""
     for sentence in sentences[:MOST_TOLD]:
         tqdm.write(sentence)
     if len(sentences) > MOST_TOLD:
