@@ -1,8 +1,7 @@
-"""Pictures decoded once, into a file of uint8 images that later runs and other processes map into memory.
+"""The cache of decoded pictures: files of uint8 images that runs and processes map into memory.
 
-The files lie in the folder that the environment variable DDPM_JAX_CACHE names, else in ~/.cache/ddpm_jax; any of them can be
-deleted at any time. They are compared with their checksums before they are used. Beside them lie the lists of pictures that
-cannot be decoded.
+The cache is the folder DDPM_JAX_CACHE of the environment, or else ~/.cache/ddpm_jax. Its files may be deleted at any time. Their
+checksums are checked before use. It also holds the lists of pictures that cannot be decoded.
 """
 
 import fcntl
@@ -28,27 +27,26 @@ from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.files import DamagedFileError, read_json, remove_remnants, whole, write_text
 
-BLOCK = 256  # pictures decoded side by side before they are written, if they have no more than
+BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
 BLOCK_BYTES = 2**28
-READ_BYTES = 2**20  # of a file that is checked, how much one thread holds
+READ_BYTES = 2**20  # that one thread holds while it checks a file
 REMEDY = (
     "make room, name another folder in the environment variable DDPM_JAX_CACHE, "
     "or decode at every step with --data.cache none"
 )
-NAMED = 5  # of many bad pictures, or kinds of files, how many a message names
+NAMED = 5  # bad pictures, or kinds of files, that a message names
 
 
 def cache_folder() -> Path:
-    """Where decoded images and lists of bad pictures are kept on this machine."""
+    """The folder of decoded images and lists of bad pictures on this machine."""
     return Path(os.environ.get("DDPM_JAX_CACHE") or Path.home() / ".cache" / "ddpm_jax")
 
 
 def decode_once(images: DecodedPictures) -> np.ndarray:
-    """The images as a memory-mapped uint8 array (N, S, S, C), from the cache's file, which is made if it is not there whole.
+    """The images as a memory-mapped uint8 array (N, S, S, C), decoded into a file of the cache if it has none.
 
-    A file that is not what was written is told, and made again. Several processes may ask at once: one decodes, the others
-    wait. Raises UsageError naming the pictures that cannot be decoded, or saying why the file cannot be written; then none is
-    left behind.
+    A damaged file is reported and made again. If several processes call it, one decodes and the others wait. Raises UsageError
+    if pictures cannot be decoded or the file cannot be written; no file remains.
     """
     key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__])
     path = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
@@ -63,7 +61,7 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
             with suppress(DamagedFileError):
-                cached = _mapped(path, key, images)  # another process may have written it by now
+                cached = _mapped(path, key, images)  # another process may have written it meanwhile
             if cached is None:
                 _write(path, key, images)
                 cached = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -72,13 +70,13 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
         raise UsageError(f"the decoded images cannot be written to {path.parent} ({error}); {REMEDY}") from None
 
 
-# ---- The file NAME.npy, and NAME.json beside it: what the images are of, and checksums
+# ---- The file NAME.npy, and NAME.json beside it with its key and checksums
 
 
 def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
-    """The file's array, or None where it is not there. Raises DamagedFileError where it is not, byte for byte, what was written.
+    """Maps the file's array, or returns None if there is no file. Raises DamagedFileError if a checksum does not match.
 
-    All of it is read for that, once and at the start: while training reads it, nothing has to be checked.
+    It checks the whole file once, so that training need not check what it reads.
     """
     try:
         written = read_json(epath.Path(path.with_suffix(".json")))
@@ -96,7 +94,7 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
                 if list(bar) != written.get("crc32"):
                     raise DamagedFileError(path, "its bytes are not those that were written")
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, NotADirectoryError):  # nothing is known of the files without checksums of older versions
+    except (FileNotFoundError, NotADirectoryError):  # or a file without checksums, of an older version
         return None
     except OSError as error:
         raise DamagedFileError(path, f"it cannot be read: {error.strerror}") from None
@@ -110,7 +108,7 @@ def _checksum(file: int, start: int, end: int) -> int:
 
 
 def _block_bytes(images: DecodedPictures) -> int:
-    """Bytes of the blocks that are decoded, written and checked at a time: whole pictures."""
+    """Bytes of a block, which is decoded, written and checked at a time; a multiple of an image's."""
     picture = images.nbytes // len(images)
     return picture * max(1, min(BLOCK, BLOCK_BYTES // picture))
 
@@ -119,11 +117,11 @@ def _block_bytes(images: DecodedPictures) -> int:
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the file is closed, also by a kill
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed, also by a kill
         except BlockingIOError:
             tqdm.write("Note: another process decodes the same pictures; waiting for it.")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: both decode, and the last one's file stays
+        except OSError:  # a file system without locks: both decode, and the later file replaces the other
             pass
         yield
 
@@ -132,7 +130,7 @@ def _write(path: Path, key: str, images: DecodedPictures) -> None:
     room.check_disk(path.parent, images.nbytes, f"a file of {len(images):,} decoded images", REMEDY)
     for name in (path.name, path.with_suffix(".json").name):
         remove_remnants(epath.Path(path.parent), name)
-    # Written, not mapped: where there is no room, a write fails, but a mapping kills the process.
+    # Written, not mapped: on a full disk a write raises an error, but a mapping kills the process.
     with whole(epath.Path(path)) as temporary, temporary.open("wb") as file:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": images.shape})
@@ -174,18 +172,18 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
 
 
 def bad_list(pictures: Pictures) -> Path:
-    """The file that lists which of these pictures cannot be decoded: JSON, {name: reason}."""
+    """The path of the list of pictures that cannot be decoded: JSON, {name: reason}."""
     identity = json.dumps(pictures.identity, sort_keys=True)
     return cache_folder() / "bad" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
 def find_bad(images: DecodedPictures) -> dict[str, str]:
-    """Decodes every picture and returns which cannot be, {name: reason}."""
+    """Decodes every picture and returns those that fail, {name: reason}."""
     return {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
 
 
 def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
-    """Writes the list of the pictures that cannot be decoded; returns its path. Raises RunError where it cannot be written."""
+    """Writes the list of pictures that cannot be decoded; returns its path. Raises RunError if it cannot be written."""
     path = bad_list(pictures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +197,7 @@ def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
 
 
 def without_bad(pictures: Pictures, source: str) -> Pictures:
-    """The pictures less those of the list, whose number their identity then tells. Raises UsageError if there is no list."""
+    """The pictures without those of the list; their identity records the list. Raises UsageError if there is no list."""
     path = bad_list(pictures)
     again = f"write it again with prepare_data.py {source} --check"
     try:

@@ -1,4 +1,4 @@
-"""The files of a folder and its sub-folders: each real folder read once, whatever the links do, and no outputs of runs."""
+"""Finding the files of a folder and its sub-folders: links are followed once, and outputs of runs are skipped."""
 
 import collections
 import os
@@ -8,17 +8,17 @@ from tqdm import tqdm
 
 from ddpm_jax.errors import UsageError
 
-HIDDEN = (".", "__MACOSX")  # what the names of hidden files and folders begin with
+HIDDEN = (".", "__MACOSX")  # the first letters of hidden files and folders
 READ = "are links to folders that are read already, or that hold this one"
 OUTPUT = "hold a run or a set of generated images"
 
 
 def find_files(root: str) -> dict[str, str]:
-    """{relative name: path} of the files in a folder and its sub-folders, also behind links to folders; none that is hidden.
+    """{relative name: path} of the files in a folder and its sub-folders. Follows links to folders; skips hidden files.
 
-    A real folder is read once, by its own name if it has one here, else by the first of its links: so links to themselves, to a
-    folder above or in a circle end. Left out with a note: such links, the folders of runs and of sets of images (in a workdir
-    inside of the data the grids would become data), and folders that cannot be read. Raises UsageError if `root` is one.
+    Each real folder is read once, under its own name if it lies in `root`, or else under its first link, so circular links end.
+    Folders already read, folders of runs and image sets (whose grids would become data) and unreadable folders are left out with
+    a note. Raises UsageError if `root` cannot be read.
     """
     files: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
@@ -64,5 +64,5 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _is_output(names: set[str]) -> bool:
-    """Whether a folder with these names in it is a run's workdir (see workdir.py) or a set of images (see image_set.py)."""
+    """Whether a folder that holds these names is a workdir (see workdir.py) or an image set (see image_set.py)."""
     return names >= {"config.json", "checkpoints"} or ("set.json" in names and bool(names & {"parts", "grid.png"}))

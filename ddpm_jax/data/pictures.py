@@ -1,11 +1,11 @@
-"""Encoded pictures (PNG, JPEG, WebP, BMP), and the array of uint8 images that they are decoded to.
+"""Encoded pictures (PNG, JPEG, WebP, BMP) and the uint8 images that they are decoded to.
 
-What becomes of a picture, in this order:
-1. An EXIF orientation is applied; of an animation the first frame is taken.
-2. Values of 16 bits keep their high byte. Transparent pixels are laid on white. Palettes and CMYK become RGB.
-3. For data.channels=1 a colour becomes its luma (299 R + 587 G + 114 B) / 1000; for 3 a grey is repeated.
-4. The largest square in the centre is cut out (rounding towards the top left).
-5. It is resized to data.image_size with Pillow's bicubic filter, which widens as it shrinks (so it is antialiased).
+Decoding, in this order:
+1. The EXIF orientation is applied. Only the first frame of an animation is used.
+2. 16-bit values keep their high byte. Transparent pixels are blended with white. Palettes and CMYK become RGB.
+3. For data.channels=1 colours become luma, (299 R + 587 G + 114 B) / 1000; for 3 grey is repeated.
+4. The largest centred square is cropped (rounding towards the top left).
+5. It is resized to data.image_size with Pillow's bicubic filter, which antialiases when it shrinks.
 """
 
 import io
@@ -22,11 +22,11 @@ from ddpm_jax.errors import UsageError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = 2**26  # 8192 x 8192, below where Pillow begins to warn of a decompression bomb
+MAX_PIXELS = 2**26  # 8192 x 8192; Pillow warns of a decompression bomb beyond 1.3 times this
 
 
 class PictureError(UsageError):
-    """A picture that cannot be decoded; `name` says which, `reason` why."""
+    """A picture that cannot be decoded. Attributes: `name` and `reason`."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(
@@ -38,9 +38,9 @@ class PictureError(UsageError):
 
 
 def decode(content: bytes, image_size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
-    """The image of an encoded picture as the module describes, uint8 (image_size, image_size, channels).
+    """Decodes a picture as the module describes, to uint8 (image_size, image_size, channels).
 
-    Raises almost anything for what is no picture or a damaged one, ValueError for more than MAX_PIXELS pixels.
+    Raises ValueError for more than MAX_PIXELS pixels, and any error for a damaged picture.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
@@ -48,7 +48,7 @@ def decode(content: bytes, image_size: int, channels: int) -> UInt8[np.ndarray, 
             raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
         ImageOps.exif_transpose(picture, in_place=True)
         plain, mode = _without_depth_and_alpha(picture), "L" if channels == 1 else "RGB"
-        # Where there is nothing to convert, cut or resize, Pillow would still copy: a tenth of the time of a 256x256 JPEG.
+        # Skip steps that change nothing: Pillow would copy, which takes a tenth of the time of a 256x256 JPEG.
         if plain.mode != mode:
             plain = plain.convert(mode)
         side = min(plain.size)
@@ -62,7 +62,7 @@ def decode(content: bytes, image_size: int, channels: int) -> UInt8[np.ndarray, 
 
 
 def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # grey of 16 bits; of colours Pillow itself keeps the high byte
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow itself keeps the high byte of 16-bit colours
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -72,11 +72,15 @@ def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Encoded pictures: what a folder, a zip file and a tfds data set have in common.
+    """Encoded pictures of a folder, a zip file or a tfds data set.
 
-    names: how each is called in messages. read: place -> its encoded content; called by several threads. labels: () -> int
-    (N,), or None where there are none. identity: what a checkpoint remembers of them. stamp: a text that differs at least
-    where the content does, and may differ more often (it may use times); for the cache alone.
+    Attributes:
+        names: The names in messages.
+        read: Index -> encoded content; several threads call it.
+        labels: () -> int (N,), or None if there are none.
+        identity: The fingerprint that a checkpoint records.
+        stamp: A second fingerprint, for the cache alone. It changes whenever the content does, and may change more often, since
+            it may use times.
     """
 
     names: Sequence[str]
@@ -87,10 +91,9 @@ class Pictures:
 
 
 class DecodedPictures:
-    """Pictures as a uint8 array (N, S, S, C) whose rows are decoded each time they are read.
+    """Pictures as a uint8 array (N, S, S, C) whose rows are decoded at each read.
 
-    Several threads decode: Pillow decodes and resizes outside of Python's lock, so processes would gain nothing but the
-    cost of moving images between them.
+    Threads decode them. Pillow releases the GIL, so processes would only add the cost of moving images between them.
     """
 
     def __init__(self, pictures: Pictures, *, image_size: int, channels: int, workers: int):
@@ -105,27 +108,27 @@ class DecodedPictures:
         return self.shape[0]
 
     def __getitem__(self, indices: np.ndarray) -> UInt8[np.ndarray, "n S S C"]:
-        """The images at these places, decoded side by side. Raises PictureError for the first that cannot be."""
+        """The images at these indices, decoded in parallel. Raises PictureError for the first that fails."""
         images, errors = self.attempts(indices)
         if errors:
             raise errors[0]
         return images
 
     def attempts(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[np.ndarray, "n S S C"], list[PictureError]]:
-        """The images at these places, decoded side by side, and an error for each that cannot be, in their order.
+        """The images at these indices, decoded in parallel, and an error for each that fails, in order.
 
-        The rows of the latter hold anything.
+        Rows of failed images are undefined.
         """
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         errors: dict[int, PictureError] = {}
-        rows = iter(enumerate(indices))  # from which each thread takes the next; a future for each would take more time
+        rows = iter(enumerate(indices))  # each thread takes the next; a future for each would take more time
 
         def work():
             for row, i in rows:
                 try:
                     images[row] = decode(self.pictures.read(i), *self.shape[2:])
-                except Exception as error:  # a broken picture raises almost anything
-                    reason = str(error).partition(" <_io.BytesIO")[0]  # which is no name of a file
+                except Exception as error:  # a damaged picture can raise any error
+                    reason = str(error).partition(" <_io.BytesIO")[0]  # Pillow names the buffer, which means nothing
                     errors[row] = PictureError(self.pictures.names[i], reason or type(error).__name__)
 
         for thread in [self._pool.submit(work) for _ in range(self._workers)]:

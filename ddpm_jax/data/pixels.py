@@ -1,4 +1,4 @@
-"""Pixels of 8 bits and what a network sees of them: x / 127.5 - 1, in [-1, 1] (section 3.3)."""
+"""Conversion between 8-bit pixels and the network's range: x / 127.5 - 1, in [-1, 1] (section 3.3)."""
 
 from typing import Any
 

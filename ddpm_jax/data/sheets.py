@@ -1,4 +1,4 @@
-"""uint8 images as pictures to look at: side by side on a sheet, enlarged, as PNG."""
+"""uint8 images as pictures to look at: grids, enlargement, PNG."""
 
 import io
 
@@ -13,7 +13,7 @@ def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
 
 
 def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
-    """A uint8 image of 1 or 3 channels as a PNG file's content."""
+    """A uint8 image of 1 or 3 channels, encoded as PNG."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, "PNG")
     return buffer.getvalue()
@@ -22,7 +22,7 @@ def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
 def grid(
     images: UInt8[np.ndarray, "N H W C"], *, columns: int | None = None, gap: int = 1
 ) -> UInt8[np.ndarray, "h w C"]:
-    """Images side by side, row by row, with `gap` black pixels between; as square as their number allows by default."""
+    """A grid of images, row by row, with `gap` black pixels between them. By default it is as square as possible."""
     N, H, W, C = images.shape
     columns = columns or int(np.ceil(np.sqrt(N)))
     rows = -(-N // columns)
@@ -34,6 +34,6 @@ def grid(
 
 
 def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[np.ndarray, "h w C"]:
-    """Repeats pixels until the image is at least about `smallest` pixels high, so that small images can be looked at."""
+    """Repeats pixels by a whole factor, so that the image is about `smallest` pixels high if it was smaller."""
     factor = max(1, smallest // image.shape[0])
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,6 +1,6 @@
-"""Where images come from: the kinds of sources, and `open_source`, which finds one by name.
+"""Sources of images, and `open_source`, which opens one by name.
 
-A new kind is one function here, name -> Arrays or Pictures, and one line in `SOURCES`.
+To add a kind, write a function name -> Arrays or Pictures, and add it to `SOURCES`.
 """
 
 import collections
@@ -29,18 +29,20 @@ from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
 from ddpm_jax.errors import UsageError
 
-DECODE_ONCE_BYTES = 2**33  # what data.cache=auto takes on the disk: CelebA-HQ at 256 is 6 GB, LSUN church 25 GB
-DIGEST_BYTES = 2**26  # of images that are read for their digest at a time
-MOST_BYTES = 2**29  # of an encoded picture: 8192 x 8192 pixels of 16 bits and four channels, not compressed
-MOST_SHOWN = 200  # letters of a name that a message shows
+DECODE_ONCE_BYTES = 2**33  # the largest cache of data.cache=auto: CelebA-HQ at 256 has 6 GB, LSUN church 25 GB
+DIGEST_BYTES = 2**26  # of images hashed at a time
+MOST_BYTES = 2**29  # of an encoded picture: 8192 x 8192 pixels of four 16-bit channels, uncompressed
+MOST_SHOWN = 200  # characters of a name in a message
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images, all of one size.
+    """Images of one size.
 
-    images: uint8 (N, H, W, C), in memory, memory-mapped or decoded where they are read. read_labels: () -> int (N,) or None.
-    identity: what a checkpoint remembers of the data set, to refuse another one.
+    Attributes:
+        images: uint8 (N, H, W, C), in memory, memory-mapped or decoded at each read.
+        read_labels: () -> int (N,), or None if there are none.
+        identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
     """
 
     images: np.ndarray | DecodedPictures
@@ -52,24 +54,24 @@ class Source:
         return len(self.images)
 
     def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "n H W C"]:
-        """The images at these places, uint8 (n, H, W, C). Raises PictureError where one cannot be decoded."""
+        """The images at these indices, uint8 (n, H, W, C). Raises PictureError if one cannot be decoded."""
         return self.images[indices]
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """The class of each image, int (N,), or None where there are none; read when first asked for."""
+        """The class of each image, int (N,), or None if there are none."""
         return self.read_labels()
 
 
 class Arrays(NamedTuple):
-    """Images that are already arrays: uint8 (N, H, W) or (N, H, W, C); labels int (N,) or None."""
+    """A source that holds arrays: uint8 images (N, H, W) or (N, H, W, C); labels int (N,) or None."""
 
     images: np.ndarray
     labels: np.ndarray | None
 
 
 def digits(name: str) -> Arrays:
-    """The 1,797 handwritten 8x8 digits that scikit-learn ships, grey, 0..16 stretched to 0..255; labels 0 to 9."""
+    """The 1,797 handwritten 8x8 digits of scikit-learn, grey, with 0..16 scaled to 0..255; labels 0 to 9."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -77,7 +79,7 @@ def digits(name: str) -> Arrays:
 
 
 def array_file(name: str) -> Arrays:
-    """Images of an .npy file, or of an .npz file's `images` (and its `labels`, if there); uint8 (N, H, W) or (N, H, W, C)."""
+    """The images of an .npy file, or the arrays `images` and (optional) `labels` of an .npz file."""
     if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of uint8 images")
     try:
@@ -100,7 +102,7 @@ def array_file(name: str) -> Arrays:
 
 
 def folder(name: str) -> Pictures:
-    """The pictures of a folder and its sub-folders, sorted by their relative names; a picture's class is its sub-folder."""
+    """The pictures of a folder and its sub-folders, sorted by relative name; each sub-folder is a class."""
     files = find_files(name)
     chosen = _choose(name, files)
     paths = [files[relative] for relative in chosen]
@@ -110,7 +112,7 @@ def folder(name: str) -> Pictures:
         raise UsageError(
             f"data.source={name!r} has a picture that cannot be found ({error}); remove it or its link"
         ) from None
-    # A pipe would be waited for without an end, a device read without one.
+    # Reading a pipe would block forever, and a device may have no end.
     if other := [path for path, stat in zip(paths, stats, strict=True) if not S_ISREG(stat.st_mode)]:
         raise UsageError(
             f"data.source={name!r} has names of pictures that are no regular files, but pipes, sockets or devices: "
@@ -132,7 +134,7 @@ def folder(name: str) -> Pictures:
 
 
 def zip_file(name: str) -> Pictures:
-    """The pictures in a zip file, read in place; sorted and labelled like a folder's."""
+    """The pictures of a zip file, read in place; sorted and labelled like a folder's."""
     if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of a .zip file of pictures, or a folder")
     try:
@@ -145,7 +147,7 @@ def zip_file(name: str) -> Pictures:
 
     def read(i):
         _check_size(chosen[i].file_size)
-        return archive.read(chosen[i])  # compares the checksum
+        return archive.read(chosen[i])  # checks the CRC
 
     return Pictures(
         names=names,
@@ -167,9 +169,9 @@ SOURCES: dict[str, Callable[[str], Arrays | Pictures]] = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `data.source` names, kept or decoded as `data.cache` says.
+    """Opens the source `data.source`, decoded once or at each read as `data.cache` says.
 
-    Raises UsageError for what cannot be used; also for pictures that cannot be decoded, where they are decoded once.
+    Raises UsageError if it cannot be used. Bad pictures raise here only if they are decoded once.
     """
     content = _read(config.source)
     if isinstance(content, Arrays):
@@ -183,7 +185,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def open_pictures(source: str) -> Pictures:
-    """The encoded pictures of a source. Raises UsageError for one that holds arrays, which have nothing to decode."""
+    """The encoded pictures of a source. Raises UsageError for a source of arrays."""
     content = _read(source)
     if isinstance(content, Arrays):
         raise UsageError(f"{source} holds arrays, not encoded pictures; there is nothing to prepare or check")
@@ -191,9 +193,9 @@ def open_pictures(source: str) -> Pictures:
 
 
 def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
-    """The pictures as an array of the config's size and channels, decoded where it is read.
+    """The pictures as an array of the config's size and channels, decoded at each read.
 
-    Raises UsageError for a size of which not even one picture has room in memory.
+    Raises UsageError if one image of this size does not fit in memory.
     """
     room.check_memory(
         config.image_size**2 * (4 + config.channels),  # Pillow holds 4 bytes a pixel
@@ -204,7 +206,7 @@ def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
 
 
 def find_kind(name: str) -> str:
-    """Which of SOURCES a name is. Raises UsageError, with what comes near, for a path that does not exist and what is none."""
+    """The key of SOURCES for a name. Raises UsageError, with similar names, if there is no such path or kind."""
     if name.startswith(tfds.PREFIX):
         return "tfds:NAME"
     if name in SOURCES:
@@ -223,7 +225,7 @@ def find_kind(name: str) -> str:
 
 
 def _near_names(name: str) -> list[str]:
-    """Sources that a name may have been meant for: those that need no path, and what lies where its path breaks off."""
+    """Sources with a similar name: those without a path, and files beside the first missing part of the path."""
     pathless = {kind: kind for kind in SOURCES if kind.isalpha()} | {set: tfds.PREFIX + set for set in tfds.COMMON}
     near = [pathless[match] for match in difflib.get_close_matches(name[:MOST_SHOWN].lower(), pathless, n=1)]
     missing = Path(name)
@@ -270,7 +272,7 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
 
 
 def _choose(source: str, names) -> list[str]:
-    """The names that end like a picture's, sorted; hidden files and folders are left out, other files with a note."""
+    """The names with a picture's ending, sorted. Skips hidden files silently, and other files with a note."""
     seen = [name for name in names if not ("/." in (inside := f"/{name}") or "/__MACOSX" in inside)]
     chosen = sorted(name for name in seen if name.lower().endswith(ENDINGS))
     if not chosen:
@@ -294,7 +296,7 @@ def _check_size(size: int) -> None:
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
-    """The place of each picture's folder among the sorted folders; None where all lie in one."""
+    """The index of each picture's folder among the sorted folders; None if there is only one."""
     folders = [posixpath.dirname(name) for name in names]
     classes, labels = np.unique(folders, return_inverse=True)
     return labels if len(classes) > 1 else None

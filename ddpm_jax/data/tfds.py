@@ -1,6 +1,6 @@
-"""Data sets of tensorflow-datasets: looking whether one is prepared, reading it without TensorFlow, and preparing it.
+"""Data sets of tensorflow-datasets: preparing them, and reading prepared ones without TensorFlow.
 
-They lie where tensorflow-datasets keeps them: in the folder that the environment variable TFDS_DATA_DIR names, else in
+They are stored where tensorflow-datasets stores them: in the folder TFDS_DATA_DIR of the environment, or else in
 ~/tensorflow_datasets.
 """
 
@@ -22,7 +22,7 @@ from ddpm_jax.data.pictures import Pictures
 from ddpm_jax.errors import UsageError, import_extra
 
 PREFIX = "tfds:"
-# Sets of images that a name without the prefix is compared with. Their own list would need TensorFlow.
+# Image sets to suggest for a name without the prefix. The full list would need TensorFlow.
 COMMON = (
     *(
         "celeb_a",
@@ -36,11 +36,11 @@ COMMON = (
     ),
     *("imagenet_resized", "imagenette", "kmnist", "lsun", "mnist", "oxford_flowers102", "stl10", "svhn_cropped"),
 )
-RETRIES = 6  # of a connection, with pauses of 13 s in all; tensorflow-datasets' own ten pause for 204 s
+RETRIES = 6  # of a connection, 13 s in all; the default of ten takes 204 s
 
 
 def data_folder() -> Path:
-    """Where prepared data sets are kept on this machine."""
+    """The folder of prepared data sets on this machine."""
     return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
 
 
@@ -91,7 +91,7 @@ def pictures(source: str) -> Pictures:
 
 
 class _Names(Sequence[str]):
-    """What the pictures of a split are called: their places, since they have no names."""
+    """The names of a split's pictures: their indices."""
 
     def __init__(self, prefix: str, length: int):
         self.prefix, self.length = prefix, length
@@ -108,11 +108,11 @@ def _import() -> Any:
 
 
 def _prepared(name: str) -> Path:
-    """The folder of the newest prepared version. Looked for by hand: asked itself, tfds tries the network for minutes."""
+    """The folder of the newest prepared version. tfds itself would try the network for minutes."""
     infos = (data_folder() / name).glob("*/dataset_info.json")
     found = [
         info.parent for info in infos if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
-    ]  # or begun, but not finished
+    ]  # other names are incomplete downloads
     how = f"prepare it with: python prepare_data.py {PREFIX}{name}"
     if not found:
         raise UsageError(f"the data set {name!r} is not prepared in {data_folder()}; {how}")
@@ -123,10 +123,10 @@ def _prepared(name: str) -> Path:
 
 
 def prepare(source: str) -> Path:
-    """Downloads `tfds:NAME` and writes it as array_record, if that is not done; returns its folder.
+    """Downloads `tfds:NAME` and writes it as array_record, unless it is prepared; returns its folder.
 
-    Raises UsageError if there is no such data set, it cannot be fetched, a package is missing or a file has to be placed by
-    hand; what was fetched is kept for the next try.
+    Raises UsageError if there is no such data set, it cannot be downloaded, a package is missing or a file must be placed by
+    hand. Downloaded files are kept for the next try.
     """
     name, _ = parse(source)
     tfds = _import()
@@ -134,10 +134,10 @@ def prepare(source: str) -> Path:
         from tensorflow_datasets.core.download import downloader
 
         downloader.MAX_RETRIES = RETRIES
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every try
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it logs every retry
     try:
         tfds.builder(name, file_format="array_record", data_dir=data_folder()).download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:  # which lists them all; tfds.list_builders would need TensorFlow
+    except tfds.core.DatasetNotFoundError as error:  # its message lists all sets; tfds.list_builders needs TensorFlow
         near = difflib.get_close_matches(name, re.findall(r"- (\w+)", str(error)), n=1)
         hint = f"perhaps you meant {near[0]}" if near else "look for it in the catalog of tensorflow-datasets"
         raise UsageError(f"tensorflow-datasets has no data set {name!r}; {hint}") from None
@@ -145,10 +145,10 @@ def prepare(source: str) -> Path:
         raise UsageError(
             f"preparing {name} needs more packages ({error}); pip install 'ddpm-jax[tensorflow]'"
         ) from None
-    except AssertionError as error:  # how it says that an archive has to be placed by hand, and where
+    except AssertionError as error:  # tfds asks for an archive to be placed by hand
         raise UsageError(f"{name} cannot be prepared ({' '.join(str(error).split())})") from None
     except OSError as error:
-        if error.filename or error.errno in (errno.ENOSPC, errno.EROFS):  # of the disk: told by the script
+        if error.filename or error.errno in (errno.ENOSPC, errno.EROFS):  # an error of the disk: cli.py reports it
             raise
         url = getattr(getattr(error, "request", None), "url", None)
         why = f"{urllib.parse.urlsplit(url).hostname} cannot be reached" if url else error

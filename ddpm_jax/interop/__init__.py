@@ -1,1 +1,1 @@
-"""Weights from and to other programs: diffusers, the authors' TensorFlow code, plain files."""
+"""Import and export of weights: diffusers, the authors' TensorFlow code, plain files."""

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, how to sample from it, and how good it was found to be."""
+"""The model card of an exported run: description, usage and results."""
 
 import json
 
@@ -37,7 +37,7 @@ images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference
 
 
 def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
-    """The card in Markdown, with the results of evaluating the workdir if weights are the "ema" that was evaluated."""
+    """The card in Markdown. It lists the workdir's results if weights is "ema", since evaluations use the EMA."""
     results = results_of_step(epath.Path(workdir), run.step) if weights == "ema" else []
     rows = [f"| {' | '.join(result)} |" for result in results]
     return _CARD.format(

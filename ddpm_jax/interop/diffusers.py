@@ -1,6 +1,6 @@
-"""Models of diffusers: a folder or hub id read into parameters, and a run written as a folder that its `DDPMPipeline` loads.
+"""Models of diffusers: importing one from a folder or the hub, and exporting a run for its `DDPMPipeline`.
 
-diffusers itself is not needed, its files being JSON and safetensors. Nothing that is read is executed.
+It reads and writes JSON and safetensors without diffusers, and executes no code of a model.
 """
 
 import json
@@ -25,7 +25,7 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
-OF_THE_MODEL = {  # the other fields are the user's choice
+OF_THE_MODEL = {  # fields that the model fixes
     *("data.image_size", "data.channels"),
     *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
     *("diffusion.prediction", "diffusion.variance"),
@@ -34,12 +34,17 @@ OF_THE_SCHEDULE = {"diffusion.T", "diffusion.schedule", "diffusion.beta_start", 
 
 
 def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
-    """The config and the parameters (float32 NumPy) of a `UNet2DModel` or `DDPMPipeline`.
+    """Reads a `UNet2DModel` or `DDPMPipeline`: our config and the parameters (float32 NumPy).
 
-    source: a folder, or an id on the hub such as google/ddpm-cifar10-32. base: a config of the same network and diffusion,
-    whose data and training options are taken; without it the data are `none`. A folder without a scheduler's config is
-    taken to be the paper's; its variance is then what the base says, or learned where the outputs are two for each channel.
-    Raises UsageError for what is missing, damaged or not one of our networks.
+    A folder without a scheduler's config gets the paper's schedule. Its variance is the base's, or learned if there are two
+    outputs for each channel.
+
+    Args:
+        source: A folder, or an id on the hub such as google/ddpm-cifar10-32.
+        base: A config of the same network and diffusion, for the data and training options; without it data.source is `none`.
+
+    Raises:
+        UsageError: If a file is missing or damaged, or the model is not one of our networks.
     """
     folder = _find_folder(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -73,7 +78,7 @@ def _find_folder(source: str) -> Path:
         if not [*folder.rglob(f"{WEIGHTS}.safetensors")]:
             folder = Path(hub.snapshot_download(source, allow_patterns=[*configs, f"*{WEIGHTS}.bin"]))
         return folder
-    except Exception as error:  # of the network, of the hub, of the cache: its own kinds, and others
+    except Exception as error:  # the network, the hub and the cache each have their own errors
         raise UsageError(
             f"{source} is not a folder and could not be had from the hub ({first_line(error)}); "
             "check the name and the network"
@@ -93,11 +98,11 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
     check(base)
     ours, theirs = Experiment.from_config(base).process, Experiment.from_config(config).process
     betas, others = ours.schedule.betas, theirs.schedule.betas
-    # Equal betas may have other names: those of const are a linear schedule's as well.
+    # Equal betas may have different names: a const schedule is also a linear one.
     same = betas.shape == others.shape and np.allclose(betas, others, rtol=1e-5, atol=0)
     names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
     if without_scheduler and ours.learns_variance == theirs.learns_variance:
-        names -= {"diffusion.variance"}  # nothing else says which
+        names -= {"diffusion.variance"}  # the model does not record it
     differ = [name for name in differences(base, config) if name in names]
     if differ:
         was, now = flatten_config(base), flatten_config(config)
@@ -135,8 +140,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
-    except (AttributeError, TypeError) as error:  # of numpy, which is asked for the type by name
-        raise UsageError(f"{path} holds numbers that NumPy has not ({error}); get the weights unquantised") from None
+    except (AttributeError, TypeError) as error:  # NumPy has no type of that name
+        raise UsageError(f"{path} holds a type that NumPy lacks ({error}); get the weights unquantised") from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -144,7 +149,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
-    except Exception:  # what a pickle can raise has no end, and its words are no advice to follow
+    except Exception:  # a pickle can raise any error, with any message
         raise UsageError(
             f"{path} is damaged or holds something else than weights, so nothing of it was used; "
             f"get {WEIGHTS}.safetensors instead"
@@ -152,7 +157,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_new(folder: Path) -> None:
-    """Refuses a folder that holds anything, or cannot be made. Raises UsageError."""
+    """Raises UsageError unless the folder is empty or new, and can be written."""
     check_place(folder / "model_index.json", "give another folder")
     check_empty(epath.Path(folder))
     if not folder.name:
@@ -160,9 +165,9 @@ def check_new(folder: Path) -> None:
 
 
 def write_pipeline(run: Run, folder: Path, card: str) -> None:
-    """Writes a folder that `DDPMPipeline.from_pretrained` loads, with the run's parameters and the card as its README.md.
+    """Writes a run atomically as a folder that `DDPMPipeline.from_pretrained` loads, with the card as its README.md.
 
-    Whole or not at all. Raises UsageError if the folder is not empty, or if diffusers' scheduler cannot sample the run.
+    Raises UsageError if the folder is not empty, or diffusers' scheduler cannot sample the run.
     """
     files = {
         "model_index.json": {
@@ -186,7 +191,7 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
         for name, values in files.items():
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).write_text(json.dumps(values, indent=2) + "\n")
-        # Not by save_file, which tells a full disk in a kind of error of its own.
+        # Not by save_file, which raises its own error on a full disk.
         (whole / f"unet/{WEIGHTS}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (whole / "README.md").write_text(card)
         whole.replace(folder)

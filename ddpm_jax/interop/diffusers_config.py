@@ -1,4 +1,4 @@
-"""What diffusers calls a network and a sampler: the configs of its `UNet2DModel` and `DDPMScheduler`, from ours and to ours."""
+"""Translates between our config and those of diffusers' `UNet2DModel` and `DDPMScheduler`."""
 
 import json
 from typing import Any
@@ -10,9 +10,9 @@ from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.errors import UsageError
 from ddpm_jax.training.experiment import Experiment
 
-VERSION = "0.35.0"  # of diffusers, whose fields these are
+VERSION = "0.35.0"  # of diffusers, with these fields
 
-# What our network is, in fields that diffusers lets one choose ...
+# Our network in diffusers' fields.
 _NETWORK: dict[str, Any] = {
     "_class_name": "UNet2DModel",
     "act_fn": "silu",
@@ -34,7 +34,7 @@ _NETWORK: dict[str, Any] = {
     "time_embedding_type": "positional",
     "upsample_type": "conv",
 }
-# ... and what its config means, where that is something else, by a field that is left out.
+# diffusers' own defaults for missing fields, where they differ from the values above.
 _NETWORK_DEFAULTS: dict[str, Any] = {
     "attention_head_dim": 8,
     "downsample_padding": 1,
@@ -69,12 +69,12 @@ _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos
 MOST_LEVELS, MOST_CHANNELS, MOST_STEPS = 16, 2**15, 10**6
 _MOST = {"in_channels": 64, "layers_per_block": 32, "norm_num_groups": MOST_CHANNELS, "sample_size": 2**14}
 _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
-# Their "learned" is the variance, ours its logarithm, so neither stands for the other.
+# Their "learned" is the variance, ours its logarithm, so "learned" has no counterpart.
 _VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
 
 
 def unet_config(experiment: Experiment) -> dict[str, Any]:
-    """The config of the `UNet2DModel` that is the experiment's network."""
+    """The config of the `UNet2DModel` that equals the experiment's network."""
     data, model = experiment.config.data, experiment.config.model
     attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
@@ -92,7 +92,7 @@ def unet_config(experiment: Experiment) -> dict[str, Any]:
 
 
 def scheduler_config(experiment: Experiment) -> dict[str, Any]:
-    """The config of the `DDPMScheduler` that samples as our `ancestral` does. Raises UsageError where there is none."""
+    """The config of the `DDPMScheduler` that equals our `ancestral` sampler. Raises UsageError if there is none."""
     d = experiment.config.diffusion
     for name, ours, table in [("prediction", d.prediction, _PREDICTIONS), ("variance", d.variance, _VARIANCES)]:
         if ours not in table:
@@ -114,10 +114,10 @@ def scheduler_config(experiment: Experiment) -> dict[str, Any]:
 
 
 def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | None) -> Config:
-    """Our config of a network and a scheduler of diffusers; its data are `none`, its training options the defaults.
+    """Our config for a network and a scheduler of diffusers, with data.source `none` and default training options.
 
-    Without a scheduler the diffusion is the paper's, of a variance that is learned_range where a channel has two outputs.
-    Raises UsageError, naming the fields, if our network or sampler cannot be that.
+    Without a scheduler it takes the paper's schedule, and the variance learned_range if there are two outputs for each channel.
+    Raises UsageError with the fields that our network or sampler cannot represent.
     """
     given = _NETWORK | _NETWORK_DEFAULTS | unet
     missing = [name for name in ("block_out_channels", "down_block_types", "up_block_types") if name not in given]
@@ -148,12 +148,12 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
         diffusion=diffusion,
     )
     one_head = {width for width, attend in zip(widths, attends, strict=False) if attend} | {widths[-1]}
-    other_words = {  # for what our network is
+    other_words = {  # other values that mean the same network
         "act_fn": given["act_fn"] == "swish",
         "attention_head_dim": {given["attention_head_dim"]} == one_head,
         "attn_norm_num_groups": given["attn_norm_num_groups"] == given["norm_num_groups"],
-        "num_train_timesteps": True,  # only a learned embedding of t has a use for it
-        "sample_size": True,  # seen to above
+        "num_train_timesteps": True,  # only a learned embedding of t uses it
+        "sample_size": True,  # checked above
         "time_embedding_dim": given["time_embedding_dim"] == 4 * ch,
     }
     ours = unet_config(Experiment.from_config(config))
@@ -163,7 +163,7 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
 
 
 def _check_sizes(given: dict[str, Any]) -> None:
-    """Refuses networks beyond all that are known before anything is built of their numbers. Raises UsageError."""
+    """Raises UsageError for sizes beyond those of any known network, before anything is allocated."""
     for name, most in _MOST.items():
         _check_most(given, name, most, "network")
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
@@ -202,7 +202,7 @@ def _diffusion(scheduler: dict[str, Any]) -> DiffusionConfig:
 
 
 def _schedule(given: dict[str, Any]) -> tuple[Any, float, float]:
-    """Name, beta_start and beta_end of the schedule; explicit betas are one of ours if they are its values."""
+    """Name, beta_start and beta_end of the schedule; explicit betas must equal one of our schedules."""
     if given["trained_betas"] is None:
         return _ours(_SCHEDULES, given, "beta_schedule"), given["beta_start"], given["beta_end"]
     betas = np.array(given["trained_betas"], np.float64)
@@ -229,7 +229,7 @@ def _refuse_differences(given: dict[str, Any], ours: dict[str, Any], what: str) 
         for name, value in given.items()
         if (name == "_class_name" or not name.startswith("_"))  # others are notes, such as the version
         and value != ours.get(name)
-        and (name in ours or value)  # a field that we do not know may be there if it is off
+        and (name in ours or value)  # an unknown field is accepted if it is off
     ]
     if differ:
         raise UsageError(f"its {what} is not one of ddpm_jax: {', '.join(differ)}; give a model that agrees in these")

@@ -1,9 +1,7 @@
-"""A run as one file for programs that know nothing of this package: its parameters, or its whole sampler.
+"""Exports a run to one file for programs without this package: its parameters, or its whole sampler.
 
-    NAME.safetensors   the parameters by their paths, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
-    NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
-
-The file's ending says which.
+NAME.safetensors   the parameters by path, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
+NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
 """
 
 import dataclasses
@@ -31,7 +29,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def parameters_file(run: Run, weights: str) -> bytes:
-    """The parameters, float32, as safetensors; the metadata hold `config` (JSON), `step` and `weights` (ema or raw)."""
+    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (ema or raw)."""
     metadata = {"config": json.dumps(configs.to_json(run.config)), "step": str(run.step), "weights": weights}
     return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)
 
@@ -39,7 +37,7 @@ def parameters_file(run: Run, weights: str) -> bytes:
 def sampler_file(run: Run) -> bytes:
     """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> uint8 (B, H, W, C), for any B.
 
-    The images are those of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
+    It gives the images of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
 
         program = jax.export.deserialize(bytearray(open("NAME.jax_export", "rb").read()))
         images = program.call(jax.numpy.uint32(0), jax.numpy.arange(16, dtype="int32"))
@@ -47,7 +45,7 @@ def sampler_file(run: Run) -> bytes:
     params = jax.tree.map(np.asarray, run.params)
 
     def program(seed: UInt32[Array, ""], indices: Int[Array, " B"]) -> UInt8[Array, "B H W C"]:
-        # The parameters are constants of the program; the barrier keeps the compiler from folding them into their uses.
+        # The parameters are constants of the program; the barrier prevents constant folding.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
             run.experiment.process,
@@ -64,7 +62,7 @@ def sampler_file(run: Run) -> bytes:
 
 
 def check_file(file: epath.PathLike) -> None:
-    """Refuses a file of another ending, one that is there, and one that cannot be written. Raises UsageError."""
+    """Raises UsageError if the file has another ending, exists, or cannot be written."""
     file = epath.Path(file)
     if file.suffix not in (".safetensors", ".jax_export"):
         raise UsageError(
@@ -76,7 +74,7 @@ def check_file(file: epath.PathLike) -> None:
 
 
 def export_run(run: Run, file: epath.PathLike, *, weights: str) -> None:
-    """Writes the run to a file of one of the two kinds, by its ending; whole or not at all. Raises as `check_file` does."""
+    """Writes the run atomically to a file; its ending selects the format. Raises as `check_file`."""
     check_file(file)
     file = epath.Path(file)
     content = parameters_file(run, weights) if file.suffix == ".safetensors" else sampler_file(run)

@@ -1,11 +1,11 @@
-"""The network's parameters by their names here, in diffusers and in the authors' TensorFlow checkpoints: one table.
+"""One table of the parameters' names: here, in diffusers and in the authors' TensorFlow checkpoints.
 
     here               down_1_attn_0/q/kernel                       (C, D)   and (3, 3, C, D) of a convolution
     diffusers          down_blocks.1.attentions.0.to_q.weight       (D, C)   and (D, C, 3, 3), 1x1 shortcuts (D, C, 1, 1)
     older diffusers    down_blocks.1.attentions.0.query.weight      as in diffusers
     TensorFlow         model/down_1/attn_0/q/W                      as here
 
-It is made from the network that a config describes, so that it holds every parameter once.
+It is derived from the config's network, so it holds every parameter exactly once.
 """
 
 import functools
@@ -41,7 +41,7 @@ _DIFFUSERS_OLD = _DIFFUSERS | {"q": "query", "k": "key", "v": "value", "proj_out
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the network: its path and shape here, and what others call it."""
+    """One array of the network: its path and shape here, and its names elsewhere."""
 
     path: str
     shape: tuple[int, ...]
@@ -51,11 +51,11 @@ class Parameter:
 
     @property
     def diffusers_shape(self) -> tuple[int, ...]:
-        """The shape that PyTorch keeps it in."""
+        """Its shape in PyTorch."""
         return self.to_diffusers(np.broadcast_to(np.float32(0), self.shape)).shape
 
     def to_diffusers(self, array: np.ndarray) -> np.ndarray:
-        """The array as PyTorch keeps it (a view): outputs first, window last."""
+        """The array in PyTorch's layout (a view): outputs first, window last."""
         if array.ndim == 4:
             return array.transpose(3, 2, 0, 1)
         return array.T[:, :, None, None] if self._is_shortcut else array.T
@@ -73,7 +73,7 @@ class Parameter:
 
 @functools.cache
 def parameters(experiment: Experiment) -> tuple[Parameter, ...]:
-    """All parameters of the experiment's U-Net. Computes shapes only. Raises UsageError for another network."""
+    """All parameters of the experiment's U-Net, from shapes alone. Raises UsageError for another network."""
     if experiment.has_own_network:
         raise UsageError(
             f"diffusers and the authors' code have no {type(experiment.network).__name__}, only the U-Net; export the run to a "
@@ -110,8 +110,8 @@ def _diffusers(path: str, levels: int, names: dict[str, str]) -> str:
     if block := _BLOCK.fullmatch(module):
         part, level, what, index = block.groups()
         if part == "mid":
-            module, index = "mid_block", str(int(index) - 1)  # ours count from 1, as the authors' do
-        else:  # they count the levels of both ways in the order of use
+            module, index = "mid_block", str(int(index) - 1)  # ours count from 1, like the authors'
+        else:  # diffusers counts the levels of the way up from the lowest resolution
             module = f"{part}_blocks.{level if part == 'down' else levels - 1 - int(level)}"
         module += {
             "block": f".resnets.{index}",
@@ -133,9 +133,9 @@ def unflatten(params: Mapping[str, Any]) -> Any:
 
 
 def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Refuses tensors (shapes by name) that are not the expected ones one for one, with the names of the first that differ.
+    """Raises UsageError, naming the first differences, unless tensors have exactly the expected names and shapes.
 
-    where: the file they are in. Raises UsageError.
+    where: their file, for the message.
     """
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is not of this network" for name in found if name not in expected]

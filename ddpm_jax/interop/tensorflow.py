@@ -1,11 +1,11 @@
-"""The authors' TensorFlow checkpoints: parameters, their moving averages, and Adam's moments, by the names of their code.
+"""Importing the authors' TensorFlow checkpoints: parameters, EMA, Adam's moments and the step.
 
     model/down_1/attn_0/q/W                              a parameter
     model/down_1/attn_0/q/W/ExponentialMovingAverage     its moving average
-    model/down_1/attn_0/q/W/Adam, .../Adam_1             Adam's first and second moment, if they were kept
-    global_step                                          the step, 0 if it was not kept
+    model/down_1/attn_0/q/W/Adam, .../Adam_1             Adam's first and second moment, optional
+    global_step                                          the step, 0 if missing
 
-TensorFlow (the extra `tensorflow`) reads the files, and is imported for nothing else.
+TensorFlow (the extra `tensorflow`) is needed only to read the files.
 """
 
 import contextlib
@@ -27,11 +27,17 @@ PARAMS, EMA, MOMENT_1, MOMENT_2 = "", "/ExponentialMovingAverage", "/Adam", "/Ad
 
 
 def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, list[str]]:
-    """The training state of a checkpoint of the experiment's network, and the names of its variables that were not used.
+    """Reads a checkpoint: the training state, and the names of unused variables.
 
-    prefix: the path up to `.index`. Every variable under `model/` is used exactly once; others than global_step (Adam's
-    powers of beta, say) are not. Without Adam's moments the optimizer starts anew, with its warm-up. Raises UsageError if the
-    config cannot be run, the checkpoint cannot be read, or a variable is missing, too many or of another shape.
+    Every variable under `model/` is used exactly once; of the others only global_step is. Without Adam's moments the optimizer
+    starts afresh, with its warm-up.
+
+    Args:
+        prefix: The path of the files without `.index` or `.data`.
+        experiment: The experiment of the checkpoint's network.
+
+    Raises:
+        UsageError: If the config cannot be run, the checkpoint cannot be read, or its variables do not fit the network.
     """
     check(experiment.config)
     with _told(prefix):
@@ -61,14 +67,14 @@ def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, li
 
 
 def _reader(prefix: str) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it reports its own start at length
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow logs its start at length
     tensorflow = import_extra("tensorflow", "tensorflow", f"the checkpoint {prefix}")
     return tensorflow.train.load_checkpoint(prefix)
 
 
 @contextlib.contextmanager
 def _told(prefix: str) -> Iterator[None]:
-    """Tells whatever TensorFlow raises, which has kinds of its own for what is missing and what is damaged, in a sentence."""
+    """Turns any error of TensorFlow into a UsageError."""
     try:
         yield
     except UsageError:
