@@ -176,9 +176,7 @@ def test_tensors_that_do_not_fit_are_named(model, refused):
 def test_numbers_of_a_kind_that_numpy_has_not_are_refused(model, tmp_path):
     header = json.dumps({"conv_in.bias": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     (model / SAFETENSORS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(
-        UsageError, match=r"holds a type that NumPy lacks \(.*float8.*\); get the weights unquantised"
-    ):
+    with pytest.raises(UsageError, match=r"holds a type that NumPy lacks \(.*float8.*\); get the weights unquantised"):
         convert("from-diffusers", model, tmp_path / "run")
 
 
