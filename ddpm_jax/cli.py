@@ -1,6 +1,6 @@
-"""How a command starts and ends: its module imported under guard, every end one sentence and an exit code.
+"""Starting and ending a command: signals are handled from the start, and errors end in one sentence and an exit code.
 
-Nothing heavy is imported here, so that an interrupt in the first second finds its handler.
+Nothing heavy is imported here, so that the signal handlers are installed at once.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from ddpm_jax import peers
 from ddpm_jax.errors import RunError, UsageError, first_line, say
 
-# What a command that was interrupted leaves, and how to go on.
+# What an interrupted command leaves, and how to resume.
 COMMANDS = {
     "train": "checkpoints are as they were, and the same command continues from the newest",
     "sample": "finished images are kept, and the same command continues",
@@ -27,19 +27,19 @@ COMMANDS = {
     "benchmark": "nothing is kept but what --json has; the same command starts again",
     "prepare_data": "what was fetched is kept, and the same command continues",
 }
-GRACE_SECONDS = 5.0  # for what an interrupt leaves to clean up
+GRACE_SECONDS = 5.0  # for cleaning up after an interrupt
 
 
 class Stopped(BaseException):
-    """A signal has asked the process to end."""
+    """Raised in the command by SIGINT and SIGTERM."""
 
 
 class _Interrupts:
     """Ends the process on SIGINT and SIGTERM, with one sentence and exit code 130 or 143.
 
-    While modules are imported, at once: nothing is begun. While the command runs, `Stopped` is raised in it, so that it cleans
-    up; after GRACE_SECONDS, and at a second signal, the process ends wherever it is. A thread sees to the latter: Python's
-    handlers wait until the main thread comes back from a long call, such as a compilation, or a library swallows `Stopped`.
+    During imports it ends at once. While the command runs, `Stopped` is raised in it, so that it cleans up. After GRACE_SECONDS,
+    or at a second signal, a thread ends the process. It must be a thread: Python runs handlers only after the main thread
+    returns from a long call, such as a compilation, and a library may swallow `Stopped`.
     """
 
     def __init__(self) -> None:
@@ -50,20 +50,20 @@ class _Interrupts:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, daemon=True).start()
-        # Registered before JAX's, so that it is called last: what follows would hand the signals back to the system.
+        # Registered before JAX's handler, so that it runs last: after it Python restores the system's signal handlers.
         atexit.register(_ignore_signals)
 
     def install(self, left: str) -> None:
-        """Takes the two signals from now on. left: what an interrupt leaves, for the sentence."""
+        """Installs the handlers. left: what an interrupt leaves, for the sentence."""
         self._left, self.received = left, None
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)  # each signal's number, as soon as it comes
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)  # receives each signal's number at once
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: Any) -> None:
         if self.command_runs and self.received is None:
             self.received = signum
-            # What libraries make of an exception that comes from nowhere is no news.
+            # Libraries may report `Stopped` as an unraisable exception; hide these reports.
             sys.unraisablehook = lambda _: None
             threading.excepthook = lambda _: None
             raise Stopped
@@ -75,7 +75,7 @@ class _Interrupts:
             if signum not in (signal.SIGINT, signal.SIGTERM):
                 continue
             before += 1
-            if before == 1 and signal.getsignal(signum) != self._receive:  # training takes it, to save first
+            if before == 1 and signal.getsignal(signum) != self._receive:  # training handles it, to save first
                 say(f"{signal.Signals(signum).name}: stopping after this step; a second one stops at once")
                 continue
             if before == 1 and self.command_runs:
@@ -83,8 +83,8 @@ class _Interrupts:
             self.end(signum)
 
     def end(self, signum: int) -> NoReturn:
-        """Ends without Python's own end, which waits for threads, perhaps decoding pictures or saving, and prints stacks."""
-        self._ending.acquire()  # never released: one sentence
+        """Ends the process without Python's shutdown, which waits for threads (decoding, saving) and prints stacks."""
+        self._ending.acquire()  # never released, so that only one thread prints the sentence
         say(f"{signal.Signals(signum).name}: stopped; {self._left}")
         os._exit(128 + signum)
 
@@ -98,18 +98,18 @@ def _ignore_signals() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends the script with one sentence on standard error."""
-    with contextlib.suppress(OSError):  # nobody reads it
+    """Ends the command with one sentence on standard error."""
+    with contextlib.suppress(OSError):  # standard error is closed
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     peers.leave(code)
     raise SystemExit(code)
 
 
 def run(command: str | Callable[[], None]) -> None:
-    """Runs a command of `ddpm_jax.commands`, or a function, to its end: success, or one sentence and an exit code.
+    """Runs a command of `ddpm_jax.commands`, or a function. A failure ends in one sentence and an exit code.
 
-    UsageError: code 2; RunError, and a file or disk that cannot be read or written: 1; SIGINT: 130, SIGTERM: 143. Any other
-    error is one of ours and keeps its stack. The signals stay taken: the interpreter's end is guarded too.
+    The code is 2 for UsageError, 1 for RunError and OSError, 130 for SIGINT and 143 for SIGTERM. Any other error is a bug and
+    keeps its traceback. The signal handlers stay installed until the process ends.
     """
     global _interrupts
     _interrupts = interrupts = _interrupts or _Interrupts()
@@ -124,7 +124,7 @@ def run(command: str | Callable[[], None]) -> None:
         finally:
             interrupts.command_runs = False
     except BaseException as error:
-        if interrupts.received is not None:  # whatever a library made of it
+        if interrupts.received is not None:  # a library may have turned `Stopped` into another error
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             interrupts.end(interrupts.received)
@@ -133,7 +133,7 @@ def run(command: str | Callable[[], None]) -> None:
 
 
 def _tell(error: BaseException) -> None:
-    """Ends the script as the error asks; returns for an error that nobody foresaw."""
+    """Ends the command with the sentence and code of an expected error; returns for any other."""
     if sentence := peers.lost(error):
         fail(sentence, 1)
     if isinstance(error, UsageError):
@@ -141,7 +141,7 @@ def _tell(error: BaseException) -> None:
     if isinstance(error, RunError):
         fail(str(error), 1)
     if isinstance(error, BrokenPipeError) and error.filename is None:
-        # Whoever read the output has gone, as `head` does: an end like that of any program in a pipe, without a word.
+        # The reader of the output has ended, like `head`: end silently, as programs in a pipe do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE)
     if isinstance(error, OSError) and error.errno is not None:
@@ -154,7 +154,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _of_system(error: OSError) -> str:
-    """What the operating system refused, and what to do."""
+    """The sentence for an OSError: what failed, and what to do."""
     if error.errno == errno.ENOSPC:
         return "the disk is full; what was saved before is as it was: make room and run the same command again"
     where = f"{error.filename}: " if error.filename else ""
@@ -165,22 +165,22 @@ def _of_system(error: OSError) -> str:
 
 
 def _quiet() -> None:
-    """Sets what a command wants of its libraries, before JAX is imported: a cache of compiled programs, no stacks in logs."""
+    """Configures libraries before JAX is imported: a compilation cache, and no tracebacks in logs."""
     import logging
 
     cache = os.path.join(os.path.expanduser("~"), ".cache", "ddpm_jax", "compiled")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Names of files may have letters that the terminal has not.
+    # File names may hold characters that the terminal cannot print.
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    # Orbax reports every save there, and of one that fails whole stacks, though it raises the error as well.
+    # Orbax logs every save, and the traceback of a failed one although it raises the error as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_closed_loops
 
 
 def _ignore_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-    # What a save that failed had still under way reports to an event loop that is gone, hundreds of times.
+    # Pending operations of a failed save report to a closed event loop, hundreds of times.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

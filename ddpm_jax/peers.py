@@ -1,8 +1,8 @@
-"""The other processes of a run: waiting until they have come, and ending with one sentence when one of them has gone.
+"""The other processes of a run: waiting for them, and ending with one sentence when one of them ends.
 
-When a process goes, JAX's coordination service ends the others from C++: it writes pages, then aborts. No exception can be
-caught and no callback given. So what C++ writes comes through a pipe here, and a thread reads it: it passes on what is for
-people, leaves out what the service says to itself, and ends the process when the service is about to.
+When a process ends, JAX's coordination service aborts the others from C++, after pages of logs. There is no exception to catch
+and no callback. So the output of C++ goes through a pipe, which a thread reads. The thread passes on messages for people, drops
+the service's logs, and ends the process when the service is about to abort it.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from typing import NoReturn
 
 from ddpm_jax.errors import say
 
-END_SECONDS = 5.0  # how long a process that has failed waits for the others to end as well
+END_SECONDS = 5.0  # how long a failed process waits for the others
 FATAL = b"Terminating process because the JAX distributed service"
-# A record of C++'s log begins so; lines without it belong to the record before.
+# The start of a record of a C++ log; lines without it belong to the record before.
 RECORD = re.compile(rb"[IWEF]\d{4} ")
 SERVICE = re.compile(rb"[IWEF]\d{4} .* (coordination_service\w*|client)\.(cc|h):\d+\]")
 GLOO = re.compile(rb"\[Gloo\] Rank ")
-# An error of a computation, or of waiting for the others, that comes of another process having gone.
+# An error of a computation or a wait, caused by the end of another process.
 LOST = re.compile(
     r"(Gloo|NCCL).*(closed|reset|refused|tim\w+ ?out|broken pipe|remote process)|coordination service|heartbeat timeout",
     re.IGNORECASE,
 )
 
 _listening = False
-others: list[int] = []  # of the processes of this run, once they have joined
-_leaving: int | None = None  # the exit code of a process that is ending by itself
+others: list[int] = []  # indices of the other processes, once they have joined
+_leaving: int | None = None  # the exit code, once this process is ending by itself
 
 
 def listen() -> None:
-    """Lets what C++ writes to standard output and error come through here; Python writes there as before."""
+    """Redirects the output of C++ through a pipe; Python's output is not affected."""
     global _listening
     _listening = True
     for fd, name in ((1, "stdout"), (2, "stderr")):
@@ -53,15 +53,15 @@ def listen() -> None:
         threading.Thread(target=_pass_on, args=(reader, outside), daemon=True).start()
     import ctypes
 
-    # A thread that aborts sleeps first (for SIGABRT = 6 seconds: a handler's argument is the signal's number), so that
-    # `_pass_on` comes to read why: C++ aborts where it does not hold the GIL. Python's own handlers would run too late.
+    # Make libc's `sleep` the handler of SIGABRT: its argument is the signal's number, 6, so a thread that aborts sleeps for
+    # 6 seconds. Meanwhile `_pass_on` reads the reason, since C++ aborts without the GIL. A Python handler would run too late.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _pass_on(reader: int, outside: int) -> None:
-    """Copies lines to where they are read by people, but for what the coordination service and Gloo say to themselves."""
+    """Copies lines to the original output, without the logs of the coordination service and Gloo."""
     rest, hidden, log = b"", False, b""
     while data := os.read(reader, 2**16):
         *lines, rest = (rest + data).split(b"\n")
@@ -75,7 +75,7 @@ def _pass_on(reader: int, outside: int) -> None:
                 continue
             with contextlib.suppress(OSError):
                 os.write(outside, line + b"\n")
-            if line.startswith(b"F") and RECORD.match(line):  # an abort for another reason: its stack follows
+            if line.startswith(b"F") and RECORD.match(line):  # an abort for another reason; let its stack trace through
                 _end_in(0.5, 128 + signal.SIGABRT)
         if FATAL in log:
             _end(gone(_who(log.decode(errors="replace"))))
@@ -88,7 +88,7 @@ def _end_in(seconds: float, code: int) -> None:
 
 
 def _who(log: str) -> str:
-    """Which process has gone, by what the coordination service has said."""
+    """The process that has ended, according to the coordination service's log."""
     named = re.search(r"stopped sending heartbeats\):\s*([\d,\s]+)", log) or re.search(r"Task (\d+) heartbeat", log)
     if named:
         indices = re.findall(r"\d+", named[1])
@@ -101,7 +101,7 @@ def _another() -> str:
 
 
 def gone(who: str) -> str:
-    """The sentence for a process that has gone."""
+    """The sentence for a process that has ended."""
     return (
         f"{who} of this run has stopped or cannot be reached; what was saved before is as it was: see its own messages, "
         "and start all processes again"
@@ -109,7 +109,7 @@ def gone(who: str) -> str:
 
 
 def lost(error: BaseException | None) -> str | None:
-    """The sentence for an error that comes of another process having gone; None for any other error."""
+    """The sentence for an error caused by the end of another process; None for any other error."""
     while _listening and error is not None:
         if LOST.search(str(error)):
             return gone(_another())
@@ -118,7 +118,7 @@ def lost(error: BaseException | None) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Sees to it that a failed process ends soon: JAX would wait for the others, which may be waiting for this one."""
+    """Ends a failed process after END_SECONDS. Otherwise JAX would wait for the others, which may wait for this one."""
     global _leaving
     if _listening:
         _leaving = code
@@ -133,7 +133,7 @@ def _end(sentence: str) -> NoReturn:
 
 @contextlib.contextmanager
 def patience(whom: str, *, seconds: float, first: float = 5.0, every: float = 30.0) -> Iterator[None]:
-    """While the block waits for other processes, says so now and then; after `seconds` it ends the process, exit code 1."""
+    """Reports regularly that the block waits for other processes; after `seconds` it ends the process with code 1."""
     came, start = threading.Event(), time.monotonic()
 
     def tell() -> None:

@@ -1,1 +1,1 @@
-"""Measuring samplers, the training step and the data feed, and compiling for TPUs that are not there."""
+"""Benchmarks of samplers, the training step and the data feed, and compilation for TPUs that are not present."""

@@ -1,4 +1,4 @@
-"""A plan of what to measure or compile, and carrying it out row by row."""
+"""Plans of what to measure or compile, carried out row by row."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
 
 @dataclass(frozen=True)
 class Plan:
-    """Every combination of samplers, steps, batch sizes and dtypes, and what else is asked for."""
+    """Every combination of samplers, steps, batch sizes and dtypes, and other measurements."""
 
     samplers: tuple[Annotated[str, Choices(SAMPLERS)], ...] = ("ancestral", "ddim")
     """Samplers to take; with no name after it: none."""
@@ -50,9 +50,9 @@ class Plan:
 
 
 def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
-    """Raises UsageError, before anything is compiled, for a plan that cannot be carried out.
+    """Raises UsageError for a plan that cannot be carried out, before anything is compiled.
 
-    compiling: the plan is for `compile_for`, where what asks for running has no meaning.
+    compiling: the plan is for `compile_for`, so options of running are refused.
     """
     check(config)
     for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
@@ -74,7 +74,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
     for options, _, batch in _sampling(plan):
         build_sampler(Experiment.from_config(config).process, options)
         if not compiling and jax.default_backend() == "cpu":
-            # At the least: images, noise and output, and the first feature map.
+            # A lower bound: images, noise and output, and the first feature map.
             needed = 4 * batch * config.data.image_size**2 * (3 * config.data.channels + config.model.ch)
             check_memory(needed, f"--batch-sizes {batch}", "use a smaller one")
         if plan.peer == "torch":
@@ -95,7 +95,7 @@ def _experiments(config: Config, plan: Plan) -> Iterator[Experiment]:
 
 
 def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Iterator[Row]:
-    """The rows of a plan, each once it is measured. load_params: gives the network's parameters, if there is sampling."""
+    """Measures a plan and yields its rows. load_params: () -> the parameters, called if the plan has samplers."""
     timing: dict[str, Any] = {"repeats": plan.repeats, "peak": plan.peak_tflops}
     torch = plan.peer == "torch"
     params = load_params() if plan.samplers else None
@@ -111,9 +111,9 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
 
 
 def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
-    """The rows of a plan's samplers and of its train step, if it has them, compiled for a TPU topology; nothing is run.
+    """Compiles a plan's samplers and train step for a TPU topology and yields their rows; runs nothing.
 
-    Raises UsageError, before anything is compiled, if the devices do not divide the batches.
+    Raises UsageError, before anything is compiled, if the devices do not divide a batch.
     """
     devices = topology.describe_topology(name)
     for _, _, batch in _sampling(plan):
@@ -126,7 +126,7 @@ def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
 
 
 def write_json(path: str, config: Config, rows: list[Row]) -> None:
-    """The rows with the config, hardware and versions, as one JSON object."""
+    """Writes the rows with the config, hardware and versions as one JSON object."""
     content = {"config": to_json(config), "environment": environment(), "rows": rows}
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)

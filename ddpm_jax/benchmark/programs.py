@@ -1,6 +1,6 @@
-"""What is measured: the compiled programs that sample.py and train.py run, and the feed of batches.
+"""Measuring the compiled programs of sample.py and train.py, and the feed of batches.
 
-Every function gives rows, dictionaries of plain values: what was run, seconds, FLOPs, bytes.
+Measurements are rows: dictionaries of plain values such as seconds, FLOPs and bytes.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ COLUMNS = {
 
 
 def network_flops(experiment: Experiment, batch: int) -> float:
-    """FLOPs of one network evaluation of `batch` images, by XLA's cost analysis of the lowered program.
+    """FLOPs of one network evaluation of `batch` images, by XLA's cost analysis.
 
-    Lowered, not compiled: on GPUs the compiled program's convolutions are library calls, which the analysis may not count.
+    It analyses the lowered program, since the compiled one calls libraries on GPUs, which the analysis may not count.
     """
     x = jax.ShapeDtypeStruct((batch, *experiment.image_shape), jnp.float32)
     params = abstract_state(experiment).params
@@ -63,7 +63,7 @@ def network_flops(experiment: Experiment, batch: int) -> float:
 
 
 def step_flops(experiment: Experiment) -> float:
-    """FLOPs of one training step as the mathematics has it: nothing computed twice, no random bits, one batch in one part."""
+    """FLOPs of one training step in theory: without rematerialisation, dropout or accumulation."""
     config = experiment.config
     model = dataclasses.replace(config.model, remat=False, dropout=0.0)
     plain = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, accumulation=1))
@@ -77,12 +77,12 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def image_shapes(experiment: Experiment, *steps: int) -> jax.ShapeDtypeStruct:
-    """The batches of so many training steps: uint8 (*steps, B, H, W, C)."""
+    """The shape of training batches: uint8 (*steps, B, H, W, C)."""
     return jax.ShapeDtypeStruct((*steps, experiment.config.train.batch_size, *experiment.image_shape), jnp.uint8)
 
 
 def memory(compiled: Any) -> Row:
-    """Bytes on each device that a compiled program needs: its arguments and results (one place if donated), and the rest."""
+    """Bytes on each device that a compiled program needs; donated arguments count once."""
     m = compiled.memory_analysis()
     if m is None:
         return {}
@@ -98,14 +98,14 @@ def memory(compiled: Any) -> Row:
 
 
 def _compile(function: Any, *arguments: Any) -> tuple[Any, Row]:
-    """The compiled function, and what that took: seconds, memory."""
+    """Compiles a function; returns it and the cost: seconds and memory."""
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     return compiled, {"compile_s": time.perf_counter() - start} | memory(compiled)
 
 
 def _row(labels: Row, timing: Timing, *, times: int, images: int, flops: float = 0.0, peak: float | None = None) -> Row:
-    """A row of one call that does something `times` times and takes `images` images. peak: TFLOP/s of all devices."""
+    """The row of a call of `times` evaluations, steps or batches on `images` images. peak: TFLOP/s of all devices."""
     row = labels | {
         "warm_up_s": timing.warm_up,
         "repeats_s": timing.repeats,
@@ -123,14 +123,14 @@ def _row(labels: Row, timing: Timing, *, times: int, images: int, flops: float =
 def _measure(
     labels: Row, call: Callable[[], Any], peer: Peer | None, mesh: Mesh, peak: float | None, repeats: int, **work: Any
 ) -> list[Row]:
-    """The rows of a call, and of the peer's, run in turn with it."""
+    """The rows of a call and of its peer, timed alternately."""
     device = mesh.devices.flat[0]
     peak = peak or peak_tflops(device, labels["dtype"])
     ours, *theirs = take_turns([call] if peer is None else [call, peer], repeats)
     rows = [_row(labels | {"devices": mesh.devices.size}, ours, peak=peak and peak * mesh.devices.size, **work)]
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
-        rows[0]["peak_bytes_so_far"] = stats["peak_bytes_in_use"]  # of the process, on the first device
+        rows[0]["peak_bytes_so_far"] = stats["peak_bytes_in_use"]  # since the process started, on the first device
     if theirs:
         rows[0]["ratio_to_peer"] = ours.median / theirs[0].median
         same = {name: labels[name] for name in ("steps", "batch", "dtype") if name in labels}
@@ -149,7 +149,7 @@ def sampling(
     peak: float | None = None,
     peer: Peer | None = None,
 ) -> list[Row]:
-    """Measures sample.py's program, the whole reverse chain, on as many of the devices as share a batch equally."""
+    """Measures sample.py's program, the whole reverse chain, on the largest number of devices that divides the batch."""
     config, sampler = experiment.config, build_sampler(experiment.process, options)
     mesh = sharding.make_mesh(devices=jax.devices()[: math.gcd(batch, jax.device_count())])
     arguments = jax.device_put(
@@ -162,7 +162,7 @@ def sampling(
 
 
 def training(experiment: Experiment, *, repeats: int, peak: float | None = None, peer: Peer | None = None) -> list[Row]:
-    """Measures train.py's program, train.steps_per_dispatch steps of train.batch_size images that are on the devices."""
+    """Measures train.py's program: train.steps_per_dispatch steps of train.batch_size images, already on the devices."""
     config = experiment.config
     check(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
@@ -184,8 +184,10 @@ def training(experiment: Experiment, *, repeats: int, peak: float | None = None,
 
 
 def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
-    """Measures the feed of batches until they are on the devices, beside the same images without it: a bare NumPy gather
-    or, of pictures that are decoded at every step, Pillow alone. The host's memory is the whole process's, after both.
+    """Measures the feed of batches up to the devices, beside a baseline on the same images.
+
+    The baseline is a bare NumPy gather, or Pillow alone for pictures decoded at every step. The host's memory is that of the
+    whole process, after both.
     """
     check(config, num_devices=jax.device_count())
     source, mesh = open_source(config.data), sharding.make_mesh(fsdp=config.train.fsdp)
@@ -194,7 +196,7 @@ def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
     dispatches = range(0, max(num_batches, steps) // steps * steps, steps)
     wanted = [batch_indices(config.seed, first, steps, batch, len(source)) for first in dispatches]
     times = len(wanted) * steps
-    # The end of the run, for reading ahead beyond it would take time from the other's turn.
+    # The run ends with these batches: reading further ahead would take time from the baseline.
     ended = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=times))
     feed = make_feed(ended, source, mesh)
 
@@ -221,7 +223,7 @@ def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
 
 
 def pillow_alone(images: DecodedPictures, indices: Iterable[int], workers: int) -> None:
-    """Reads pictures and has Pillow decode, crop and resize them to the same size, in as many threads; no more is done."""
+    """The baseline: Pillow reads, decodes, crops and resizes the pictures in as many threads."""
     size, mode = images.shape[1], "L" if images.shape[3] == 1 else "RGB"
 
     def one(i):

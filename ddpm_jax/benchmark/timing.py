@@ -1,4 +1,4 @@
-"""How a measurement is taken and told: repeats in turn, warm-up apart, the machine beside the figures."""
+"""Timing calls, and reporting the results with the hardware and versions."""
 
 import importlib.metadata
 import os
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Dense TFLOP/s of one device in bfloat16, by JAX's device_kind (some chips go by two); the makers' figures.
-# A device of the first two TPUs is a core, half a chip.
+# Dense bfloat16 TFLOP/s of one device, from the vendors, by JAX's device_kind (some chips have two names).
+# A device of TPU v2 and v3 is a core, half a chip.
 PEAK_TFLOPS = {
     "TPU v2": 22.5,
     "TPU v3": 61.5,
@@ -32,7 +32,7 @@ PEAK_TFLOPS = {
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: the first one, which warms up, apart from the repeats."""
+    """Seconds of the first call, which warms up, and of its repeats."""
 
     warm_up: float
     repeats: list[float]
@@ -44,12 +44,12 @@ class Timing(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The slowest repeat less the fastest, as a share of the median."""
+        """The range of the repeats, as a share of the median."""
         return (max(self.repeats) - min(self.repeats)) / self.median
 
 
 def take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
-    """Times the calls, each of which must wait for its result, in turn, so that whatever else the machine does meets all."""
+    """Times the calls in turn, so that other load on the machine affects all. Each call must wait for its result."""
 
     def seconds(call):
         start = time.perf_counter()
@@ -61,9 +61,7 @@ def take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]
 
 
 def host_memory() -> int | None:
-    """Bytes of RAM that this process holds itself, without the files that it maps, whose pages the system may drop at any
-    time; None where the system does not tell (it is Linux that does).
-    """
+    """Bytes of anonymous memory of this process, without mapped files, whose pages the system can drop; None if not Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     kib = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
@@ -71,22 +69,23 @@ def host_memory() -> int | None:
 
 
 def peak_tflops(device: jax.Device, dtype: str) -> float | None:
-    """The device's peak in this dtype, or None if it is not known. float32 runs in TF32 on GPUs, which is half of
-    bfloat16's, and in one bfloat16 pass on TPUs: the defaults of JAX.
+    """The device's peak in this dtype, or None if it is unknown.
+
+    By JAX's defaults float32 runs in TF32 on GPUs, at half the peak of bfloat16, and in one bfloat16 pass on TPUs.
     """
     peak = PEAK_TFLOPS.get(device.device_kind)
     return peak and peak * (0.5 if dtype == "float32" and device.platform == "gpu" else 1.0)
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions: what a figure means nothing without."""
+    """The hardware and versions of a measurement."""
     names = ("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "diffusers")
     versions = {}
     for name in ("ddpm-jax", *names):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that this machine does not have
+            continue  # not installed
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -105,7 +104,7 @@ def _processor() -> str:
 
 
 def table(rows: Iterable[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
-    """Rows as lines of text, aligned. columns: key -> (heading, format); columns that no row has are left out."""
+    """Rows as an aligned text table. columns: key -> (heading, format); empty columns are left out."""
     rows = list(rows)
     used = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     lines = [[heading for heading, _ in used.values()]]

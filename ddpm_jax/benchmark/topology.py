@@ -1,6 +1,6 @@
-"""Compiling for TPUs that are not there: the memory, FLOPs and collectives of the programs on each chip of a topology.
+"""Compiling for TPUs that are not present: memory, FLOPs and collectives of the programs on each chip of a topology.
 
-The compiler comes with the package libtpu (extra `tpu`); neither a TPU nor its driver is needed.
+The compiler is the package libtpu (extra `tpu`). It needs no TPU and no driver.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ class Collective(NamedTuple):
     arrays: int
 
 
-# %all-reduce.1 = (f32[3,3]{1,0:T(8,128)}, f32[]) all-reduce(%a, %b), ...; an asynchronous one is a -start and a -done.
+# %all-reduce.1 = (f32[3,3]{1,0:T(8,128)}, f32[]) all-reduce(%a, %b), ...; an asynchronous one has a -start and a -done.
 _INSTRUCTION = re.compile(
     rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\S.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(", re.MULTILINE
 )
@@ -63,14 +63,14 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Every collective of a program's HLO text, in its order; one inside a loop stands once."""
+    """Every collective of a program's HLO text, in order; one inside a loop counts once."""
     found = []
     for match in _INSTRUCTION.finditer(hlo):
         sizes = [
             math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
             for bits, dims in _ARRAY.findall(match["type"])
         ]
-        if match["start"] and match["kind"] != "all-reduce":  # these hold their operands too, before their results
+        if match["start"] and match["kind"] != "all-reduce":  # their type lists the operands before the results
             count = 1 if match["kind"] == "collective-permute" else len(sizes) // 2
             sizes = sizes[count : 2 * count]
         found.append(Collective(match["kind"], sum(sizes), len(sizes)))
@@ -86,10 +86,10 @@ def tell(found: Iterable[Collective]) -> str:
 
 
 def describe_topology(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology such as v5e:2x4, for compiling only. Raises UsageError without libtpu, or for no name."""
+    """The devices of a TPU topology such as v5e:2x4, for compiling. Raises UsageError without libtpu or for another name."""
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("--compile-for needs libtpu, the TPU compiler; install it: pip install -e '.[tpu]'")
-    # libtpu would ask the machine's metadata server what TPU it sits in, and refuse to start twice on one machine.
+    # Without these, libtpu queries the machine's metadata server, and refuses to start twice on one machine.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -99,7 +99,7 @@ def describe_topology(name: str) -> list[jax.Device]:
         os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:  # what libtpu says of a wrong name is of many types
+    except Exception as error:  # libtpu raises several types for a wrong name
         raise UsageError(
             f"--compile-for {name} cannot be compiled for; libtpu says: {first_line(error)}; "
             "give a topology such as v5e:2x4, v4:2x2x1 or v5p:2x2x2"
@@ -107,7 +107,7 @@ def describe_topology(name: str) -> list[jax.Device]:
 
 
 def compile_training(experiment: Experiment, devices: list[jax.Device]) -> Row:
-    """The row of train.py's program for images fed by the host: train.steps_per_dispatch steps of train.batch_size images."""
+    """Compiles train.py's program for images from the host: train.steps_per_dispatch steps of train.batch_size images."""
     config = experiment.config
     check(config, num_devices=len(devices))
     mesh = sharding.make_mesh(fsdp=config.train.fsdp, devices=devices)
@@ -119,7 +119,7 @@ def compile_training(experiment: Experiment, devices: list[jax.Device]) -> Row:
 
 
 def check_batch(batch: int, chips: int) -> None:
-    """Raises UsageError if so many chips do not share a batch equally."""
+    """Raises UsageError if the chips do not divide the batch."""
     if batch % chips:
         raise UsageError(
             f"--batch-sizes {batch} is not divisible by the {chips} chips; use {-(-batch // chips) * chips}"
@@ -127,7 +127,7 @@ def check_batch(batch: int, chips: int) -> None:
 
 
 def compile_sampling(experiment: Experiment, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:
-    """The row of sample.py's program for batches of so many images, which the devices must share equally."""
+    """Compiles sample.py's program for a batch size that the devices divide."""
     mesh, rows = sharding.make_mesh(devices=devices), len(build_sampler(experiment.process, options))
     params = abstract_state(experiment).params
     everywhere = sharding.replicated(mesh)
@@ -145,7 +145,7 @@ def _compile(function: Any, mesh: Mesh, *arguments: Any) -> Row:
     return memory(compiled) | {
         "compile_s": seconds,
         "devices": mesh.devices.size,
-        "gflops": compiled.cost_analysis()["flops"] / 1e9,  # a loop's body counts once, so this is of one step
+        "gflops": compiled.cost_analysis()["flops"] / 1e9,  # of one step: the loop's body counts once
         "collectives": tell(found),
         "each_collective": [c._asdict() for c in found],
     }

@@ -1,6 +1,6 @@
-"""The same work in PyTorch with diffusers (extra `parity`): its U-Net of the config's shape, its schedulers, random weights.
+"""The same work in PyTorch with diffusers (extra `parity`): its U-Net with the config's layers, random weights, its schedulers.
 
-On a GPU the network is compiled, channels-last, and float32 convolutions may use TF32, as JAX's do; on CPU it runs as it is.
+On a GPU the network is compiled and channels-last, and float32 convolutions may use TF32, as in JAX. On CPU it is not compiled.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
 def libraries() -> tuple[Any, Any]:
-    """(torch, diffusers). Raises UsageError if they are missing, or cannot use the GPU that JAX uses."""
+    """Imports (torch, diffusers). Raises UsageError if one is missing, or PyTorch cannot use the GPU that JAX uses."""
     diffusers, torch = (import_extra(name, "parity", "--peer torch") for name in ("diffusers", "torch"))
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         raise UsageError(
@@ -34,7 +34,7 @@ def libraries() -> tuple[Any, Any]:
 
 
 def find_scheduler(config: Config, sampler: str) -> tuple[str, dict[str, Any]]:
-    """The class of a sampler's counterpart and its options. Raises UsageError where diffusers has none."""
+    """The class and options of a sampler's counterpart. Raises UsageError if diffusers has none."""
     if sampler not in SCHEDULERS or config.diffusion.prediction not in PREDICTIONS:
         raise UsageError(
             f"--peer torch has no counterpart of sampler {sampler} with diffusion.prediction="
@@ -48,7 +48,7 @@ def _device() -> str:
 
 
 def build_network(config: Config, diffusers: Any) -> Any:
-    """diffusers' UNet2DModel with the layers of the config's network, its weights random."""
+    """diffusers' UNet2DModel with the layers of the config's network and random weights."""
     model, learned = config.model, config.diffusion.variance in ("learned", "learned_range")
     attends = [config.data.image_size >> level in model.attn_resolutions for level in range(len(model.ch_mult))]
     return diffusers.UNet2DModel(
@@ -81,7 +81,7 @@ def _images(torch: Any, config: Config, batch: int) -> Any:
 
 
 def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Callable[[], Any]:
-    """A call that samples `batch` images to uint8 in `steps` steps."""
+    """Returns a call that samples `batch` uint8 images in `steps` steps."""
     config = experiment.config
     torch, diffusers = libraries()
     name, options = find_scheduler(config, sampler)
@@ -107,7 +107,7 @@ def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Ca
 
 
 def training(experiment: Experiment) -> Callable[[], Any]:
-    """A call that does train.steps_per_dispatch steps of Algorithm 1: Adam, clipped gradient, EMA; bfloat16 by autocast."""
+    """Returns a call of train.steps_per_dispatch steps of Algorithm 1: Adam, gradient clipping, EMA; bfloat16 by autocast."""
     config = experiment.config
     torch, diffusers = libraries()
     network = _ready(torch, build_network(config, diffusers).train())

@@ -1,1 +1,1 @@
-"""The commands, one module each: `Arguments` that a command line fills in, and `main`, which parses and calls."""
+"""The commands, one module each: `Arguments`, the command line's options, and `main`, which parses and runs."""

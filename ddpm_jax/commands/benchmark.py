@@ -28,13 +28,13 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     plan: Annotated[Plan, tyro.conf.arg(name="")] = field(default_factory=Plan)
     compile_for: str = ""
-    """A TPU topology such as v5e:16x16: compile for it what would be measured, and run nothing (extra `tpu`)."""
+    """A TPU topology such as v5e:16x16: compile the programs for it, and run nothing (extra `tpu`)."""
     json: str = ""
-    """File that everything is written to as well, for machines."""
+    """JSON file to write the results to as well."""
 
 
 def main() -> None:
-    """Parses the command line, measures and tells."""
+    """Parses the command line, measures and prints a table."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(f"{__doc__}\nbenchmark.py CONFIG --help lists the options")
         raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
@@ -43,11 +43,11 @@ def main() -> None:
     given = read_config(epath.Path(name)) if is_run else load_config(name)
     arguments = tyro.cli(Arguments, prog=f"benchmark.py {name}", args=sys.argv[2:], default=Arguments(given))
     config, columns = arguments.config, programs.COLUMNS
-    # Before JAX starts: compile seconds are those of compiling, and a peer on the same GPU finds memory.
+    # Before JAX starts: no compilation cache, so compile times are real; no preallocation, so a peer on the GPU has memory.
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if arguments.compile_for:
-        jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
+        jax.config.update("jax_platforms", "cpu")  # do not occupy a TPU or GPU
     if is_run and (config.model, config.data, config.diffusion) != (given.model, given.data, given.diffusion):
         fixed = "--model, --data and --diffusion options"
         raise UsageError(f"{name} is a run, whose network, images and process are fixed; leave out {fixed}")
@@ -64,15 +64,13 @@ def main() -> None:
         rows = measure(config, arguments.plan, load_params)
     done: list[programs.Row] = []
     if arguments.json:
-        write_json(
-            arguments.json, config, done
-        )  # a place that cannot be written is refused before anything is measured
+        write_json(arguments.json, config, done)  # refuse an unwritable path before anything is measured
     try:
         for row in tqdm(rows, unit="row", leave=False):
             done.append(row)
             if arguments.json:
                 write_json(arguments.json, config, done)
-    finally:  # the rows before one that fails, for want of memory say, are told too
+    finally:  # print the rows before one that fails, e.g. for lack of memory
         if done:
             print(timing.table(done, columns))
             print("\n".join(f"{key}: {value}" for key, value in timing.environment().items()))

@@ -1,4 +1,4 @@
-"""A config file, configs/NAME.py: the one kind of file that is executed, since it is the user's own program."""
+"""Loads a config file, configs/NAME.py. No other file is executed: a config file is the user's own program."""
 
 import difflib
 import importlib.util
@@ -9,7 +9,7 @@ from ddpm_jax.errors import UsageError
 
 
 def load_config(name: str) -> Config:
-    """The `config` of a config file, configs/NAME.py. Raises UsageError if there is none, with the nearest that is."""
+    """The `config` of a config file. Raises UsageError if there is none, with the name of the most similar file."""
     path = Path(name)
     if not path.is_file():
         there = sorted(str(p) for p in Path("configs").glob("*.py"))

@@ -24,7 +24,7 @@ File = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
 
 
 def check_workdir(workdir: str) -> None:
-    """Refuses a workdir that holds anything, or cannot be made. Raises UsageError."""
+    """Raises UsageError unless the workdir is empty or new, and can be written."""
     check_place(f"{workdir}/{CONFIG}", "give another workdir")
     check_empty(workdir)
 
@@ -35,7 +35,7 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     Args:
         source: Folder, or id on the hub such as google/ddpm-cifar10-32.
         workdir: New folder that the run is written to.
-        config: configs/NAME.py of the same model, whose data and training options the run shall have.
+        config: configs/NAME.py of the same model, for the run's data and training options.
     """
     check_workdir(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
@@ -73,7 +73,7 @@ class Which:
     """Use the checkpoint even if its manifest is missing or does not match."""
 
     def load(self, workdir: str) -> Run:
-        """The run with these parameters, on one device: they only pass through."""
+        """Loads the run onto one device, since nothing is computed."""
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         return load_run(workdir, step=self.step, weights=self.weights, unverified=self.unverified, mesh=mesh)
 

@@ -1,6 +1,6 @@
 """Evaluates a run: python evaluate.py WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
 
-Killed at any moment, the same command continues. Results, figures and report.html go into the workdir.
+After a kill, the same command resumes. Results, figures and report.html are written into the workdir.
 """
 
 import sys
@@ -32,9 +32,9 @@ class Arguments:
     metrics: tuple[Annotated[str, Choices(METRICS)], ...] = ()
     """What is computed; default all that the features allow, and without Inception weights what needs no features."""
     features: Literal["inception", "pixels"] = "inception"
-    """What images are compared by: Inception-v3, as papers do, or their bare pixels."""
+    """Features that compare images: those of Inception-v3, as in papers, or raw pixels."""
     preprocessing: Preprocessing = "tensorflow"
-    """How images are resized and scaled for Inception: as the original FID does, or as pytorch-fid."""
+    """Resizing and scaling for Inception: as in the original FID, or as in pytorch-fid."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
     step: int | Literal["best"] | None = None
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Parses the command line, computes what is asked for, and writes the report."""
+    """Parses the command line, computes the metrics and writes the report."""
     if {"-h", "--help"} & set(sys.argv):
         tyro.cli(Arguments, prog="evaluate.py WORKDIR", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):

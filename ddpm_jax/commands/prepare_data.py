@@ -15,7 +15,7 @@ from ddpm_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Download and write a data set of tensorflow-datasets as array_record, or check the pictures of any source."""
+    """Download a data set of tensorflow-datasets and write it as array_record, or check the pictures of any source."""
 
     check: bool = False
     """Decode every picture, and list those that cannot be, for --data.on-bad-image skip."""
@@ -24,7 +24,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Parses the command line, prepares or checks."""
+    """Parses the command line, and prepares or checks the source."""
     if {"-h", "--help"} & set(sys.argv):
         tyro.cli(Arguments, prog="prepare_data.py SOURCE", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def check(source: str, workers: int) -> None:
-    """Names the pictures of a source that cannot be decoded and writes their list; exit code 1 if there are any."""
+    """Prints the pictures that cannot be decoded and writes their list; exit code 1 if there are any."""
     pictures = sources.open_pictures(source)
     bad = cache.find_bad(sources.decoded(pictures, DataConfig(source=source, workers=workers)))
     for name, reason in bad.items():

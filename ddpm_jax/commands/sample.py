@@ -17,18 +17,18 @@ from ddpm_jax.training.workdir import load_run
 
 @dataclass(frozen=True)
 class Arguments:
-    """Sample images from a run. The same command again continues where it stopped."""
+    """Sample images from a run. The same command resumes an incomplete set."""
 
     num_images: int = 64
-    """How many images; image i of a seed is the same in any number of them."""
+    """Number of images; image i of a seed does not depend on it."""
     first_image: int = 0
-    """Index of the first one, so that a set can be made in several pieces."""
+    """Index of the first image, to make a set in several pieces."""
     seed: int = 0
     """Seed of every draw, 0 to 4294967295."""
     out: str = ""
-    """Folder that the images are written to; default WORKDIR/generated/ and what defines them."""
+    """Folder that the images are written to; default WORKDIR/generated/ and a name by step and options."""
     format: Format = "both"
-    """Single PNGs, one images.npz, both, or the npz shards of single batches, for sets too large for one file."""
+    """Single PNGs, one images.npz, both, or one npz shard per batch, for sets too large for one file."""
     animation: Literal["none", "gif", "webp"] = "none"
     """Also write OUT/process.gif or .webp: the reverse process of the first images, 64 or --batch-size."""
     options: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
@@ -45,7 +45,7 @@ class Arguments:
 
 
 def default_name(step: int, arguments: Arguments) -> str:
-    """A folder's name by what defines its images, where that is not the default: step_40_ema_ddim_steps_50_eta_0.2_seed_0."""
+    """A folder's name by step and options other than the defaults: step_40_ema_ddim_steps_50_eta_0.2_seed_0."""
     options, default = arguments.options, SamplerOptions()
     parts: list[object] = ["step", step, arguments.weights, options.sampler]
     for name in ("steps", "spacing", "eta", "clip"):
@@ -59,7 +59,7 @@ def default_name(step: int, arguments: Arguments) -> str:
 
 
 def main() -> None:
-    """Parses the command line, samples and writes."""
+    """Parses the command line, samples and writes the images."""
     if {"-h", "--help"} & set(sys.argv):
         tyro.cli(Arguments, prog="sample.py WORKDIR", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):

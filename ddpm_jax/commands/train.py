@@ -1,6 +1,6 @@
 """Trains a diffusion model: python train.py configs/digits.py --workdir runs/digits [--any.field value]
 
-The same command again continues where the run stopped.
+The same command resumes the run.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ USAGE = "usage: train.py CONFIG --workdir WORKDIR [--any.field value]; train.py 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train a diffusion model; the same command again continues where the run stopped."""
+    """Train a diffusion model. The same command resumes the run."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     workdir: str = ""
@@ -43,31 +43,31 @@ class Arguments:
     distributed: bool = False
     """Join the other processes of a multi-host run (see docs/parallelism.md)."""
     unverified: bool = False
-    """Continue from the newest checkpoint even if its manifest is missing or does not match."""
+    """Resume from the newest checkpoint even if its manifest is missing or does not match."""
     changed_data: bool = False
-    """Continue although the data set has changed since the checkpoint, as where a bad picture was mended or left out."""
+    """Resume although the data set has changed since the checkpoint, e.g. after a bad picture was replaced or skipped."""
 
 
 def train(
     experiment: Experiment, workdir: epath.PathLike, *, unverified: bool = False, changed_data: bool = False
 ) -> TrainState:
-    """Trains to train.steps, from wherever the workdir stands.
+    """Trains an experiment to train.steps, from the workdir's newest intact checkpoint or from the start.
 
     Args:
-        experiment: What is trained: `Experiment.from_config(config)`, or with a network of one's own.
-        workdir: The folder that the run is written to, and continued from.
-        unverified: Continue from the newest checkpoint without checking it.
-        changed_data: Continue also with another data set.
+        experiment: What is trained: `Experiment.from_config(config)`, also with your own network.
+        workdir: The folder that the run is written to.
+        unverified: Resume from the newest checkpoint without checking it.
+        changed_data: Resume even if the data set has changed.
 
     Returns:
         The last state.
 
     Raises:
-        UsageError: For what the user can put right; before anything is compiled, but for a picture that cannot be decoded
-            when its step comes.
-        RunError: Where a loss is not finite, a save fails or the workdir is gone.
-        OSError: Where the logs cannot be written.
-        Interrupted: After SIGTERM or SIGINT, once what they leave is saved.
+        UsageError: If the config, the data or the workdir cannot be used. This is raised before anything is compiled, except
+            for a picture that cannot be decoded at its step.
+        RunError: If a loss is not finite, a save fails or the workdir is gone.
+        OSError: If the logs cannot be written.
+        Interrupted: After SIGTERM or SIGINT, once the state is saved.
 
     Example:
         >>> from ddpm_jax import Experiment, train

@@ -1,4 +1,4 @@
-"""Exports a run to one file for programs without this package: its parameters, or its whole sampler.
+"""Exports a run to one file for programs without this package: its parameters, or its whole sampler, by the file's ending.
 
 NAME.safetensors   the parameters by path, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
 NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
