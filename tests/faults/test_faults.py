@@ -1,14 +1,11 @@
 """Damage to any file that the commands write is refused in one sentence or leaves no trace in the result: never silent.
 
-DDPM_JAX_FAULTS=500 pytest -m slow tests/faults tries so many random damages, spread over the scenes.
+`python tests/faults/fuzz.py --count 500` tries more, on one device.
 """
-
-import collections
-import random
 
 import pytest
 import scenes
-from damages import DAMAGES
+from fuzz import judge
 
 
 @pytest.fixture(scope="module")
@@ -24,32 +21,12 @@ def made(tmp_path_factory):
     return made
 
 
-def draws(made, name, count, seed):
-    """Random damages of a scene: (file, damage, generator), every kind of damage equally often."""
-    for i in range(count):
-        generator = random.Random(f"{seed} {name} {i}")
-        kinds = sorted(DAMAGES)
-        yield generator.choice(made(name).files), kinds[i % len(kinds)], generator
-
-
-def judge(made, name, count, seed, folder):
-    verdicts, failures = collections.Counter(), []
-    for i, (file, kind, generator) in enumerate(draws(made, name, count, seed)):
-        try:
-            verdicts[scenes.meet(made(name), file, DAMAGES[kind], generator, folder / f"{i}")] += 1
-        except Exception as error:
-            failures.append(f"{name}: {kind} of {file}: {type(error).__name__}: {error}")
-    print(f"{name}: {count} damages, {dict(verdicts)}, {len(failures)} wrong")
-    assert not failures, "\n\n".join(failures)
-
-
-@pytest.mark.parametrize("name", ["train", "sample"])
+@pytest.mark.parametrize("name", ["sample"])
 def test_some_damages_are_never_silent(name, made, tmp_path):
-    judge(made, name, 8, "some", tmp_path)
+    assert judge(made(name), name, range(8), "some", tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", scenes.SCENES)
 def test_damages_are_never_silent(name, made, tmp_path):
-    count = scenes.environment() or 96
-    judge(made, name, -(-count // len(scenes.SCENES)), "all", tmp_path)
+    assert judge(made(name), name, range(8), "slow", tmp_path) == []
