@@ -28,7 +28,7 @@ from ddpm_jax.diffusion.schedules import Schedule
 
 def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Array:
     """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), elementwise, in nats."""
-    # expm1, since exp(x) - 1 - x of nearly equal variances is lost in float32's rounding of 1.
+    # expm1: for nearly equal variances exp(x) - 1 - x would lose its digits in float32.
     variances = jnp.expm1(logvar1 - logvar2) - (logvar1 - logvar2)
     return 0.5 * (variances + (mean1 - mean2) ** 2 * jnp.exp(-logvar2))
 
@@ -36,10 +36,10 @@ def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Arr
 def discretized_gaussian_log_likelihood(x_0: Array, mean: Array, logvar: Array) -> Array:
     """log of the Gaussian's probability of x_0's bin, Eq. (13), elementwise, in nats.
 
-    x_0 are pixels x / 127.5 - 1: bins of width 2/255, the first and last open to infinity; probabilities below 1e-12 count
-    as 1e-12 (the authors' code). The exact normal CDF is used; the authors' code has a tanh approximation of it, up to 0.56
-    bits off four bins from the mean at the smallest sigma. Differences are taken in the tail that x_0 lies in, where
-    float32 keeps its relative precision.
+    x_0 are pixels x / 127.5 - 1. Bins have width 2/255, and the first and last extend to infinity. Probabilities are at least
+    1e-12, as in the authors' code. The normal CDF is exact; the authors use a tanh approximation, which is off by up to 0.56
+    bits four bins from the mean at the smallest sigma. Differences are taken in the tail of x_0, where float32 keeps its
+    relative precision.
     """
     inverse_sigma = jnp.exp(-0.5 * logvar)
     centred = x_0 - mean
@@ -52,7 +52,7 @@ def discretized_gaussian_log_likelihood(x_0: Array, mean: Array, logvar: Array) 
 
 
 def mean_bits(nats: Float[Array, "B H W C"]) -> Float[Array, " B"]:
-    """Nats per dimension, averaged over each image and turned into bits/dim."""
+    """Nats per dimension, averaged over each image and converted to bits/dim."""
     return jnp.mean(nats, axis=(1, 2, 3)) / math.log(2.0)
 
 
@@ -64,7 +64,7 @@ def prior_bits(schedule: Schedule, x_0: Images) -> Float[Array, " B"]:
 
 
 class BoundTerm(NamedTuple):
-    """One term of the bound for each image, and the x_0 (B, H, W, C) it was formed with."""
+    """One term of the bound for each image, and the predicted x_0 (B, H, W, C)."""
 
     bits: Float[Array, " B"]
     x_0: Float[Array, "B H W C"]
@@ -73,8 +73,7 @@ class BoundTerm(NamedTuple):
 def bound_term(process: Process, output: Output, x_0: Images, x_t: Images, t: Steps, *, clip: bool) -> BoundTerm:
     """L_t in bits/dim: the KL of Eq. (5) where t >= 1, the decoder's negative log-likelihood (Eq. 13) where t = 0.
 
-    output: the network's at (x_t, t). clip: clip x_0 to [-1, 1]; the authors do where the bound is evaluated, and do not
-    where it is trained on.
+    output: the network's at (x_t, t). clip: clip x_0 to [-1, 1]; the authors do so for evaluation, not for training.
     """
     q = q_posterior(process.schedule, x_0, x_t, t)
     p = p_mean_logvar(process, output, x_t, t, clip=clip)
@@ -84,8 +83,9 @@ def bound_term(process: Process, output: Output, x_0: Images, x_t: Images, t: St
 
 
 class Terms(NamedTuple):
-    """Some terms of the bound of each image: bits[:, s] is L_t in bits/dim at t = ts[:, s], and mse[:, s] the mean squared
-    error of the predicted x_0 there (pixels in [-1, 1]).
+    """Some terms of the bound of each image, at t = ts[:, s].
+
+    bits[:, s] is L_t in bits/dim, and mse[:, s] the mean squared error of the predicted x_0 (pixels in [-1, 1]).
     """
 
     bits: Float[Array, "B S"]
@@ -102,7 +102,7 @@ def bound_terms(
     *,
     clip: bool = True,
 ) -> Terms:
-    """L_t of each image at its own choice of times, zero-based; one draw of x_t for each, as `bits_per_dim` makes it."""
+    """L_t of each image at its own times (zero-based), with one draw of x_t for each, as in `bits_per_dim`."""
     keys = rng.image_keys(key, indices)
 
     def body(carry, t):
@@ -133,10 +133,10 @@ def bits_per_dim(process: Process, model, key: Key[Array, ""], x_0: Images, indi
     Args:
         process: The schedule, and what the network's output means.
         model: Any function (x_t, t) -> output.
-        key: The key of every draw; that of image i at t depends on (key, i, t) alone.
+        key: The key of all draws; the draw of image i at t depends on (key, i, t) alone.
         x_0: Pixels x / 127.5 - 1 of 8-bit images, float (B, H, W, C).
         indices: The images' global places, int (B,).
-        clip: Clip each predicted x_0 to [-1, 1], as the authors do where the bound is evaluated.
+        clip: Clip each predicted x_0 to [-1, 1], as the authors do for evaluation.
 
     Returns:
         The total and its terms, in bits/dim: `Bits`. One `lax.scan` over t computes them.

@@ -1,7 +1,7 @@
 """Training losses of one image batch, and the choice of t.
 
-Every loss has one signature: (process, model, x_0, t, eps) -> float (B,), one number an image,
-where `model` is any function (x_t, t) -> output. A new loss is one function and one entry of `LOSSES`.
+Every loss has the signature (process, model, x_0, t, eps) -> float (B,), one number for each image, where `model` is any
+function (x_t, t) -> output. To add a loss, write a function and add it to `LOSSES`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def _mse(process, output, x_0, x_t, t, eps):
 
 
 def _vb(process, output, x_0, x_t, t):
-    # Not clipped: a clipped x_0 has no gradient, and the authors clip only where the bound is evaluated.
+    # Not clipped: a clipped x_0 has no gradient, and the authors clip for evaluation only.
     return bound_term(process, output, x_0, x_t, t, clip=False).bits
 
 
@@ -55,13 +55,13 @@ def simple_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Imag
 
 
 def vb_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
-    """L = the bound's term L_t in bits/dim (Eqs. 5, 12), one term and not multiplied by T, as in the authors' code."""
+    """L_t, one term of the bound in bits/dim (Eqs. 5, 12), not multiplied by T, as in the authors' code."""
     x_t = q_sample(process.schedule, x_0, t, eps)
     return _vb(process, model(x_t, t), x_0, x_t, t)
 
 
 def rescaled_vb_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
-    """T L_t: with uniform t its mean is the whole bound less L_T, in bits/dim."""
+    """T L_t: for uniform t its mean is the bound without L_T, in bits/dim."""
     return process.schedule.T * vb_loss(process, model, x_0, t, eps)
 
 
@@ -78,7 +78,7 @@ def _hybrid(process, model, x_0, t, eps, weight):
 
 
 def hybrid_loss(process: Process, model: Model, x_0: Images, t: Steps, eps: Images) -> Float[Array, " B"]:
-    """L_simple + L_t, the mean's gradient stopped in L_t: Nichol & Dhariwal's code without rescaling."""
+    """L_simple + L_t, where L_t gives the mean no gradient: Nichol & Dhariwal's code without rescaling."""
     return _hybrid(process, model, x_0, t, eps, 1.0)
 
 
@@ -99,7 +99,7 @@ LOSSES: dict[str, Callable[..., Array]] = {
 def min_snr_weights(process: Process, gamma: float) -> Float[np.ndarray, " T"]:
     """Weights of the simple loss at each t, float64: min(SNR, gamma) in units of x_0's error (Hang et al. 2023).
 
-    That is min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0 and min(SNR, gamma) / (SNR + 1) for v. Raises ValueError
+    The weight is min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0 and min(SNR, gamma) / (SNR + 1) for v. Raises ValueError
     for x_prev, for which the method is not defined.
     """
     ratio, prediction = snr(process.schedule), process.prediction
@@ -121,7 +121,7 @@ def sample_t(key: Key[Array, ""], batch_size: int, T: int) -> Int[Array, " B"]:
 class LossHistory(NamedTuple):
     """The last losses seen at each t, for choosing t by importance (Nichol & Dhariwal 2021, section 3.3).
 
-    losses: float32 (T, n), a ring for each t; count: int32 (T,), how many were ever written.
+    losses: float32 (T, n), a ring buffer for each t. count: int32 (T,), the number of losses written so far.
     """
 
     losses: Float[Array, "T n"]
@@ -134,9 +134,9 @@ def init_loss_history(T: int, n: int = 10) -> LossHistory:
 
 
 def t_probabilities(history: LossHistory, *, uniform: float = 0.001) -> Float[Array, " T"]:
-    """p_t proportional to sqrt(E[L_t^2]) over the history, mixed with a little of the uniform; uniform until every t is full.
+    """p_t proportional to sqrt(E[L_t^2]) over the history, mixed with a uniform distribution; uniform until every t is full.
 
-    uniform: the share of the uniform distribution, as in the authors' code (Nichol & Dhariwal).
+    uniform: the share of the uniform distribution, as in Nichol & Dhariwal's code.
     """
     T, n = history.losses.shape
     p = jnp.sqrt(jnp.mean(history.losses**2, axis=1)) + jnp.finfo(jnp.float32).tiny  # uniform if all losses are 0
@@ -147,7 +147,7 @@ def t_probabilities(history: LossHistory, *, uniform: float = 0.001) -> Float[Ar
 def importance_sample_t(
     key: Key[Array, ""], batch_size: int, history: LossHistory
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """t (B,) from `t_probabilities` by inverting their sum at uniform draws, and the weights 1 / (T p_t) that keep E unbiased."""
+    """Draws t (B,) by `t_probabilities`, and gives the weights 1 / (T p_t) that keep the expected loss unbiased."""
     p = t_probabilities(history)
     cumulative = jnp.cumsum(p)
     u = jax.random.uniform(key, (batch_size,)) * cumulative[-1]
@@ -156,7 +156,7 @@ def importance_sample_t(
 
 
 def update_loss_history(history: LossHistory, t: Int[Array, " B"], losses: Float[Array, " B"]) -> LossHistory:
-    """The history after this batch's losses, written in batch order; of more than n with one t the last n stay."""
+    """The history with this batch's losses written in batch order; if a t has more than n, the last n stay."""
     T, n = history.losses.shape
     same = t[:, None] == t[None, :]
     before = jnp.sum(same & (jnp.arange(len(t))[None, :] < jnp.arange(len(t))[:, None]), axis=1)

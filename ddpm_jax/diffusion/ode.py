@@ -19,9 +19,9 @@ from ddpm_jax.errors import import_extra
 
 
 class OdeLikelihood(NamedTuple):
-    """log_density: float (B,), in nats, of x as a point of R^D; x_T: where the flow takes it; evaluations: of the network.
+    """log_density: of x as a point of R^D, in nats. x_T: the end of the flow. evaluations: of the network.
 
-    The solver's tolerance is on x and on the log-density per dimension, in each step.
+    The solver's tolerance holds in each step for x and for the log-density per dimension.
     """
 
     log_density: Float[Array, " B"]
@@ -41,11 +41,21 @@ def ode_log_density(
 ) -> OdeLikelihood:
     """log p(x) of the flow's distribution at t = 0, by the change of variables from N(0, I) at t = T-1.
 
-    model: (x_t, t) -> output, evaluated between the integer steps too: t is float (B,), such that the table of lambda is
-    linear in between. It puts out eps, x_0 or v, and nothing else (a learned variance's channels must be cut off). Image i's
-    direction of the trace estimate (Rademacher) depends on (key, i) alone. Pure: put it inside `jax.jit`. The solver raises
-    where max_steps is not enough. Raises ValueError for x_prev or a schedule without signal at its end, UsageError without
-    diffrax.
+    Pure: put it inside `jax.jit`. The Rademacher direction of the trace estimate depends on (key, index) alone.
+
+    Args:
+        process: Predicts eps, x_0 or v.
+        model: (x_t, t) -> output, without channels of a learned variance. t is float (B,), and interpolates the table of lambda
+            linearly between the integer steps.
+        key: The key of all draws.
+        indices: The images' global indices, int (B,).
+        x: Images, float (B, H, W, C).
+        tolerance: Relative and absolute, of each step.
+        max_steps: The solver raises if this is not enough.
+
+    Raises:
+        ValueError: For x_prev, or a schedule that ends without signal.
+        UsageError: If diffrax is not installed.
     """
     diffrax = import_extra("diffrax", "ode", "the ODE likelihood")
     schedule, prediction = process.schedule, process.prediction
@@ -53,7 +63,7 @@ def ode_log_density(
         raise ValueError(
             "got prediction x_prev or a schedule that ends without signal, expected eps, x_0 or v and some signal"
         )
-    # Increasing, as interpolation wants them: minus lambda.
+    # Minus lambda, since interpolation needs an increasing table.
     table = np.log(schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)
     dimensions = math.prod(x.shape[1:])
     keys = rng.image_keys(key, indices)
@@ -92,7 +102,7 @@ def ode_log_density(
 def ode_bits_per_dim(likelihood: OdeLikelihood) -> Float[Array, " B"]:
     """Bits/dim of images of 256 levels from the density of their dequantised pixels: log2(127.5) - log2 p(x) / D.
 
-    x, in [-1, 1], must have had uniform noise over a bin's width of 2/255 added, an unbiased draw of an upper bound.
+    x, in [-1, 1], must include uniform noise over a bin of width 2/255. The result is an unbiased draw of an upper bound.
     """
     dimensions = math.prod(likelihood.x_T.shape[1:])
     return math.log2(127.5) - likelihood.log_density / (dimensions * math.log(2))

@@ -1,8 +1,8 @@
-"""The diffusion process: q(x_t | x_0), its posterior, what a network may predict, and p(x_{t-1} | x_t).
+"""The diffusion process: q(x_t | x_0), its posterior, predictions of a network, and p(x_{t-1} | x_t).
 
-Everything here is a pure function of arrays and a `Schedule`, or a `Process` where a network's output is read. Images x are
-float (B, H, W, C) in [-1, 1]; t is int32 (B,), zero-based (t = 0 is one step of noise, the paper's t = 1). A network's output
-is one of four things, named by `prediction`:
+All functions are pure. They take a `Schedule`, or a `Process` if they interpret a network's output. Images x are float
+(B, H, W, C) in [-1, 1]; t is int32 (B,), zero-based (t = 0 is one step of noise, the paper's t = 1). `prediction` names what a
+network's output is:
 
     eps     the noise in x_t                          (the paper's choice, section 3.2)
     x_0     the clean image
@@ -27,7 +27,7 @@ from ddpm_jax.diffusion.schedules import Schedule
 Prediction = Literal["eps", "x_0", "x_prev", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
-# What becomes of a predicted x_0: clipped to [-1, 1] (True), left (False), or thresholded at this quantile (a float).
+# Treatment of a predicted x_0: clip to [-1, 1] (True), leave (False), or threshold at this quantile (a float).
 Clip = bool | float
 
 Images = Float[Array, "B H W C"]
@@ -38,7 +38,7 @@ Steps = Int[Array, " B"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["schedule"], meta_fields=["prediction", "variance"])
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A schedule, and what a network's output means: the first argument of whatever reads that output.
+    """A schedule, and the meaning of a network's output.
 
     Args:
         schedule: The forward process.
@@ -79,7 +79,7 @@ class Reverse(NamedTuple):
 
 
 def at(table: np.ndarray | Array, t: Steps, x: Images) -> Float[Array, "B 1 1 1"]:
-    """Entry t of a schedule's table for each image, in x's dtype: the one place where the float64 tables are cast."""
+    """Entry t of a schedule's table for each image, cast to x's dtype."""
     return jnp.asarray(table, x.dtype)[t][:, None, None, None]
 
 
@@ -209,9 +209,9 @@ def predict_from_x_0(process: Process, x_0: Images, x_t: Images, t: Steps) -> Im
 
 
 def target(process: Process, x_0: Images, x_t: Images, t: Steps, eps: Images) -> Images:
-    """What a network trained on x_t = q_sample(x_0, t, eps) should put out."""
+    """The target of a network at x_t = q_sample(x_0, t, eps)."""
     if process.prediction == "eps":
-        return eps  # as drawn: going through x_0 would round
+        return eps  # exact; computing it from x_0 would round
     if process.prediction == "v":
         schedule = process.schedule
         signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
@@ -220,9 +220,9 @@ def target(process: Process, x_0: Images, x_t: Images, t: Steps, eps: Images) ->
 
 
 def split_output(process: Process, output: Output) -> tuple[Images, Images | None]:
-    """The network's output as (mean part, variance part): two halves of its channels, or all and None where sigma is fixed.
+    """Splits a network's output into (mean part, variance part); the latter is None for a fixed variance.
 
-    Raises ValueError if a learned variance is asked of an odd number of channels.
+    Raises ValueError for a learned variance and an odd number of channels.
     """
     variance = process.variance
     if variance in ("fixed_small", "fixed_large"):
@@ -247,9 +247,9 @@ def p_mean_logvar(process: Process, output: Output, x_t: Images, t: Steps, *, cl
         output: The network's at (x_t, t): (B, H, W, C), or (B, H, W, 2 C) for a learned variance.
         x_t: Noised images, float (B, H, W, C).
         t: Zero-based steps, int32 (B,).
-        clip: What becomes of the predicted x_0 before the mean is formed from it, as in the authors' code, not after: clipped
-            to [-1, 1], left, or thresholded at a quantile (`clip_x_0`). With `x_prev` the mean is the output itself, and
-            clipping touches only the x_0 that is returned.
+        clip: Clip the predicted x_0 to [-1, 1], leave it, or threshold it at a quantile (`clip_x_0`). As in the authors' code
+            this comes before the mean is computed from x_0. With `x_prev` the mean is the output itself, so only the returned
+            x_0 is clipped.
 
     Returns:
         The mean and x_0, (B, H, W, C), and the log-variance, broadcastable to them.

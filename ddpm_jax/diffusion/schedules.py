@@ -1,7 +1,7 @@
-"""Variance schedules: betas by name, and the tables of the forward process and its posterior that follow from them.
+"""Variance schedules: betas by name, and the tables of the forward process and its posterior.
 
 All tables are float64 NumPy, indexed by the zero-based t of the authors' code: t = 0 is one step of noise, so `betas[t]` is
-the paper's beta_{t+1} and `alphas_cumprod[t]` its alpha-bar_{t+1}. They are cast once, where they meet the images.
+the paper's beta_{t+1} and `alphas_cumprod[t]` its alpha-bar_{t+1}. `process.at` casts them to the images' dtype.
 """
 
 from collections.abc import Callable
@@ -144,8 +144,8 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
     alphas_cumprod = np.cumprod(1.0 - betas)
     # t = 0 has no predecessor: alpha-bar before it is 1, and an index of t - 1 would wrap to the last entry.
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-    with np.errstate(divide="ignore"):  # jsd ends at alphas_cumprod = 0, where eps cannot be turned into x_0
-        # A difference from 1 would round, to 0 for the smallest betas.
+    with np.errstate(divide="ignore"):  # jsd ends at alphas_cumprod = 0, where eps does not determine x_0
+        # 1 - alphas_cumprod would round, to 0 for the smallest betas.
         one_minus_alphas_cumprod = -np.expm1(np.cumsum(np.log1p(-betas)))
         sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod)
         sqrt_recipm1_alphas_cumprod = np.sqrt(one_minus_alphas_cumprod / alphas_cumprod)
@@ -160,7 +160,7 @@ def schedule_from_betas(betas: np.ndarray) -> Schedule:
         sqrt_recip_alphas_cumprod=sqrt_recip_alphas_cumprod,
         sqrt_recipm1_alphas_cumprod=sqrt_recipm1_alphas_cumprod,
         posterior_variance=posterior_variance,
-        # The posterior of t = 0 has variance 0, whose log is not finite: both logs take t = 1's value there instead.
+        # The posterior variance at t = 0 is 0, and its log is not finite: both logs use the value at t = 1.
         posterior_logvar_clipped=np.log(np.append(posterior_variance[1], posterior_variance[1:])),
         fixed_large_logvar=np.log(np.append(posterior_variance[1], betas[1:])),
         posterior_mean_coef1=np.sqrt(alphas_cumprod_prev) * betas / one_minus_alphas_cumprod,
@@ -172,7 +172,7 @@ def betas_between(schedule: Schedule, steps: np.ndarray) -> Float[np.ndarray, " 
     """1 - alpha-bar(steps[i]) / alpha-bar(steps[i-1]) of increasing t's, float64; before the first alpha-bar is 1."""
     starts = np.append(0, np.asarray(steps)[:-1] + 1)
     with np.errstate(divide="ignore"):  # a beta of 1
-        # From the product of the alphas between two steps: the ratio of their alpha-bars would round.
+        # The product of the alphas between two steps, since the ratio of their alpha-bars would round.
         log_alphas = np.add.reduceat(np.log1p(-schedule.betas[: steps[-1] + 1]), starts)
     return -np.expm1(log_alphas)
 
@@ -180,8 +180,7 @@ def betas_between(schedule: Schedule, steps: np.ndarray) -> Float[np.ndarray, " 
 def respace(schedule: Schedule, steps: np.ndarray) -> Schedule:
     """The process that visits only the given steps, whose betas are `betas_between` them.
 
-    steps: increasing t's, at least 2, int (S,); entry i of the new tables belongs to t = steps[i]. With all steps nothing
-    changes.
+    steps: increasing t's, at least 2, int (S,). Entry i of the new tables belongs to t = steps[i].
     """
     return schedule_from_betas(betas_between(schedule, steps))
 

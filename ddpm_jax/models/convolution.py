@@ -1,8 +1,8 @@
-"""The U-Net's 2-D convolution, and in training the same with gradients that stay fast on CPU inside `lax.scan`.
+"""The U-Net's 2-D convolution, and one for training whose gradients are fast on CPU inside `lax.scan`.
 
-XLA:CPU turns convolutions into its fast form in a program's entry computation only, and the gradients that JAX derives need
-that: inside a scan over training steps they fall to a path many times slower. So on CPU both gradients are written here in
-forms that are fast anywhere. Other platforms keep JAX's own gradients.
+XLA:CPU rewrites convolutions to its fast form only in a program's entry computation. Inside a scan over training steps, the
+gradients that JAX derives are many times slower. Therefore both gradients are written here in forms that are fast everywhere on
+CPU. Other platforms use JAX's gradients.
 """
 
 import functools
@@ -18,7 +18,7 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
     """Convolves images with a square kernel, TensorFlow's SAME padding (with stride 2 and even H, W: bottom and right only).
 
-    x and kernel have one dtype, which the result has too.
+    x, kernel and the result have the same dtype.
     """
     return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_LAYOUT)
 
@@ -27,7 +27,7 @@ def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: in
 def conv_in_training(
     x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int
 ) -> Float[Array, "B h w D"]:
-    """`conv`, differentiable in reverse mode only: on CPU its gradients are the ones below."""
+    """`conv` with the gradients below on CPU; differentiable in reverse mode only."""
     return conv(x, kernel, stride)
 
 
@@ -36,7 +36,7 @@ def _padding(x, kernel, stride):
 
 
 def _input_gradient(x, kernel, g, stride):
-    """The transposed convolution: g, spread out by the stride, with the kernel flipped and its channels exchanged."""
+    """The transposed convolution: g, dilated by the stride, with the kernel flipped and its channels exchanged."""
     padding = [
         (k - 1 - low, n - 1 + low - (m - 1) * stride)
         for n, m, k, (low, _) in zip(
@@ -50,12 +50,12 @@ def _input_gradient(x, kernel, g, stride):
 
 
 def _kernel_gradient(x, kernel, g, stride):
-    """For each place of the kernel, the product of g (transposed once, for all places) with the pixels that it saw."""
+    """For each position of the kernel, the matrix product of g with the pixels under it; g is transposed only once."""
     size = kernel.shape[0]
     _, h, w, D = g.shape
     C = x.shape[-1]
     padded = jnp.pad(x, ((0, 0), *_padding(x, kernel, stride), (0, 0)))
-    # The barrier keeps XLA from folding the transpose into each product, where it runs at half the speed.
+    # The barrier keeps XLA from folding the transpose into each product, which halves the speed.
     columns = lax.optimization_barrier(g.reshape(-1, D).T)
     taps = [
         columns @ padded[:, i::stride, j::stride][:, :h, :w].reshape(-1, C) for i in range(size) for j in range(size)

@@ -1,6 +1,6 @@
-"""The paper's U-Net (appendix B), as in the authors' code: computes eps_theta(x_t, t), or whatever it is trained to predict.
+"""The paper's U-Net (appendix B), as in the authors' code: eps_theta(x_t, t), or another prediction.
 
-Layers have the authors' names (`down_1_block_0`, `nin_shortcut`, ...), so that their checkpoints map one to one.
+Layers have the authors' names (`down_1_block_0`, `nin_shortcut`, ...), so their checkpoints map one to one.
 """
 
 import functools
@@ -151,8 +151,8 @@ class UNet(nn.Module):
         out_channels: Channels of the output; twice the image's for a learned variance.
         dropout: Probability that a feature is dropped.
         groups: Groups of every group normalisation; divides every number of channels.
-        dtype: What is computed in; parameters, norm statistics, softmax and the output are float32 in any case.
-        remat: Recompute each block in the backward pass instead of storing what is inside it.
+        dtype: Of the computation; parameters, norm statistics, softmax and the output are always float32.
+        remat: Recompute each block in the backward pass instead of storing its activations.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -183,8 +183,8 @@ class UNet(nn.Module):
     ) -> Float[Array, "B H W D"]:
         """The output at (x_t, t).
 
-        dropout_keys: (B,), one an image, in training. Without them there is no dropout, and forward-mode derivatives (`jax.jvp`)
-        can be taken.
+        dropout_keys: (B,), one for each image, in training. Without them there is no dropout, and forward-mode derivatives
+        (`jax.jvp`) work.
         """
         self._check_size(x_t)
         residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock

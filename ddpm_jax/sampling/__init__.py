@@ -1,4 +1,4 @@
-"""Samplers, one file each, all run by the one loop of `scan.py`."""
+"""Samplers, one file each; the loop of `scan.py` runs them all."""
 
 import functools
 import inspect
@@ -49,15 +49,15 @@ def make_sampler(
     eta: float | None = None,
     clip: Clip = True,
 ) -> Sampler:
-    """The sampler of a name of `SAMPLERS` over the steps that `choose_steps` finds; the defaults are the paper's Algorithm 2.
+    """Makes a sampler by its name in `SAMPLERS`. The defaults are the paper's Algorithm 2.
 
     Args:
         process: The schedule, and what the network's output means.
         name: A key of `SAMPLERS`: ancestral, ddim, dpm++1s, dpm++2m, dpm++3m, heun.
-        steps: How many of the T steps to visit, or so many in each of equal sections; () for all.
+        steps: The number of steps to visit, or their numbers in equal sections of T (`choose_steps`); () for all T.
         spacing: Which steps, a key of `SPACINGS`: linspace, leading, trailing, quadratic, logsnr.
         eta: DDIM's noise, from 0 (none) to 1 (ancestral).
-        clip: What becomes of each predicted x_0 (`clip_x_0`).
+        clip: Treatment of each predicted x_0 (`clip_x_0`).
 
     Returns:
         A `Sampler`, whose length is the number of network evaluations.
@@ -94,14 +94,14 @@ def sample(
     Args:
         process: The schedule, and what the network's output means.
         model: Any function (x_t, t) -> output.
-        key: The key of every draw; image i's noise depends on (key, i) alone, so that it is the same image in any batch.
-        indices: The images' places, int (B,).
+        key: The key of all draws; image i's noise depends on (key, i) alone, so image i is the same in any batch.
+        indices: The images' global indices, int (B,).
         image_shape: (H, W, C).
-        sampler: As `make_sampler` takes it, and so are the options: `sample(..., sampler="ddim", steps=50)`.
-        **options: steps, spacing, eta and clip of `make_sampler`.
+        sampler: The name of the sampler.
+        **options: steps, spacing, eta and clip of `make_sampler`, e.g. `sample(..., sampler="ddim", steps=50)`.
 
     Returns:
-        Images, float32 (B, H, W, C), in [-1, 1] but for what the last mean may leave it.
+        Images, float32 (B, H, W, C), in about [-1, 1]: the last mean may exceed it slightly.
 
     Raises:
         ValueError: As `make_sampler`.

@@ -1,4 +1,4 @@
-"""Ancestral sampling: Algorithm 2, over all steps or some of them."""
+"""Ancestral sampling: Algorithm 2, over all steps or a subset."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ def ancestral(
 ) -> Sampler:
     """x_{t-1} = mean(x_t) + sigma_t z for the steps t from the last to the first, and z = 0 at the last one (Algorithm 2).
 
-    steps: increasing t's, at least 2. With all of 0 .. T-1 it is the paper's chain; with some, the chain of the process that
-    visits only these (Nichol & Dhariwal 2021, section 4), with that process's posterior and variances. clip: clip each
-    predicted x_0 before the mean is formed, as the authors' code does. Raises ValueError for `learned` variances on some steps
-    only, since what was learned belongs to steps of one.
+    steps: increasing t's, at least 2. All of 0 .. T-1 give the paper's chain. A subset gives the chain of the respaced process
+    (Nichol & Dhariwal 2021, section 4), with its posterior and variances. clip: clip each predicted x_0 before the mean is
+    computed, as the authors' code does. Raises ValueError for variance `learned` on a subset, since it was learned for single
+    steps.
     """
     steps = np.asarray(steps)
     every = len(steps) == process.schedule.T
@@ -36,7 +36,7 @@ def ancestral(
     def step(model, x, row, noise, previous):
         t, i = jnp.full(x.shape[:1], row["t"]), jnp.full(x.shape[:1], row["i"])
         output = model(x, t)
-        if process.prediction == "x_prev" and not every:  # the mean for a step of one, wanted for a longer one
+        if process.prediction == "x_prev" and not every:  # convert the mean of a single step to that of a longer one
             mean, rest = split_output(process, output)
             x_0 = predict_x_0(process, mean, x, t)
             mean = predict_from_x_0(visited, x_0, x, i)

@@ -1,4 +1,4 @@
-"""DDIM: denoising diffusion implicit models (Song, Meng & Ermon 2021), and the way back from an image to its x_T."""
+"""DDIM: denoising diffusion implicit models (Song, Meng & Ermon 2021), and the encoding of images to x_T."""
 
 import numpy as np
 
@@ -17,9 +17,8 @@ def ddim(
 ) -> Sampler:
     """x_s = sqrt(alpha-bar_s) x_0 + sqrt(1 - alpha-bar_s - sigma^2) eps + sigma z, Eq. (12) of the DDIM paper.
 
-    steps: increasing t's. eta in [0, 1] scales sigma (their Eq. 16): 0 draws no noise, 1 with all steps is ancestral sampling
-    with fixed_small. x_0 is the predicted one, clipped, and eps the noise that belongs to it. Raises ValueError for eta
-    outside of [0, 1].
+    steps: increasing t's. eta in [0, 1] scales sigma (their Eq. 16): 0 draws no noise, and 1 with all steps is ancestral sampling
+    with fixed_small. x_0 is the clipped prediction, and eps the noise that it implies. Raises ValueError for eta outside [0, 1].
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"got eta = {eta:g}, expected from 0 (no noise) to 1 (ancestral)")
@@ -41,10 +40,10 @@ def ddim_encode(
     process: Process,
     steps: np.ndarray,
 ) -> Sampler:
-    """DDIM with eta = 0 run backwards: takes images x_0 to the x_T that `ddim` over the same steps returns to them.
+    """DDIM inversion (eta = 0): encodes images x_0 as the x_T from which `ddim` over the same steps recovers them.
 
-    Exact in the limit of many steps: each step uses the eps of the level it leaves, as Euler's method does in the other
-    direction. The clean image has no level of its own and is evaluated at the first of the steps. Nothing is clipped.
+    It is exact in the limit of many steps: like Euler's method, each step uses eps at the level it starts from. The clean image
+    is evaluated at the first step. Nothing is clipped.
     """
     steps = np.asarray(steps)
     t = np.append(steps[0], steps[:-1])

@@ -6,7 +6,7 @@ from ddpm_jax.diffusion.process import Clip, Process
 from ddpm_jax.sampling.linear import levels, linear
 from ddpm_jax.sampling.scan import Sampler
 
-FEW_STEPS = 15  # below it the last steps take lower orders, as the authors of the method recommend
+FEW_STEPS = 15  # with fewer steps, the last ones use lower orders, as the method's authors recommend
 
 
 def dpm_solver(
@@ -18,11 +18,11 @@ def dpm_solver(
 ) -> Sampler:
     """DPM-Solver++(1S, 2M or 3M), by order: x_s = noise_s/noise_t x + signal_s (integral of e^(lambda - lambda_s) x_0(lambda)).
 
-    steps: increasing t's; lambda = log(signal/noise). x_0(lambda) is the polynomial through the last `order` predictions (as
-    many as there are, at the first steps); for 2M its value at the middle of the step, Algorithm 2 of the paper. 3M integrates
-    the parabola exactly and so is of third order; the method's own code halves the quadratic term. The last step, to the clean
-    image, is of first order, and of fewer than 15 steps the one before it of second at most. Order 1 is DDIM with eta = 0.
-    Raises ValueError for another order.
+    steps: increasing t's; lambda = log(signal/noise). x_0(lambda) is the polynomial through the last `order` predictions, or
+    fewer at the first steps. 2M uses its value at the middle of the step, as in Algorithm 2 of the paper. 3M integrates the
+    parabola exactly, which gives third order; the method's own code halves the quadratic term. The last step, to the clean
+    image, has order 1. With fewer than 15 steps, the step before it has order 2 at most. Order 1 is DDIM with eta = 0. Raises
+    ValueError for another order.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"got order {order}, expected 1, 2 or 3")
@@ -36,9 +36,9 @@ def dpm_solver(
             x_0[k, 0] = at.next_signal[k] - at.signal[k] * at.next_noise[k] / at.noise[k]
             continue
         h = lambdas[k + 1] - lambdas[k]
-        # Averages over the step of 1, u, u^2 with weight e^(u - h), where u = lambda - lambda_k: what each adds to x.
+        # Integrals over the step of 1, u, u^2 with weight e^(u - h), where u = lambda - lambda_k.
         weight = -np.expm1(-h)
-        if of_order == 2:  # Algorithm 2 takes the line through both at the middle of the step
+        if of_order == 2:  # Algorithm 2 evaluates the line at the middle of the step
             averages = [weight, weight * h / 2]
         else:
             averages = [weight, h - weight, h**2 - 2 * (h - weight)]

@@ -13,11 +13,11 @@ def heun(
     *,
     clip: Clip = True,
 ) -> Sampler:
-    """dy/ds = eps with y = x / signal and s = noise / signal: an Euler step, then again with the mean of both ends' eps.
+    """dy/ds = eps with y = x / signal and s = noise / signal: an Euler step, corrected with the mean of both ends' eps.
 
-    steps: increasing t's, S of them, which take 2 S - 1 network evaluations: the last step, to the clean image, has no eps at
-    its end and stays Euler's. Each evaluation is a row. The second of a step knows x only as the first has left it, which is
-    enough: both ends' eps, seen from there, are (y - x_0) / s, so that y changes by h/2 of their difference.
+    steps: S increasing t's. They take 2 S - 1 network evaluations, each a row: the last step, to the clean image, has no eps at
+    its end and stays an Euler step. The second row of a step starts from the x after the first row. There both ends' eps are
+    (y - x_0) / s, so the correction of y is h/2 times their difference.
     """
     at = levels(process.schedule, steps)
     S = len(at.t)

@@ -20,13 +20,12 @@ def inpaint(
     times: int = 10,
     clip: Clip = True,
 ) -> Sampler:
-    """A sampler of images that agree with `known` where the mask is above 0 (any value, there is no mixing): after each step x
-    is put together from q(x_s | known) there and the ancestral x_s elsewhere (Algorithm 1 of the paper).
+    """A sampler of images that equal `known` where the mask is above 0 (Algorithm 1 of the paper).
 
-    steps: increasing t's, at least 2. So that both parts fit together, every `jump` steps the chain is noised `jump` steps
-    back and run again, until it has been run `times` times. What is filled in follows its distribution given the rest
-    approximately, the better the more often. One row is one network evaluation. Raises ValueError for a jump
-    or times below 1, or a jump so long that the chain would never be run again.
+    After each step x is q(x_s | known) inside the mask and the ancestral x_s outside. To harmonise both parts, every `jump`
+    steps the chain is noised back by `jump` steps and run again, `times` times in all. More repeats approximate the conditional
+    distribution better. steps: increasing t's, at least 2. Raises ValueError for a jump or times below 1, or a jump that exceeds
+    the chain.
     """
     if jump < 1 or times < 1:
         raise ValueError(f"got jump = {jump} and times = {times}, expected at least 1 of each")
@@ -37,7 +36,7 @@ def inpaint(
         respace(process.schedule, steps).alphas_cumprod, 1.0
     )  # the last, [-1], is the clean image's
     i, back = _walk(len(steps), jump, times)
-    kept = alphas_cumprod[i - 1 + back] / alphas_cumprod[i - 1]  # of the signal, in being noised back
+    kept = alphas_cumprod[i - 1 + back] / alphas_cumprod[i - 1]  # share of the signal after noising back
     rows = {
         "t": np.asarray(steps)[i],
         "i": i,
@@ -56,7 +55,7 @@ def inpaint(
 
 
 def _walk(S: int, jump: int, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """The entry of the chain that each row steps down from, and by how many steps it is noised back after."""
+    """For each row, the entry of the chain that it starts from, and the number of steps that it is noised back afterwards."""
     left = dict.fromkeys(range(0, S - jump, jump), times - 1)
     walk, i = [], S - 1
     while i >= 0:

@@ -1,6 +1,6 @@
-"""What the paper does with the chain's intermediate x_t: its Figures 6, 7 and 8, and starting from a noised image.
+"""Sampling with intermediate x_t: the paper's Figures 6, 7 and 8, and starting from a noised image.
 
-Each takes a `Chain` and starts at one of its sampler's steps: the noisiest that is at most t.
+Each function takes a `Chain` and starts at its sampler's largest step that is at most t.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ from ddpm_jax.sampling.scan import Model, Sampler, advance, draw_x_T
 
 
 class Chain(NamedTuple):
-    """A sampler at work for a model and a key.
+    """A sampler with its model and key.
 
-    steps: (indices, x, first, last) -> (x after the rows first .. last - 1, the x_0 predicted in the last of them). Compile it
-    with `jax.jit` where x_t are looked at from outside of a compiled function: first and last may be traced.
+    steps: (indices, x, first, last) -> (x after the rows first .. last - 1, the x_0 predicted in the last of them). It can be
+    compiled with `jax.jit`: first and last may be traced.
     """
 
     sampler: Sampler
@@ -30,12 +30,12 @@ class Chain(NamedTuple):
 
 
 def make_chain(sampler: Sampler, model: Model, key: Key[Array, ""], *, image_shape: tuple[int, int, int]) -> Chain:
-    """The chain of a sampler, a model and a key.
+    """Makes the chain of a sampler, a model and a key.
 
     Args:
-        sampler: One that does not look back: ancestral, ddim or heun's steps.
+        sampler: A sampler without memory, such as ancestral or ddim.
         model: Any function (x_t, t) -> output.
-        key: Of every draw; image i's noise depends on (key, i) alone.
+        key: The key of all draws; image i's noise depends on (key, i) alone.
         image_shape: (H, W, C).
 
     Returns:
@@ -49,7 +49,7 @@ def make_chain(sampler: Sampler, model: Model, key: Key[Array, ""], *, image_sha
 
 
 class Progressive(NamedTuple):
-    """The x_0 that are predicted on the way, (n, B, H, W, C), the t they are predicted at, and the images at the end."""
+    """The predictions x_0 (n, B, H, W, C) along the chain, their t, and the final images."""
 
     t: Int[np.ndarray, " n"]
     x_0: Float[Array, "n B H W C"]
@@ -57,10 +57,7 @@ class Progressive(NamedTuple):
 
 
 def progressive_generation(chain: Chain, indices: Int[Array, " B"], *, count: int = 10) -> Progressive:
-    """The predictions of x_0, Eq. (15), at `count` equally spaced rows of a chain from noise to images (Figure 6).
-
-    At all rows, n of them, of a chain that has fewer.
-    """
+    """The predictions of x_0, Eq. (15), at `count` equally spaced rows of a chain (Figure 6), or at all rows if it has fewer."""
     rows = np.unique(np.linspace(0, len(chain.sampler) - 1, count).round().astype(int))
     x, predicted, done = draw_x_T(chain.key, indices, chain.image_shape), [], 0
     for row in rows.tolist():
@@ -71,9 +68,9 @@ def progressive_generation(chain: Chain, indices: Int[Array, " B"], *, count: in
 
 
 def shared_latents(chain: Chain, index: Int[Array, ""] | int, *, t: int, count: int) -> Float[Array, "n H W C"]:
-    """`count` images that share one x_t and differ in the noise after it (Figure 7): float (count, H, W, C).
+    """`count` images that share one x_t and differ in the later noise (Figure 7): float (count, H, W, C).
 
-    x_t is that of the image `index`, which is the first of the result; the others take the noise of the indices after it.
+    x_t is that of image `index`, which comes first; the others use the noise of the following indices.
     """
     first, indices = start_row(chain.sampler, t), index + jnp.arange(count)
     x_t, _ = chain.steps(indices[:1], draw_x_T(chain.key, indices[:1], chain.image_shape), 0, first)
@@ -84,9 +81,9 @@ def shared_latents(chain: Chain, index: Int[Array, ""] | int, *, t: int, count: 
 def from_noised(
     chain: Chain, schedule: Schedule, indices: Int[Array, " B"], x_0: Float[Array, "B H W C"], *, t: int
 ) -> Float[Array, "B H W C"]:
-    """Images x_0 taken to q(x_t | x_0) and back by the sampler: the more like x_0 the smaller t is (Meng et al. 2022, SDEdit).
+    """Noises images x_0 to x_t and samples back: a smaller t stays closer to x_0 (Meng et al. 2022, SDEdit).
 
-    The noise of q is draw k = 0 of each image, which makes x_T in a chain from the beginning.
+    The noise is draw k = 0 of each image, which is x_T in a full chain.
     """
     return interpolate(chain, schedule, indices, x_0, x_0, t=t, fractions=(0.0,))[0]
 
@@ -103,8 +100,8 @@ def interpolate(
 ) -> Float[Array, "n B H W C"]:
     """Decodes (1 - f) x_t + f x_t' for each fraction f, with x_t and x_t' from q(. | x_0) and q(. | x_0') (Figure 8).
 
-    Both have noise of their own, draw k = 0 of the image b and of the image b + B after it, and the way back takes the same
-    noise for every f, so that only f changes along the first axis.
+    The noise of x_t is draw k = 0 of image b, and that of x_t' is draw k = 0 of image b + B. Decoding uses the same noise for
+    every f.
     """
     start = start_row(chain.sampler, t)
     level = jnp.full(x_0.shape[:1], int(np.asarray(chain.sampler.rows["t"])[start]))
@@ -120,10 +117,7 @@ def interpolate(
 
 
 def start_row(sampler: Sampler, t: int) -> int:
-    """The first row that is evaluated at most at t: where a chain starts from an x_t.
-
-    Raises ValueError if there is none.
-    """
+    """The first row whose step is at most t, where a chain starts from x_t. Raises ValueError if there is none."""
     rows = np.flatnonzero(np.asarray(sampler.rows["t"]) <= t)
     if len(rows) == 0:
         raise ValueError(f"got t = {t}, expected at least {np.min(sampler.rows['t'])}, the sampler's last step")

@@ -1,6 +1,6 @@
-"""Samplers that are a table: x' = a x + b x_0 + (c_1, c_2, ...) earlier x_0's + s z, with x_0 predicted from x at t.
+"""Linear samplers, given by a table: x' = a x + b x_0 + (c_1, c_2, ...) earlier x_0's + s z, with x_0 predicted from x at t.
 
-DDIM, DPM-Solver++ and Heun's method all are. Their files compute the table, in float64; this one runs it.
+DDIM, DPM-Solver++ and Heun's method are linear. Their modules compute the table in float64, and this one applies it.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ from ddpm_jax.sampling.scan import Sampler
 
 
 class Levels(NamedTuple):
-    """For each step of a chain, in the order it is run: the t it is evaluated at, signal sqrt(alpha-bar) and noise
-    sqrt(1 - alpha-bar) there, and both at the step after, where the last one reaches the clean image: 1 and 0.
+    """For each step of a chain, in order: t, signal sqrt(alpha-bar) and noise sqrt(1 - alpha-bar) there and at the next step.
+
+    After the last step comes the clean image, with signal 1 and noise 0.
     """
 
     t: Int[np.ndarray, " S"]
@@ -28,9 +29,9 @@ class Levels(NamedTuple):
 
 
 def levels(schedule: Schedule, steps: Sequence[int] | np.ndarray) -> Levels:
-    """The levels of the chain over `steps` (increasing t's), from the last of them to the clean image; float64.
+    """The levels of the chain over `steps` (increasing t's), from the last one to the clean image; float64.
 
-    Raises ValueError where there is no signal at the last of them (`jsd`): these samplers would divide by it.
+    Raises ValueError if the last step has no signal (`jsd`), since these samplers divide by it.
     """
     t = np.asarray(steps)[::-1]
     if schedule.alphas_cumprod[t[0]] == 0:
@@ -53,8 +54,8 @@ def linear(
 ) -> Sampler:
     """The sampler x' = x[k] x + sum_j x_0[k, j] (the x_0 predicted j rows ago) + noise[k] z, for rows k = 0, 1, ....
 
-    t: where the network is evaluated, int (S,). Coefficients are float64 and cast once, in the loop. A learned variance is
-    not used: these samplers have their own. order: of convergence, for a sampler that draws no noise.
+    t: where the network is evaluated, int (S,). Coefficients are float64; the loop casts them. A learned variance is ignored,
+    since these samplers have their own. order: of convergence, for a sampler that draws no noise.
     """
 
     def step(model, x, row, draw, previous):

@@ -1,7 +1,7 @@
-"""The loop that all samplers share: one `lax.scan` over network evaluations, for any function (x_t, t) -> output.
+"""The loop of all samplers: one `lax.scan` over network evaluations, for any function (x_t, t) -> output.
 
 A sampler is a table of rows, one for each network evaluation, and a function that takes x from one row to the next. The loop
-draws the noise: image i's depends on (key, i, k) alone, k = 0 for x_T and k = 1, 2, ... for the rows in order.
+draws the noise. That of image i depends on (key, i, k) alone, with k = 0 for x_T and k = 1, 2, ... for the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,14 @@ Model = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H 
 class Sampler:
     """A sampler: rows, and step(model, x, row, noise, previous) -> (x, x_0).
 
-    rows: a pytree of host arrays whose first axis, length S, is the order of the steps. step takes x float (B, H, W, C), one
-    row, `noise()`, which gives the step's standard normal draws of x's shape (`noise(1)`, `noise(2)`, ... are others), and the
-    x_0 of the last `memory` rows, newest first (zeros where there were none); it returns the next x and the x_0 that it
-    predicted. deterministic: no noise is drawn after x_T, so that x follows the probability-flow ODE. order: that of its
-    convergence to the ODE's solution, if it is deterministic. The tests hold each sampler to both.
+    Attributes:
+        rows: A pytree of host arrays, whose first axis of length S is the order of evaluation.
+        step: The function of a row. x is float (B, H, W, C). `noise()` gives standard normal draws of x's shape, and `noise(1)`,
+            `noise(2)`, ... give others. `previous` holds the x_0 of the last `memory` rows, newest first, zeros before the
+            first. It returns the next x and the predicted x_0.
+        memory: The number of earlier x_0 that step uses.
+        deterministic: No noise is drawn after x_T, so x follows the probability-flow ODE.
+        order: Of convergence to the ODE's solution, if deterministic. The tests hold each sampler to both.
     """
 
     rows: Any
@@ -36,12 +39,12 @@ class Sampler:
     order: int | None = None
 
     def __len__(self) -> int:
-        """The number of rows, which is that of network evaluations."""
+        """The number of rows, that is of network evaluations."""
         return len(jax.tree.leaves(self.rows)[0])
 
 
 class Watched(NamedTuple):
-    """What was seen on the way, (rows watched, B, H, W, C): x after each row, and the x_0 predicted at it."""
+    """Intermediate results (rows watched, B, H, W, C): x after each row, and the x_0 predicted in it."""
 
     x: Float[Array, "n B H W C"]
     x_0: Float[Array, "n B H W C"]
@@ -62,16 +65,26 @@ def reverse(
     rows: slice = slice(None),
     watch: Sequence[int] = (),
 ) -> tuple[Float[Array, "B H W C"], Watched]:
-    """Takes x through a sampler's rows, all of them or a part: (x, what was seen at the rows `watch`, in their order).
+    """Runs x through a sampler's rows; returns x, and the intermediate results at the rows `watch`, in their order.
 
-    indices: the images' global places, int (B,), which their noise depends on. A row's noise is the same in any part, so a
-    chain run in two parts is the same chain. Raises ValueError if a part leaves out rows that the sampler has to remember, or
-    a row to watch is not run, or is there twice.
+    A row's noise does not depend on `rows`, so a chain may be run in parts.
+
+    Args:
+        sampler: The sampler.
+        model: Any function (x_t, t) -> output.
+        key: The key of all draws.
+        indices: The images' global indices, int (B,), which select their noise.
+        x: The start.
+        rows: The rows to run; default all.
+        watch: Rows whose results are returned.
+
+    Raises:
+        ValueError: If a sampler with memory does not start at row 0, or a row of `watch` is not run, or occurs twice.
     """
     numbers = np.arange(len(sampler))[rows]
     if sampler.memory and len(numbers) and numbers[0] != 0:
         raise ValueError(f"got a part from row {numbers[0]} on, but this sampler looks back: start at row 0")
-    slots = np.full(len(sampler), len(watch))  # one past the last: written nowhere
+    slots = np.full(len(sampler), len(watch))  # out of range: such a write is dropped
     slots[list(watch)] = np.arange(len(watch))
     if len({*watch} & {*numbers.tolist()}) < len(watch):
         raise ValueError(
@@ -105,8 +118,8 @@ def advance(
 ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
     """x after the rows first .. last - 1, and the x_0 predicted in the last of them.
 
-    The rows may be traced, unlike those of `reverse`: one compiled program takes a chain through any part. Raises ValueError
-    for a sampler that looks back.
+    first and last may be traced, unlike the rows of `reverse`, so one compiled program serves any part of a chain. Raises
+    ValueError for a sampler with memory.
     """
     if sampler.memory:
         raise ValueError("got a sampler that looks back, expected one that can start anywhere; use ancestral or ddim")
@@ -120,7 +133,7 @@ def advance(
 
 
 def _noise(sampler: Sampler, keys: Key[Array, " B"], number: Any, x: Array) -> Callable[..., Array]:
-    """The draws of a row: `noise()`, `noise(1)`, ..., those of a chain that has run from its start."""
+    """The draws of row `number`: `noise()`, `noise(1)`, ...."""
     return lambda j=0: rng.image_normal(keys, 1 + number + j * len(sampler), x.shape[1:], x.dtype)
 
 
@@ -136,13 +149,13 @@ def sample_loop(
     *,
     image_shape: tuple[int, int, int],
 ) -> Float[Array, "B H W C"]:
-    """Draws x_T for each image and takes it through all of the sampler's rows; float32, images in [-1, 1].
+    """Draws x_T for each image and runs it through all rows; float32, images in about [-1, 1].
 
-    indices: the images' global places, int (B,), which their noise depends on.
+    indices: the images' global indices, int (B,), which select their noise.
     """
     return reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape))[0]
 
 
 def _to_device(table: np.ndarray, dtype: Any) -> Array:
-    """A host table in the precision of the device loop: x's, and int32."""
+    """A host table as a device array: floats in x's dtype, and int32."""
     return jnp.asarray(table, dtype if np.issubdtype(table.dtype, np.floating) else jnp.int32)

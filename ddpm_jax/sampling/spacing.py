@@ -1,4 +1,4 @@
-"""Which of the T steps a sampler visits: increasing t's, each at most once."""
+"""Spacings: the steps of 0 .. T-1 that a sampler visits, increasing and distinct."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ Steps = Int[np.ndarray, " S"]
 
 
 def linspace(schedule: Schedule, n: int) -> Steps:
-    """From 0 to T-1, both visited, at equal distances."""
+    """Equally spaced from 0 to T-1, including both."""
     return _distinct(np.linspace(schedule.T - 1, 0, n)[::-1], schedule.T)
 
 
@@ -31,10 +31,7 @@ def quadratic(schedule: Schedule, n: int) -> Steps:
 
 
 def logsnr(schedule: Schedule, n: int) -> Steps:
-    """From 0 to T-1 at equal distances in the logarithm of the signal-to-noise ratio (Lu et al. 2022).
-
-    Raises ValueError where that ratio ends at 0 (`jsd`).
-    """
+    """From 0 to T-1, equally spaced in log-SNR (Lu et al. 2022). Raises ValueError if the SNR ends at 0 (`jsd`)."""
     if schedule.alphas_cumprod[-1] == 0:
         raise ValueError("got spacing 'logsnr' with a schedule whose last alphas_cumprod is 0; use another spacing")
     falling = np.log(schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)  # minus half the log-SNR
@@ -44,7 +41,7 @@ def logsnr(schedule: Schedule, n: int) -> Steps:
 
 
 def _distinct(places: np.ndarray, T: int) -> Steps:
-    """Rounded to whole steps, those that would coincide moved to the next free one."""
+    """Rounds to whole steps, and moves coinciding ones to the next free step."""
     n = np.arange(len(places))
     steps = np.maximum.accumulate(np.round(places).astype(np.int64) - n) + n
     return np.minimum(steps, T - len(places) + n)
@@ -56,10 +53,10 @@ SPACINGS: dict[str, Callable[[Schedule, int], Steps]] = {
 
 
 def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: str = "linspace") -> Steps:
-    """The steps to visit: all (no counts), n of them by a spacing of `SPACINGS`, or so many in each of equal sections of T.
+    """The steps to visit.
 
-    The sections are Nichol & Dhariwal's (e.g. 10, 20, 30: the first number is for the least noise), with their rounding.
-    Raises ValueError for an unknown spacing or more steps than there are.
+    counts: () for all; n for n steps by a spacing of `SPACINGS`; several numbers for the steps in each of equal sections of T,
+    from the least noise to the most, rounded as by Nichol & Dhariwal. Raises ValueError for an unknown spacing or too many steps.
     """
     counts = (counts,) if isinstance(counts, int) else tuple(counts)
     if spacing not in SPACINGS:
@@ -81,7 +78,7 @@ def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: 
 
 
 def _section(count: int, first: int, end: int) -> Steps:
-    """`count` of the steps first .. end-1, as Nichol & Dhariwal space them: the stride is added up, and the sum rounded."""
+    """`count` of the steps first .. end-1, spaced as by Nichol & Dhariwal: the stride is summed, and the sums are rounded."""
     stride = (end - first - 1) / (count - 1) if count > 1 else 1.0
     places = [0.0]
     while len(places) < count:
