@@ -28,7 +28,7 @@ def parse_arrays(path: epath.Path, content: bytes, *, of: str | None = None) -> 
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = dict(file)
     except Exception:  # a damaged header raises almost anything
-        raise DamagedFileError(path, f"its {len(content):,} bytes are no whole .npz file") from None
+        raise DamagedFileError(path, f"its {len(content):,} bytes are not a complete .npz file") from None
     if of is not None and str(arrays.pop(OF, None)) != of:
-        raise DamagedFileError(path, "it does not say that it belongs here")
+        raise DamagedFileError(path, "it belongs to something else")
     return arrays

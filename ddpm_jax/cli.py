@@ -20,7 +20,7 @@ from ddpm_jax.errors import RunError, UsageError, first_line, say
 
 # What an interrupted command leaves, and how to resume.
 COMMANDS = {
-    "train": "checkpoints are as they were, and the same command continues from the newest",
+    "train": "checkpoints are intact, and the same command continues from the newest",
     "sample": "finished images are kept, and the same command continues",
     "evaluate": "finished parts are kept, and the same command continues",
     "convert": "nothing is left half-written, and the same command starts again",
@@ -147,7 +147,7 @@ def _tell(error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno is not None:
         fail(_of_system(error), 1)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
-        what = f"memory is full ({first_line(error)}); what was saved before is as it was"
+        what = f"memory is full ({first_line(error)}); earlier saves are intact"
         fail(f"{what}: use a smaller batch, a smaller network or more devices, and run the same command again", 1)
     if isinstance(error, Exception):
         peers.leave(1)
@@ -156,12 +156,12 @@ def _tell(error: BaseException) -> None:
 def _of_system(error: OSError) -> str:
     """The sentence for an OSError: what failed, and what to do."""
     if error.errno == errno.ENOSPC:
-        return "the disk is full; what was saved before is as it was: make room and run the same command again"
+        return "the disk is full; earlier saves are intact: make room and run the same command again"
     where = f"{error.filename}: " if error.filename else ""
     what = f"{where}{error.strerror or error}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{what}; what was saved before is as it was: make the place writable or readable, or give another"
-    return f"{what}; what was saved before is as it was: look at that path, and run the same command again"
+        return f"{what}; earlier saves are intact: make the place writable or readable, or give another"
+    return f"{what}; earlier saves are intact: check that path, and run the same command again"
 
 
 def _quiet() -> None:

@@ -400,7 +400,7 @@ def _check_diffusion(diffusion: DiffusionConfig) -> Schedule:
     if (diffusion.prediction == "eps" and overflows) or (diffusion.prediction == "v" and last == 0):
         raise ConfigError(
             f"diffusion.prediction={diffusion.prediction} cannot be used with diffusion.schedule={diffusion.schedule}, "
-            f"whose last alphas_cumprod is {last:g}, where x_0 does not follow from it; use x_0 or x_prev"
+            f"whose last alphas_cumprod is {last:g}, so x_0 cannot be computed from it; use x_0 or x_prev"
         )
     learned = diffusion.variance in ("learned", "learned_range")
     if learned and diffusion.loss == "simple":

@@ -103,7 +103,7 @@ def _another() -> str:
 def gone(who: str) -> str:
     """The sentence for a process that has ended."""
     return (
-        f"{who} of this run has stopped or cannot be reached; what was saved before is as it was: see its own messages, "
+        f"{who} of this run has stopped or cannot be reached; earlier saves are intact: see its messages, "
         "and start all processes again"
     )
 
@@ -142,7 +142,7 @@ def patience(whom: str, *, seconds: float, first: float = 5.0, every: float = 30
             pause, waited = every, time.monotonic() - start
             if waited >= seconds:
                 _end(
-                    f"{whom} did not come within {seconds:.0f} s; start all processes within that time, and look whether "
+                    f"{whom} did not come within {seconds:.0f} s; start all processes within that time, and check that "
                     "they have the same address and can reach it"
                 )
             say(f"waiting for {whom}, {waited:.0f} s of at most {seconds:.0f}", before="")

@@ -351,7 +351,7 @@ def test_another_config_than_the_checkpoints_is_refused_with_its_fields(tmp_path
             assert "model.ch_mult (checkpoint [1, 2], config.json [1])" in message
             assert "diffusion.beta_end (checkpoint 0.5, config.json 0.3)" in message
             assert message.count("checkpoint ") == 3  # no other field
-            assert "put config.json right" in message
+            assert "correct config.json" in message
         assert checkpoints.choose(unverified=True) == 10
     assert checkpoints.said == []
 
@@ -385,7 +385,7 @@ def test_all_damaged_is_refused_rather_than_begun_anew(directory):
             checkpoints.choose()
         assert sentence(raised) == (
             f"no checkpoint in {directory} is intact; start in another workdir, restore a copy of this one, "
-            "or insist on the newest with --unverified"
+            "or use the newest with --unverified"
         )
         assert len(checkpoints.said) == 2
         assert checkpoints.choose(unverified=True) == 20
@@ -429,7 +429,7 @@ def test_a_given_step_is_taken_or_refused(directory):
             checkpoints.choose(step=20)
         assert sentence(raised) == (
             f"the checkpoint of step 20 in {directory} is not intact: the file _CHECKPOINT_METADATA is not what was "
-            "written; choose another step, or insist with --unverified"
+            "written; choose another step, or skip the check with --unverified"
         )
         assert checkpoints.choose(step=20, unverified=True) == 20
         with pytest.raises(UsageError) as raised:
@@ -630,11 +630,11 @@ def test_first_saves_killed_before_their_manifests_are_a_beginning(tmp_path, mon
         (OSError(errno.ENOSPC, "full"), "No space left on device", "make room"),
         (OSError(errno.EDQUOT, "quota"), "Disk quota exceeded", "make room"),
         (OSError(errno.EROFS, "ro"), "Read-only file system", "make the folder writable"),
-        (OSError(errno.EIO, "io"), "Input/output error", "see to that"),
+        (OSError(errno.EIO, "io"), "Input/output error", "fix that"),
         (OSError(errno.ENOENT, "gone"), "No such file or directory", "another process has written or deleted there"),
         (ValueError("DATA_LOSS\na list of files [os_error_code='28']"), "No space left on device", "make room"),
         (ValueError("DATA_LOSS [OS error 30: EROFS]"), "Read-only file system", "make the folder writable"),
-        (TimeoutError("waited in vain\nfor long"), "waited in vain", "see to that"),
+        (TimeoutError("waited in vain\nfor long"), "waited in vain", "fix that"),
     ],
 )
 def test_a_failed_save_tells_the_systems_reason_and_what_helps(error, told, remedy, directory, monkeypatch):
@@ -646,7 +646,7 @@ def test_a_failed_save_tells_the_systems_reason_and_what_helps(error, told, reme
         checkpoints.save(small_state(30), META)
         with pytest.raises(RunError) as raised:
             checkpoints.wait()
-        assert f"failed ({told}); earlier checkpoints are as they were: {remedy}" in sentence(raised)
+        assert f"failed ({told}); earlier checkpoints are intact: {remedy}" in sentence(raised)
         assert ("make room" in str(raised.value)) == (remedy == "make room")
         assert checkpoints.choose() == 20
 
@@ -678,7 +678,7 @@ def test_a_failed_save_is_told_at_the_next_and_costs_nothing(directory, monkeypa
             with pytest.raises(RunError) as raised:
                 checkpoints.save(small_state(40), META)
         assert sentence(raised) == (
-            f"saving to {directory} failed (No space left on device); earlier checkpoints are as they were: "
+            f"saving to {directory} failed (No space left on device); earlier checkpoints are intact: "
             "make room and run the same command again"
         )
         assert checkpoints.choose() == 20
@@ -729,7 +729,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(kilobytes, small_disk, 
         checkpoints.save_all(2)
     checkpoints.close()
     assert re.fullmatch(
-        rf"saving to {directory}(/2)? failed \(No space left on device\); earlier checkpoints are as they were: "
+        rf"saving to {directory}(/2)? failed \(No space left on device\); earlier checkpoints are intact: "
         "make room and run the same command again",
         sentence(raised),
     )

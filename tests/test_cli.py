@@ -455,7 +455,7 @@ def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
 
 
 def test_failures_end_with_their_code_and_one_sentence(run, monkeypatch):
-    full = "the disk is full; what was saved before is as it was: make room and run the same command again"
+    full = "the disk is full; earlier saves are intact: make room and run the same command again"
     for error, code, message in (
         (UsageError("do that"), 2, "do that"),
         (RunError("it broke"), 1, "it broke"),

@@ -83,13 +83,13 @@ MISTAKES = {
     "diffusion: got beta_start = nan, expected above 0 and at most 1": {"diffusion": {"beta_start": math.nan}},
     "diffusion: got beta_end = 1.5, expected above 0 and at most 1": {"diffusion": {"beta_end": 1.5}},
     "diffusion.prediction=eps cannot be used with diffusion.schedule=jsd, whose last alphas_cumprod is "
-    "0, where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd"}},
+    "0, so x_0 cannot be computed from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd"}},
     "diffusion.prediction=v cannot be used with diffusion.schedule=jsd, whose last alphas_cumprod is 0, "
-    "where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd", "prediction": "v"}},
+    "so x_0 cannot be computed from it; use x_0 or x_prev": {"diffusion": {"schedule": "jsd", "prediction": "v"}},
     "diffusion.prediction=eps cannot be used with diffusion.schedule=linear, whose last alphas_cumprod "
-    "is 0, where x_0 does not follow from it; use x_0 or x_prev": {"diffusion": {"beta_end": 1.0}},
+    "is 0, so x_0 cannot be computed from it; use x_0 or x_prev": {"diffusion": {"beta_end": 1.0}},
     "diffusion.prediction=eps cannot be used with diffusion.schedule=const, whose last alphas_cumprod is "
-    "9.33264e-302, where x_0 does not follow from it; use x_0 or x_prev": {
+    "9.33264e-302, so x_0 cannot be computed from it; use x_0 or x_prev": {
         "diffusion": {"schedule": "const", "T": 1000}
     },
     "diffusion.variance=learned is never trained by diffusion.loss=simple; use loss vb, hybrid or "

@@ -272,7 +272,7 @@ def test_a_path_that_does_not_exist_is_said_with_what_comes_near(name, near, tmp
 
 def test_a_file_of_no_kind_that_is_read_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"x.tar' is a file, but of no kind that is read; use one of digits"):
+    with pytest.raises(UsageError, match=r"x.tar' is a file of an unknown kind; use one of digits"):
         open_images(tmp_path / "x.tar")
 
 

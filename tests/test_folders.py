@@ -612,7 +612,7 @@ def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
     path = make(content=CONTENT | {"a.jpg": CUT, "b/10.png": b""})
     identity = sources.open_pictures(str(path)).identity
     with refuses(
-        "data.on_bad_image=skip needs the list of bad pictures, and there is none of these pictures as they are now; "
+        "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
         f"write it with prepare_data.py {path} --check"
     ):
         opened(path, on_bad_image="skip")
@@ -639,9 +639,7 @@ def test_a_list_of_other_pictures_is_not_used(make):
     path = make(content=CONTENT | {"a.jpg": CUT})
     list_bad(path)
     path = make(content=CONTENT | {"a.jpg": CUT[:-1]})
-    with pytest.raises(
-        UsageError, match="needs the list of bad pictures, and there is none of these pictures as they are"
-    ):
+    with pytest.raises(UsageError, match="needs the list of bad pictures, but these pictures have none"):
         opened(path, on_bad_image="skip")
 
 

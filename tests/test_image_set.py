@@ -482,7 +482,7 @@ def test_a_set_of_an_earlier_version_is_taken_and_told_to_be_unproven(run, whole
     before = content(tmp_path / "out")
     generate(run, tmp_path / "out")
     assert content(tmp_path / "out") == before
-    assert capsys.readouterr().out.count("not proven") == 1
+    assert capsys.readouterr().out.count("cannot be verified") == 1
     (tmp_path / "out" / "000003.png").unlink()
     generate(run, tmp_path / "out")
     assert content(tmp_path / "out") == content(whole)
@@ -492,7 +492,7 @@ def test_a_part_of_no_batch_is_refused(run, half, tmp_path):
     shutil.copytree(half, tmp_path / "out")
     shutil.copy(half / "parts" / "000004.npz", tmp_path / "out" / "parts" / "000005.npz")
     with pytest.raises(
-        UsageError, match=r"000005\.npz is of no batch of this set; move it away, or give another --out"
+        UsageError, match=r"000005\.npz belongs to no batch of this set; move it away, or give another --out"
     ):
         generate(run, tmp_path / "out")
 

@@ -187,7 +187,9 @@ def test_a_hub_id_goes_through_the_hubs_cache(model, monkeypatch):
     hub.snapshot_download = offline
     with pytest.raises(UsageError) as refusal:
         read_model("someone/some-model")
-    sentence = "someone/some-model is not a folder and could not be had from the hub (no network); check the name and the network"
+    sentence = (
+        "someone/some-model is not a folder and could not be downloaded (no network); check the name and the network"
+    )
     assert str(refusal.value) == sentence
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=re.escape('pip install "ddpm-jax[hub]"')):

@@ -373,7 +373,7 @@ def test_other_words_for_our_network_are_understood():
             'variance_type is "learned", expected one of fixed_small, fixed_large, learned_range',
         ),
         ({"beta_schedule": "laplace"}, 'beta_schedule is "laplace", expected one of linear, scaled_linear'),
-        ({"trained_betas": [0.1] * 19 + [0.3]}, "trained_betas are of no schedule here"),
+        ({"trained_betas": [0.1] * 19 + [0.3]}, "trained_betas match no schedule"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

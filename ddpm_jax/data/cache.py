@@ -81,7 +81,7 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
     try:
         written = read_json(epath.Path(path.with_suffix(".json")))
         if written.get("key") != key:
-            raise DamagedFileError(path, "it is of other images")
+            raise DamagedFileError(path, "it belongs to other images")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not 0 < size - images.nbytes < READ_BYTES:  # the header, of a hundred bytes
@@ -92,7 +92,7 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
                 found = threads.map(functools.partial(_checksum, file.fileno()), starts, ends)
                 bar = tqdm(found, "Checking the cache", len(starts), unit="block", delay=2, dynamic_ncols=True)
                 if list(bar) != written.get("crc32"):
-                    raise DamagedFileError(path, "its bytes are not those that were written")
+                    raise DamagedFileError(path, "its checksums do not match")
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (FileNotFoundError, NotADirectoryError):  # or a file without checksums, of an older version
         return None
@@ -204,13 +204,13 @@ def without_bad(pictures: Pictures, source: str) -> Pictures:
         bad = read_json(epath.Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            "data.on_bad_image=skip needs the list of bad pictures, and there is none of these pictures as they are now; "
+            "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
             f"write it with prepare_data.py {source} --check"
         ) from None
     except DamagedFileError as error:
         raise DamagedFileError(path, error.reason, again) from None
     if unknown := bad.keys() - set(pictures.names):
-        raise DamagedFileError(path, f"it lists {min(unknown)}, which is none of the pictures", again)
+        raise DamagedFileError(path, f"it lists {min(unknown)}, which is not among the pictures", again)
     kept = [i for i, name in enumerate(pictures.names) if name not in bad]
     if len(kept) == len(pictures.names):
         return pictures

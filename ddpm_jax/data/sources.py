@@ -220,7 +220,7 @@ def find_kind(name: str) -> str:
     if kind not in SOURCES and os.path.isdir(name):
         kind = "a folder"
     if kind not in SOURCES:
-        raise UsageError(f"data.source={name!r} is a file, but of no kind that is read; {kinds}")
+        raise UsageError(f"data.source={name!r} is a file of an unknown kind; {kinds}")
     return kind
 
 

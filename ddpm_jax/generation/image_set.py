@@ -151,7 +151,11 @@ class ImageSet:
         """
         if self.mark.complete:
             if self.mark.files is None:
-                tell([f"{self.folder} is of an earlier version, which listed no digests: complete, but not proven"])
+                tell(
+                    [
+                        f"{self.folder} is complete, but an earlier version recorded no checksums, so it cannot be verified"
+                    ]
+                )
             damaged = dict(self._damaged())
             if not damaged:
                 return []
@@ -181,7 +185,7 @@ class ImageSet:
             if there is None:
                 yield path, "it is missing"
             elif self.mark.files is not None and self.mark.files.get(name) != there:
-                yield path, f"its {there[0]:,} bytes are not those that were written"
+                yield path, f"its {there[0]:,} bytes do not match their checksum"
 
     def _reopen(self, damaged: dict[epath.Path, str]) -> None:
         """Marks the set as incomplete, and restores the parts of intact batches from its other files."""
@@ -234,7 +238,7 @@ class ImageSet:
         for path in sorted(self.parts.iterdir()):
             start = int(path.stem) if path.stem.isdecimal() else -1
             if path.name != f"{start:06d}.npz" or start not in indices[::size]:
-                raise UsageError(f"{path} is of no batch of this set; move it away, or give another --out")
+                raise UsageError(f"{path} belongs to no batch of this set; move it away, or give another --out")
             place = (start - indices.start) // size
             try:
                 self._read(self.batches[place])
@@ -266,7 +270,7 @@ class ImageSet:
             raise DamagedFileError(path, error.reason, advice) from None
         images = arrays.get("images", np.zeros(()))
         if images.dtype != np.uint8 or images.shape != (len(part), *self.image_shape):
-            raise DamagedFileError(path, f"it has not {len(part)} images of shape {self.image_shape}", advice)
+            raise DamagedFileError(path, f"it does not hold {len(part)} images of shape {self.image_shape}", advice)
         return arrays
 
     def add(self, part: range, images: UInt8[np.ndarray, "n H W C"]) -> None:

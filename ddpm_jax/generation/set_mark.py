@@ -46,7 +46,7 @@ def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
         raise DamagedFileError(path, "it is not what was written", advice)
     mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
     if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):
-        raise DamagedFileError(path, "it is of no set of images", advice)
+        raise DamagedFileError(path, "it describes no set of images", advice)
     return mark
 
 

@@ -80,7 +80,7 @@ def _find_folder(source: str) -> Path:
         return folder
     except Exception as error:  # the network, the hub and the cache each have their own errors
         raise UsageError(
-            f"{source} is not a folder and could not be had from the hub ({first_line(error)}); "
+            f"{source} is not a folder and could not be downloaded ({first_line(error)}); "
             "check the name and the network"
         ) from None
 

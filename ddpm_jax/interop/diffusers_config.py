@@ -211,7 +211,7 @@ def _schedule(given: dict[str, Any]) -> tuple[Any, float, float]:
         ours = make_betas(given["num_train_timesteps"], beta_start, beta_end)
         if ours.shape == betas.shape and np.allclose(ours, betas, rtol=1e-5, atol=0):
             return name, beta_start, beta_end
-    raise UsageError(f"its sampler's trained_betas are of no schedule here; there are {', '.join(BETAS)}")
+    raise UsageError(f"its sampler's trained_betas match no schedule; there are {', '.join(BETAS)}")
 
 
 def _ours(table: dict[str, str], given: dict[str, Any], field: str) -> Any:

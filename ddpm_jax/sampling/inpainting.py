@@ -20,11 +20,11 @@ def inpaint(
     times: int = 10,
     clip: Clip = True,
 ) -> Sampler:
-    """A sampler of images that equal `known` where the mask is above 0 (Algorithm 1 of the paper).
+    """A sampler of images that equal `known` where the mask is above 0, without blending (Algorithm 1 of the paper).
 
     After each step x is q(x_s | known) inside the mask and the ancestral x_s outside. To harmonise both parts, every `jump`
     steps the chain is noised back by `jump` steps and run again, `times` times in all. More repeats approximate the conditional
-    distribution better. steps: increasing t's, at least 2. Raises ValueError for a jump or times below 1, or a jump that exceeds
+    distribution better. steps: increasing t's, at least 2. Raises ValueError for a jump or times below 1, or a jump as long as
     the chain.
     """
     if jump < 1 or times < 1:

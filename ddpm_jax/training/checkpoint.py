@@ -300,7 +300,7 @@ class Checkpoints:
             if step is not None:
                 raise UsageError(
                     f"the checkpoint of step {step} in {self.directory} is not intact: {damage}; "
-                    "choose another step, or insist with --unverified"
+                    "choose another step, or skip the check with --unverified"
                 )
             has_manifest = (self.folder(candidate) / MANIFEST).exists()
             lost, cut_short = lost or has_manifest, cut_short + (not has_manifest)
@@ -310,7 +310,7 @@ class Checkpoints:
         if lost or cut_short > 1:
             raise UsageError(
                 f"no checkpoint in {self.directory} is intact; start in another workdir, restore a copy of this one, "
-                "or insist on the newest with --unverified"
+                "or use the newest with --unverified"
             )
         return NO_STEP
 
@@ -320,7 +320,7 @@ class Checkpoints:
         if self.config is not None and recorded is not None and (changed := changed_fields(recorded, self.config)):
             raise UsageError(
                 f"the checkpoint of step {step} in {self.directory} was trained with another config, which differs in "
-                f"{', '.join(changed)}; put config.json right, restore it from a copy, or insist on it with --unverified"
+                f"{', '.join(changed)}; correct config.json, restore it from a copy, or skip the check with --unverified"
             )
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
@@ -370,7 +370,7 @@ class Checkpoints:
 def _save_failed(where: epath.Path, error: Exception) -> str:
     number = _system_error(error)
     reason = os.strerror(number) if number else first_line(error)
-    return f"saving to {where} failed ({reason}); earlier checkpoints are as they were: {_remedy(number)}"
+    return f"saving to {where} failed ({reason}); earlier checkpoints are intact: {_remedy(number)}"
 
 
 def _remedy(number: int | None) -> str:
@@ -380,8 +380,8 @@ def _remedy(number: int | None) -> str:
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make the folder writable and run the same command again"
     if number in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
-        return "another process has written or deleted there; see that none does, and run the same command again"
-    return "see to that, and run the same command again"
+        return "another process has written or deleted files there; stop it, and run the same command again"
+    return "fix that, and run the same command again"
 
 
 def _system_error(error: BaseException | None) -> int | None:

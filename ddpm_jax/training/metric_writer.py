@@ -133,7 +133,7 @@ class MetricWriter:
         self.workdir = workdir
         for path, cut, what in ((METRICS, cut_metrics, "lines"), (EVENTS, cut_events, "records")):
             if damaged := cut(workdir / path, last_step):
-                say(f"Note: {workdir / path} had {damaged} damaged {what}, which are cut; the others are kept.")
+                say(f"Note: {workdir / path} had {damaged} damaged {what}, which were removed; the others are kept.")
         (workdir / EVENTS).mkdir(parents=True, exist_ok=True)
         # The file's name holds the time in seconds, and last_step in case two are opened in one second. A SummaryWriter's
         # flush does not wait for its thread, so a kill after a checkpoint would lose events from before it.
