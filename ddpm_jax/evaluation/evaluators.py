@@ -122,7 +122,7 @@ def eval_of(config: Config, source: Source, held_out: Source) -> str:
 
 EVALUATORS: dict[str, Callable[[Programs, Source, Source | None], Evaluator | None]] = {
     "samples": lambda programs, source, held_out: SampleGrid(programs),
-    "held_out": lambda programs, source, held_out: HeldOut(programs, source, held_out) if held_out else None,
+    "held_out": lambda programs, source, held_out: None if held_out is None else HeldOut(programs, source, held_out),
 }
 
 
