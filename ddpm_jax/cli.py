@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ddpm_jax import peers
-from ddpm_jax.errors import RunError, UsageError, first_line, say
+from ddpm_jax.core import peers
+from ddpm_jax.core.errors import RunError, UsageError, first_line, say
 
 # What an interrupted command leaves, and how to resume.
 COMMANDS = {

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.rng import LAST_SEED
 from ddpm_jax.diffusion.losses import LOSSES
 from ddpm_jax.diffusion.process import Prediction, Variance
 from ddpm_jax.diffusion.schedules import BETAS, Schedule, make_schedule
-from ddpm_jax.errors import UsageError
-from ddpm_jax.rng import LAST_SEED
 
 MOST = 2**31 - 1  # the devices count in 32 bits
 

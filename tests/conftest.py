@@ -16,7 +16,7 @@ CHECKED = (
     "ddpm_jax.diffusion.process",
     "ddpm_jax.diffusion.bound",
     "ddpm_jax.diffusion.losses",
-    "ddpm_jax.rng",
+    "ddpm_jax.core.rng",
 )
 install_import_hook(CHECKED, "beartype.beartype")
 

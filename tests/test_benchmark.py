@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
 from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import pictures
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.step import init_state
 
 SMALL = tiny(
@@ -228,7 +228,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
 
 
 def test_a_batch_that_memory_cannot_hold_is_refused_with_the_bytes(monkeypatch):
-    monkeypatch.setattr("ddpm_jax.room.free_memory", lambda: 2**20)
+    monkeypatch.setattr("ddpm_jax.core.room.free_memory", lambda: 2**20)
     with pytest.raises(UsageError, match=r"--batch-sizes 1000 needs at least \d+ MiB of memory, and 1 MiB are free"):
         plan.refuse(SMALL, Plan(steps=(5,), batch_sizes=(1000,)))
     plan.refuse(SMALL, Plan(steps=(5,), batch_sizes=(1,)))

@@ -19,9 +19,9 @@ import pytest
 from orbax.checkpoint._src.futures import future
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.diffusion.losses import init_loss_history
-from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.training import checkpoint
 from ddpm_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage
 from ddpm_jax.training.step import TrainState, init_state

@@ -23,7 +23,7 @@ from ddpm_jax import config as configs
 from ddpm_jax.commands import sample, train
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, changeable
-from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.training.loop import Interrupted
 from ddpm_jax.training.workdir import enter, read_config
 

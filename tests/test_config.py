@@ -27,8 +27,8 @@ from ddpm_jax.config import (
     from_json,
     to_json,
 )
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.process import Process, predict_x_0
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.step import init_state
 
 SECTIONS = ("data", "model", "diffusion", "train")

@@ -15,10 +15,10 @@ import pytest
 from sklearn.datasets import load_digits
 from tiny import experiment, tiny
 
-from ddpm_jax import room, sharding
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core import room, sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.start import start_state
 from ddpm_jax.training.step import draw
 

@@ -22,7 +22,7 @@ sys.path.insert(0, "tests")
 process, address, source, out = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(process))
 from tiny import tiny
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
 from ddpm_jax.data import make_feed, open_source
 mesh = sharding.make_mesh()
 assert (mesh.devices.size, jax.process_count()) == (4, 2)

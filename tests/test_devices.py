@@ -7,7 +7,7 @@ import pytest
 from test_training import SMALLER, assert_metrics_agree, run
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
 from ddpm_jax.training import step as training
 
 

@@ -22,8 +22,8 @@ from tiny import experiment, tiny
 
 from ddpm_jax.commands import evaluate as commands_evaluate
 from ddpm_jax.config import to_json
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import open_source
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import evaluation as evaluation_module
 from ddpm_jax.evaluation import metrics, scores
 from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statistics, read_statistics, real_features
@@ -311,7 +311,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_computed
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     evaluation = Evaluation.of_run(loaded, run, PIXELS, OPTIONS)
-    monkeypatch.setattr("ddpm_jax.files.tempfile.TemporaryDirectory", refuse)
+    monkeypatch.setattr("ddpm_jax.core.files.tempfile.TemporaryDirectory", refuse)
     with pytest.raises(
         UsageError, match=r"evaluation/.* cannot be written \(Read-only file system\); make the workdir"
     ):
@@ -333,7 +333,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_computed
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_bytes(changed, message, run, loaded, monkeypatch):
-    monkeypatch.setattr("ddpm_jax.room.free_memory", lambda: 2**30)
+    monkeypatch.setattr("ddpm_jax.core.room.free_memory", lambda: 2**30)
     with pytest.raises(UsageError, match=message):
         Evaluation.of_run(loaded, run, PIXELS, dataclasses.replace(OPTIONS, **changed))
 

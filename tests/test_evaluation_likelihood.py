@@ -11,11 +11,11 @@ from evaluated import CONFIG, random_params
 from scipy import integrate, stats
 from tiny import experiment
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.bound import bits_per_dim, bound_terms, prior_bits
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import make_schedule
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import bits as likelihood
 from ddpm_jax.evaluation.bits import Drawn, draw_times, make_bound, rate_distortion, strata, summarize_bound
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
 from ddpm_jax.commands import train as command
 from ddpm_jax.commands.train import train
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import open_source
 from ddpm_jax.diffusion.bound import bits_per_dim
 from ddpm_jax.diffusion.losses import min_snr_weights
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.evaluation import Programs
 from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, eval_of, open_held_out, spread

@@ -16,6 +16,7 @@ from ddpm_jax.commands import evaluate as evaluate_command
 from ddpm_jax.commands import sample as sample_command
 from ddpm_jax.commands import train as train_command
 from ddpm_jax.config import ConfigError, check
+from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.data import SOURCES, open_source
 from ddpm_jax.diffusion.losses import LOSSES
 from ddpm_jax.diffusion.process import Process
@@ -25,7 +26,6 @@ from ddpm_jax.evaluation.metrics import METRICS
 from ddpm_jax.generation.generator import SamplerOptions, make_generator, sample_key
 from ddpm_jax.generation.image_set import read_images
 from ddpm_jax.sampling import SAMPLERS
-from ddpm_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = dict(

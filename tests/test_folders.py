@@ -19,8 +19,8 @@ from test_pictures import COLOURS, RNG, encoded
 from tiny import tiny
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, sources
-from ddpm_jax.errors import UsageError
 from ddpm_jax.generation.image_set import SET
 from ddpm_jax.training.workdir import CHECKPOINTS, CONFIG
 

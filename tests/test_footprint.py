@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from tiny import experiment, tiny
 
-from ddpm_jax import room, sharding
 from ddpm_jax.benchmark.programs import image_shapes
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.commands.train import train
 from ddpm_jax.config import check
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import room, sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.generation.generator import make_generator
 from ddpm_jax.training import footprint
 from ddpm_jax.training.footprint import check_training, count_params, needs

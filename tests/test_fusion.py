@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
 from ddpm_jax.benchmark.programs import image_shapes
+from ddpm_jax.core import sharding
 from ddpm_jax.evaluation.bits import make_bound
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.generation.generator import SamplerOptions, make_generator

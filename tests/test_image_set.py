@@ -23,10 +23,10 @@ from interop import run_script
 from PIL import Image
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
 from ddpm_jax.commands import sample
-from ddpm_jax.errors import UsageError
-from ddpm_jax.files import sole_writer
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import sole_writer
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import Batches, SamplerOptions, generate_batches
 from ddpm_jax.generation.image_set import ImageSet, generate_set, read_images

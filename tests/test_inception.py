@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fidelity import fidelity
 
-from ddpm_jax import sharding
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.evaluation import inception_weights
 from ddpm_jax.evaluation.inception import InceptionV3, preprocess, resize_matrix
 from ddpm_jax.evaluation.inception_weights import convert_inception, inception_features, load_inception

@@ -20,12 +20,13 @@ from test_unet import by_path, jit
 from test_unet_parity import peer_of
 from tiny import TINY, experiment, tiny
 
-from ddpm_jax import rng
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ddpm_jax.core import rng
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import BETAS
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.evaluation import Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import evaluate
@@ -33,7 +34,6 @@ from ddpm_jax.evaluation.report import describe
 from ddpm_jax.interop.diffusers import read_model, write_pipeline
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.sampling import sample
-from ddpm_jax.sharding import make_mesh
 from ddpm_jax.training.workdir import load_run
 
 LEARNED_RANGE = {"variance": "learned_range", "loss": "rescaled_hybrid"}

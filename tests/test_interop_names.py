@@ -11,7 +11,7 @@ import pytest
 from tiny import TINY, experiment, tiny
 
 from ddpm_jax.config import Config
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.interop.names import check_fit, parameters
 
 # Some of the CIFAR-10 network's, each in three lines: in the authors' checkpoint, in diffusers, in its older versions.

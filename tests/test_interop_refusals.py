@@ -19,7 +19,7 @@ from tiny import TINY, experiment, tiny
 
 from ddpm_jax import cli
 from ddpm_jax.commands import convert as convert_command
-from ddpm_jax.errors import RunError, UsageError
+from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config

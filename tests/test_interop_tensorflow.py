@@ -10,7 +10,7 @@ import pytest
 from interop import convert
 from tiny import TINY, experiment
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.interop import tensorflow
 from ddpm_jax.interop.names import flatten, parameters
 from ddpm_jax.interop.tensorflow import read_checkpoint

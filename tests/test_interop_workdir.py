@@ -11,7 +11,7 @@ from interop import convert, drawn, run_script, write_drawn_run
 from tiny import TINY, experiment, tiny
 
 from ddpm_jax.commands.train import train
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.training.checkpoint import MANIFEST
 from ddpm_jax.training.step import state_from_params

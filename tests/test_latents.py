@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from exact import SHAPE, mixture_x_0, model_of
 
-from ddpm_jax import make_schedule, q_sample, rng
+from ddpm_jax import make_schedule, q_sample
+from ddpm_jax.core import rng
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import choose_steps, make_sampler, reverse, sample_loop
 from ddpm_jax.sampling.inpainting import _walk, inpaint

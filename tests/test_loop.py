@@ -14,12 +14,12 @@ from etils import epath
 from PIL import Image
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
 from ddpm_jax.commands import train as command
 from ddpm_jax.commands.train import train
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.data import open_source
 from ddpm_jax.data.sheets import enlarge, grid
-from ddpm_jax.errors import RunError, UsageError
 from ddpm_jax.evaluation.evaluation import Programs
 from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, open_held_out
 from ddpm_jax.generation.generator import make_generator, sample_key

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ddpm_jax.core.rng import Purpose, root_key, step_key
 from ddpm_jax.diffusion.bound import bound_term
 from ddpm_jax.diffusion.losses import (
     LOSSES,
@@ -25,7 +26,6 @@ from ddpm_jax.diffusion.losses import (
 )
 from ddpm_jax.diffusion.process import Prediction, Process
 from ddpm_jax.diffusion.schedules import BETAS, make_schedule
-from ddpm_jax.rng import Purpose, root_key, step_key
 
 T = 8
 SHAPE = (T, 2, 2, 3)  # one image for every t

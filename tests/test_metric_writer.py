@@ -13,8 +13,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes, to_pil
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.metric_writer import (
     EVENTS,
     METRICS,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax import make_schedule
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.ode import OdeLikelihood, ode_bits_per_dim, ode_log_density
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.errors import UsageError
 
 pytest.importorskip("diffrax", reason="needs the extra `ode`: pip install -e .[ode]")
 

@@ -16,7 +16,7 @@ from interop import convert
 from mixer import Mixer, train_mixer
 
 from ddpm_jax import load_run
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.evaluation.evaluation import Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import evaluate

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ddpm_jax import peers
+from ddpm_jax.core import peers
 
 SERVICE = (
     "E1126 06:32:46.202265    8781 coordination_service.cc:1549] [81125] Use error polling to propagate the following error to "
@@ -21,7 +21,7 @@ OTHER = "F1126 06:32:33.086568    8748 convolution.cc:80] Check failed: stride >
 
 def child(code):
     """What a process that listens does: exit code, standard output, standard error."""
-    code = f"import ctypes, os, sys, time\nfrom ddpm_jax import peers\nsys.argv = ['train.py']\n{code}"
+    code = f"import ctypes, os, sys, time\nfrom ddpm_jax.core import peers\nsys.argv = ['train.py']\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout, done.stderr
 

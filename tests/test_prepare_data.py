@@ -13,8 +13,8 @@ from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
 
 from ddpm_jax.commands import prepare_data as command
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.data import cache, open_source, sources
-from ddpm_jax.errors import RunError, UsageError
 
 ROOT = Path(__file__).parent.parent
 BAD = CONTENT | {"a.jpg": CUT, "b/10.png": b"hello"}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import open_source
 from ddpm_jax.data.pictures import decode
-from ddpm_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(os.environ.get("DDPM_JAX_PICTURES") or "/nowhere")

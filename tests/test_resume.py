@@ -16,7 +16,7 @@ import pytest
 from tiny import experiment
 
 from ddpm_jax import config as configs
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
 from ddpm_jax.training import step as training
 from ddpm_jax.training.checkpoint import Checkpoints
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ddpm_jax.rng import Purpose, image_keys, image_normal, root_key, step_key, stream
+from ddpm_jax.core.rng import Purpose, image_keys, image_normal, root_key, step_key, stream
 
 PINNED = {"INIT": 0, "T": 1, "EPS": 2, "DROPOUT": 3, "FLIP": 4, "SAMPLE": 5, "BOUND": 6}
 SHAPE = (4, 4, 3)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax import room
+from ddpm_jax.core import room
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from exact import SHAPE
 
-from ddpm_jax import make_schedule, rng
+from ddpm_jax import make_schedule
+from ddpm_jax.core import rng
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import choose_steps, reverse
 from ddpm_jax.sampling.ancestral import ancestral

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import experiment, tiny
 
-from ddpm_jax import make_schedule, rng, sample, sharding
+from ddpm_jax import make_schedule, sample
+from ddpm_jax.core import rng, sharding
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.generation.generator import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
 from ddpm_jax.training import step as training

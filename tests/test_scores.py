@@ -6,7 +6,7 @@ from fidelity import fidelity
 from scipy import linalg
 from scipy.spatial.distance import cdist
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.scores import Statistics
 

@@ -19,8 +19,8 @@ from test_pictures import RNG, encoded
 from tiny import tiny
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, open_source, tfds
-from ddpm_jax.errors import UsageError
 
 library = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of tensorflow-datasets' own

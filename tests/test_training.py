@@ -9,11 +9,11 @@ import optax
 import pytest
 from tiny import experiment, tiny
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
+from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data import make_feed, open_source
 from ddpm_jax.diffusion import losses
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.rng import Purpose
 from ddpm_jax.training import step as training
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.core.rng import random_bits
 from ddpm_jax.models.unet import (
     AttentionBlock,
     GroupNorm,
@@ -18,7 +19,6 @@ from ddpm_jax.models.unet import (
     timestep_embedding,
     upsample,
 )
-from ddpm_jax.rng import random_bits
 
 PAPER_256 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "attn_resolutions": (16,)}
 

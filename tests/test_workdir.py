@@ -11,8 +11,8 @@ import pytest
 from etils import epath
 from tiny import experiment, tiny
 
-from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.files import LOCK
+from ddpm_jax.core.errors import RunError, UsageError
+from ddpm_jax.core.files import LOCK
 from ddpm_jax.training.step import init_state
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held, load_run, write_run
 

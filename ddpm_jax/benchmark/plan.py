@@ -15,10 +15,10 @@ from ddpm_jax.benchmark import programs, topology, torch_peer
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import environment
 from ddpm_jax.config import Choices, Config, check, to_json
-from ddpm_jax.errors import UsageError
-from ddpm_jax.files import write_text
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import write_text
+from ddpm_jax.core.room import check_memory
 from ddpm_jax.generation.generator import SamplerOptions, build_sampler
-from ddpm_jax.room import check_memory
 from ddpm_jax.sampling import SAMPLERS
 from ddpm_jax.training.experiment import Experiment
 

@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from ddpm_jax import sharding
 from ddpm_jax.benchmark.timing import Timing, host_memory, peak_tflops, take_turns
 from ddpm_jax.config import Config, check
+from ddpm_jax.core import sharding
 from ddpm_jax.data import batch_indices, make_feed, open_source
 from ddpm_jax.data.pictures import DecodedPictures
 from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ddpm_jax import sharding
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
 from ddpm_jax.config import check
-from ddpm_jax.errors import UsageError, first_line
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError, first_line
 from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import abstract_state, make_train_step

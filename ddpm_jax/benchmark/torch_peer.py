@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ddpm_jax.config import Config
-from ddpm_jax.errors import UsageError, import_extra
+from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.training.experiment import Experiment
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

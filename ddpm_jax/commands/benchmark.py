@@ -11,12 +11,12 @@ import tyro
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax import rng
 from ddpm_jax.benchmark import programs, timing, topology
 from ddpm_jax.benchmark.plan import Plan, compile_for, measure, refuse, write_json
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import rng
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import load_run, read_config
 

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from ddpm_jax.config import Config, check_types
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 
 
 def load_config(name: str) -> Config:

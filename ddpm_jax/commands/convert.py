@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from ddpm_jax import sharding
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.core import sharding
+from ddpm_jax.core.files import check_place
 from ddpm_jax.evaluation.inception_weights import convert_inception
-from ddpm_jax.files import check_place
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.training.experiment import Experiment

@@ -11,9 +11,9 @@ import jax
 import tyro
 from etils import epath
 
-from ddpm_jax import sharding
 from ddpm_jax.config import Choices
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures

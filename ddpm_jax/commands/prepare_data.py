@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import tyro
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import cache, sources, tfds
-from ddpm_jax.errors import UsageError
 
 
 @dataclass(frozen=True)

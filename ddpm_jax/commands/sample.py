@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 from etils import epath
 
-from ddpm_jax import sharding
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import LAST_IMAGE, SamplerOptions
 from ddpm_jax.generation.image_set import Format, generate_set

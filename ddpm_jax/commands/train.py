@@ -14,13 +14,13 @@ import tyro
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax import sharding
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, check
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import open_folder
 from ddpm_jax.data import make_feed, open_source
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
-from ddpm_jax.files import open_folder
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.footprint import check_training

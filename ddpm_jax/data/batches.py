@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from ddpm_jax import room, sharding
 from ddpm_jax.config import Config
+from ddpm_jax.core import room, sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.sources import Source
-from ddpm_jax.errors import UsageError
 
 DEVICE_CACHE_BYTES = 2**30
 AHEAD = 2  # dispatches that the host reads while the devices compute

@@ -22,10 +22,10 @@ import PIL
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax import room
+from ddpm_jax.core import room
+from ddpm_jax.core.errors import RunError, UsageError
+from ddpm_jax.core.files import DamagedFileError, read_json, remove_remnants, whole, write_text
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
-from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.files import DamagedFileError, read_json, remove_remnants, whole, write_text
 
 BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
 BLOCK_BYTES = 2**28

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 
 HIDDEN = (".", "__MACOSX")  # the first letters of hidden files and folders
 READ = "are links to folders that are read already, or that hold this one"

@@ -21,13 +21,13 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ddpm_jax import room
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core import room
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
 from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
-from ddpm_jax.errors import UsageError
 
 DECODE_ONCE_BYTES = 2**33  # the largest cache of data.cache=auto: CelebA-HQ at 256 has 6 GB, LSUN church 25 GB
 DIGEST_BYTES = 2**26  # of images hashed at a time

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.data.pictures import Pictures
-from ddpm_jax.errors import UsageError, import_extra
 
 PREFIX = "tfds:"
 # Image sets to suggest for a name without the prefix. The full list would need TensorFlow.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import rng
+from ddpm_jax.core import rng
 from ddpm_jax.diffusion.process import (
     Images,
     Output,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import rng
+from ddpm_jax.core import rng
+from ddpm_jax.core.errors import import_extra
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.errors import import_extra
 
 
 class OdeLikelihood(NamedTuple):

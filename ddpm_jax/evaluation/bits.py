@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import rng, sharding
+from ddpm_jax.core import rng, sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion.bound import bound_terms, prior_bits
-from ddpm_jax.errors import UsageError
-from ddpm_jax.rng import Purpose
 from ddpm_jax.training.experiment import Experiment
 
 

@@ -20,17 +20,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ddpm_jax import sharding
-from ddpm_jax.arrays import Arrays, parse_arrays
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
+from ddpm_jax.core.rng import check_seed
+from ddpm_jax.core.room import check_disk, check_memory
 from ddpm_jax.data import Source, open_source
+from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.evaluation.scores import Statistics
-from ddpm_jax.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
 from ddpm_jax.generation.generator import (
     LAST_IMAGE,
     SamplerOptions,
@@ -39,8 +41,6 @@ from ddpm_jax.generation.generator import (
     make_generator,
     sample_key,
 )
-from ddpm_jax.rng import check_seed
-from ddpm_jax.room import check_disk, check_memory
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 

@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from ddpm_jax import sharding
 from ddpm_jax.config import Config
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source, open_source
-from ddpm_jax.errors import UsageError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs
 from ddpm_jax.evaluation.features import PIXELS

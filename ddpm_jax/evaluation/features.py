@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
 
 
 class Features(NamedTuple):

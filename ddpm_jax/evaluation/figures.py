@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
+from ddpm_jax.core.files import whole
 from ddpm_jax.data.pixels import from_uint8, to_uint8
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation.evaluation import Evaluation
-from ddpm_jax.files import whole
 from ddpm_jax.generation.generator import sample_key
 from ddpm_jax.sampling import latents
 from ddpm_jax.sampling.ancestral import ancestral

@@ -15,12 +15,12 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError, import_extra
+from ddpm_jax.core.files import whole
 from ddpm_jax.data.cache import cache_folder
-from ddpm_jax.errors import UsageError, import_extra
 from ddpm_jax.evaluation.features import Features, on_devices
 from ddpm_jax.evaluation.inception import SIZE, InceptionV3, Preprocessing, preprocess
-from ddpm_jax.files import whole
 
 INCEPTION = "inception-2015-12-05"  # the start of the features' name
 SOURCE = "pt_inception-2015-12-05-6726825d.pth"

@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax import sharding
-from ddpm_jax.arrays import Arrays, parse_arrays, write_arrays
-from ddpm_jax.files import DamagedFileError, write_text
+from ddpm_jax.core import sharding
+from ddpm_jax.core.files import DamagedFileError, write_text
+from ddpm_jax.data.arrays import Arrays, parse_arrays, write_arrays
 
 
 def digest(definition: Any) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ddpm_jax import rng, sharding
+from ddpm_jax.core import rng, sharding
 from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.evaluation.bits import draw_times
 from ddpm_jax.training.experiment import Experiment

@@ -10,12 +10,12 @@ from typing import Any
 from etils import epath
 
 from ddpm_jax import config as configs
+from ddpm_jax.core.files import DamagedFileError, read_json, remove_remnants, write_text
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import FOLDER, curves
 from ddpm_jax.evaluation.metrics import file_name, step_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.parts import digest
-from ddpm_jax.files import DamagedFileError, read_json, remove_remnants, write_text
 from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import read_config
 

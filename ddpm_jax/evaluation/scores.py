@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax
 from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 
 SEED = 2020
 MOST_FEATURES = 2**14  # 2 GiB of covariance

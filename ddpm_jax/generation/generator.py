@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
-from ddpm_jax import rng, sharding
 from ddpm_jax.config import Choices
+from ddpm_jax.core import rng, sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.rng import Purpose
+from ddpm_jax.core.room import check_memory, gib
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.errors import UsageError
-from ddpm_jax.rng import Purpose
-from ddpm_jax.room import check_memory, gib
 from ddpm_jax.sampling import SAMPLERS, SPACINGS, Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training.experiment import Experiment
 

@@ -29,11 +29,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm_jax import sharding
-from ddpm_jax.arrays import parse_arrays, write_arrays
-from ddpm_jax.data.sheets import enlarge, grid, png_bytes
-from ddpm_jax.errors import UsageError
-from ddpm_jax.files import (
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import (
     LOCK,
     MOST_BYTES,
     DamagedFileError,
@@ -46,6 +44,9 @@ from ddpm_jax.files import (
     sole_writer,
     whole,
 )
+from ddpm_jax.core.room import check_disk
+from ddpm_jax.data.arrays import parse_arrays, write_arrays
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.generation.generator import (
     Batches,
     SamplerOptions,
@@ -56,7 +57,6 @@ from ddpm_jax.generation.generator import (
     sample_key,
 )
 from ddpm_jax.generation.set_mark import SET, Mark, read_mark, tell
-from ddpm_jax.room import check_disk
 from ddpm_jax.training.workdir import Run
 
 Format = Literal["both", "png", "npz", "shards"]

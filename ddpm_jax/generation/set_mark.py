@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax.files import MOST_BYTES, DamagedFileError, fingerprint, read_json, write_text
+from ddpm_jax.core.files import MOST_BYTES, DamagedFileError, fingerprint, read_json, write_text
 
 SET = "set.json"
 MOST_TOLD = 10  # damaged files that are reported one by one

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save
 
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
-from ddpm_jax.errors import UsageError, first_line, import_extra
-from ddpm_jax.files import DamagedFileError, check_place, read_json
+from ddpm_jax.core.errors import UsageError, first_line, import_extra
+from ddpm_jax.core.files import DamagedFileError, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
 from ddpm_jax.training.experiment import Experiment

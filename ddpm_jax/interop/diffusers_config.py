@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, check
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.schedules import BETAS
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.experiment import Experiment
 
 VERSION = "0.35.0"  # of diffusers, with these fields

@@ -16,12 +16,12 @@ from jaxtyping import Array, Int, UInt8, UInt32
 from safetensors.numpy import save
 
 from ddpm_jax import config as configs
-from ddpm_jax import rng
+from ddpm_jax.core import rng
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import check_place, whole
+from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data.pixels import to_uint8
-from ddpm_jax.errors import UsageError
-from ddpm_jax.files import check_place, whole
 from ddpm_jax.interop.names import flatten
-from ddpm_jax.rng import Purpose
 from ddpm_jax.sampling import sample
 from ddpm_jax.training.workdir import Run
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import abstract_state
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax.config import check
-from ddpm_jax.errors import UsageError, first_line, import_extra
+from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.interop.names import check_fit, parameters, unflatten
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import TrainState, state_from_params

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+from ddpm_jax.core.rng import random_bits
 from ddpm_jax.models.convolution import conv, conv_in_training
 from ddpm_jax.models.fusion import apart
-from ddpm_jax.rng import random_bits
 
 Dtype = jnp.dtype | type
 

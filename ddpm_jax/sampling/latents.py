@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import rng
+from ddpm_jax.core import rng
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.sampling.scan import Model, Sampler, advance, draw_x_T

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import rng
+from ddpm_jax.core import rng
 
 Model = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W D"]]
 

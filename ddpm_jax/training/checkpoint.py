@@ -26,10 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ddpm_jax import sharding
 from ddpm_jax.config import Config, changed_fields, fixed_fields
-from ddpm_jax.errors import RunError, UsageError, first_line
-from ddpm_jax.files import DamagedFileError, parse_json, read_text, write_text
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import RunError, UsageError, first_line
+from ddpm_jax.core.files import DamagedFileError, parse_json, read_text, write_text
 from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"

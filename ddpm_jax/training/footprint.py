@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import room, sharding
 from ddpm_jax.config import Config
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core import room, sharding
+from ddpm_jax.core.errors import UsageError
 
 FLOAT32 = 4  # bytes
 STATE_COPIES = 4  # parameters, their EMA, Adam's two moments

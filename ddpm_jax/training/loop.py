@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ddpm_jax import sharding
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.errors import RunError
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import RunError
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.step import TrainState

@@ -17,8 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from ddpm_jax.core.files import read_bytes, whole
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
-from ddpm_jax.files import read_bytes, whole
 from ddpm_jax.training.checksum import masked_crc32c
 
 METRICS = "metrics.jsonl"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddpm_jax import sharding
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source
-from ddpm_jax.errors import UsageError
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import TrainState, abstract_state, init_sharded_state

@@ -14,10 +14,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from ddpm_jax import rng, sharding
+from ddpm_jax.core import rng, sharding
+from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion import losses
-from ddpm_jax.rng import Purpose
 from ddpm_jax.training.experiment import Experiment, Params
 
 

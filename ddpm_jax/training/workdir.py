@@ -19,10 +19,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import config as configs
-from ddpm_jax import sharding
 from ddpm_jax.config import Config
-from ddpm_jax.errors import RunError, UsageError
-from ddpm_jax.files import LOCK, is_remnant, open_folder, read_json, remove_remnants, sole_writer, write_text
+from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import RunError, UsageError
+from ddpm_jax.core.files import LOCK, is_remnant, open_folder, read_json, remove_remnants, sole_writer, write_text
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_steps
 from ddpm_jax.training.experiment import Experiment, Network

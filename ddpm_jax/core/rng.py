@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, UInt32
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 
 LAST_SEED = 2**32 - 1
 
@@ -87,7 +87,7 @@ def random_bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array,
     words = jax.random.key_data(keys)
     if words.shape[-1] != 2:
         raise ValueError(
-            f"got keys of {words.shape[-1]} words, expected the 2 words of threefry2x32; see ddpm_jax.rng.root_key"
+            f"got keys of {words.shape[-1]} words, expected the 2 words of threefry2x32; see ddpm_jax.core.rng.root_key"
         )
     first, second = words.T.reshape(2, -1, *[1] * len(shape))
     schedule = (first, second, first ^ second ^ 0x1BD11BDA)

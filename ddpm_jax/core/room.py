@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ddpm_jax.errors import UsageError
+from ddpm_jax.core.errors import UsageError
 
 
 def gib(count: int) -> str:

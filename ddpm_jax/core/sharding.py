@@ -14,8 +14,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import peers
-from ddpm_jax.errors import RunError, UsageError, first_line
+from ddpm_jax.core import peers
+from ddpm_jax.core.errors import RunError, UsageError, first_line
 
 HEARTBEAT_SECONDS = 40  # a process that is silent for longer counts as gone
 BATCH_AXES = ("data", "fsdp")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from ddpm_jax.errors import UsageError, first_line
+from ddpm_jax.core.errors import UsageError, first_line
 
 LOCK = "lock"
 MOST_BYTES = 2**26  # of a text or JSON file: a manifest takes 200 bytes a file, a log 300 bytes a line

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from ddpm_jax.errors import say
+from ddpm_jax.core.errors import say
 
 END_SECONDS = 5.0  # how long a failed process waits for the others
 FATAL = b"Terminating process because the JAX distributed service"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ddpm_jax.files import DamagedFileError, whole
+from ddpm_jax.core.files import DamagedFileError, whole
 
 Arrays = dict[str, np.ndarray]
 OF = "of"
