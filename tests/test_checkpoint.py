@@ -631,7 +631,11 @@ def test_first_saves_killed_before_their_manifests_are_a_beginning(tmp_path, mon
         (OSError(errno.EDQUOT, "quota"), "Disk quota exceeded", "make room"),
         (OSError(errno.EROFS, "ro"), "Read-only file system", "make the folder writable"),
         (OSError(errno.EIO, "io"), "Input/output error", "fix that"),
-        (OSError(errno.ENOENT, "gone"), "No such file or directory", "another process has written or deleted files there"),
+        (
+            OSError(errno.ENOENT, "gone"),
+            "No such file or directory",
+            "another process has written or deleted files there",
+        ),
         (ValueError("DATA_LOSS\na list of files [os_error_code='28']"), "No space left on device", "make room"),
         (ValueError("DATA_LOSS [OS error 30: EROFS]"), "Read-only file system", "make the folder writable"),
         (TimeoutError("waited in vain\nfor long"), "waited in vain", "fix that"),

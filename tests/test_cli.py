@@ -443,8 +443,16 @@ def test_a_workdir_on_a_storage_that_cannot_be_reached_is_refused(path, remedy, 
 def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
     refused("--num-images 0 is too small; use 1 or more", "sample", tmp_path, "--num-images", 0)
     refused("--batch-size -1 is too small; use 1 or more", "sample", tmp_path, "--batch-size", -1)
-    refused("--seed -1 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", -1)
-    refused("--seed 4294967296 is outside of 0 .. 4294967295; choose another", "sample", tmp_path, "--seed", 2**32)
+    refused(
+        "got seed -1, expected a whole number from 0 to 4294967295; choose another", "sample", tmp_path, "--seed", -1
+    )
+    refused(
+        "got seed 4294967296, expected a whole number from 0 to 4294967295; choose another",
+        "sample",
+        tmp_path,
+        "--seed",
+        2**32,
+    )
     beyond = "--first-image and --num-images go beyond image 2000000000; choose smaller ones"
     refused(beyond, "sample", tmp_path, "--first-image", 3 * 10**9)
     assert "--num-images INT How many images" in boxed("sample", tmp_path, "--num-image", 3)

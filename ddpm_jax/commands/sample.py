@@ -9,6 +9,7 @@ from etils import epath
 
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.rng import check_seed
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import LAST_IMAGE, SamplerOptions
 from ddpm_jax.generation.image_set import Format, generate_set
@@ -72,8 +73,7 @@ def main() -> None:
             raise UsageError(f"{option} {getattr(arguments, name)} is too small; use {smallest} or more")
     if arguments.first_image + arguments.num_images > LAST_IMAGE:
         raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
-    if not 0 <= arguments.seed < 2**32:
-        raise UsageError(f"--seed {arguments.seed} is outside of 0 .. 4294967295; choose another")
+    check_seed(arguments.seed)
     if arguments.distributed:
         sharding.start_processes()
     run = load_run(workdir, step=arguments.step, weights=arguments.weights, unverified=arguments.unverified)

@@ -129,9 +129,9 @@ def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh
     return Mesh(np.array(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def round_up(count: int, mesh: Mesh) -> int:
-    """The number of images, rounded up to a multiple of the mesh's devices."""
-    return -(-count // mesh.devices.size) * mesh.devices.size
+def round_up(count: int, num_devices: int) -> int:
+    """The least multiple of num_devices that is at least count, so that every device gets as many images."""
+    return -(-count // num_devices) * num_devices
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

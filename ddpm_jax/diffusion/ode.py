@@ -58,8 +58,8 @@ def ode_log_density(
         UsageError: If diffrax is not installed.
     """
     diffrax = import_extra("diffrax", "ode", "the ODE likelihood")
-    schedule, prediction = process.schedule, process.prediction
-    if prediction == "x_prev" or schedule.alphas_cumprod[-1] == 0:
+    schedule = process.schedule
+    if process.prediction == "x_prev" or schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             "got prediction x_prev or a schedule that ends without signal, expected eps, x_0 or v and some signal"
         )
@@ -69,21 +69,7 @@ def ode_log_density(
     keys = rng.image_keys(key, indices)
     direction = jax.vmap(lambda k: jax.random.rademacher(k, x.shape[1:], x.dtype))(keys)
 
-    def eps(x_t, minus_lambda):
-        signal, noise = jnp.sqrt(jax.nn.sigmoid(-2 * minus_lambda)), jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
-        t = jnp.interp(minus_lambda, jnp.asarray(table, x.dtype), jnp.arange(schedule.T, dtype=x.dtype))
-        output = model(x_t, jnp.full(x_t.shape[:1], t))
-        if prediction == "eps":
-            return output
-        return (x_t - signal * output) / noise if prediction == "x_0" else signal * output + noise * x_t
-
-    def flow(minus_lambda, state, _):
-        x_t, _ = state
-        noise = jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
-        value, pull_back = jax.vjp(lambda x_t: noise * eps(x_t, minus_lambda) - noise**2 * x_t, x_t)
-        trace = jnp.sum(pull_back(direction)[0] * direction, axis=(1, 2, 3))
-        return value, trace / dimensions
-
+    flow = _flow(process, model, table, direction)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(flow),
         diffrax.Dopri5(),
@@ -97,6 +83,28 @@ def ode_log_density(
     x_T, trace = (a[-1] for a in solution.ys)
     at_the_end = -0.5 * jnp.sum(x_T**2, axis=(1, 2, 3)) - 0.5 * dimensions * jnp.log(2 * jnp.pi)
     return OdeLikelihood(at_the_end + trace * dimensions, x_T, evaluations=1 + 6 * solution.stats["num_steps"])
+
+
+def _flow(process: Process, model: Callable[[Array, Array], Array], table: np.ndarray, direction: Array) -> Callable:
+    """d(x, log-density per dimension) / d(-lambda), with the trace estimated along `direction`, which has x's shape."""
+    dtype, T, dimensions = direction.dtype, process.schedule.T, math.prod(direction.shape[1:])
+
+    def eps(x_t, minus_lambda):
+        signal, noise = jnp.sqrt(jax.nn.sigmoid(-2 * minus_lambda)), jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
+        t = jnp.interp(minus_lambda, jnp.asarray(table, dtype), jnp.arange(T, dtype=dtype))
+        output = model(x_t, jnp.full(x_t.shape[:1], t))
+        if process.prediction == "eps":
+            return output
+        return (x_t - signal * output) / noise if process.prediction == "x_0" else signal * output + noise * x_t
+
+    def flow(minus_lambda, state, _):
+        x_t, _ = state
+        noise = jnp.sqrt(jax.nn.sigmoid(2 * minus_lambda))
+        value, pull_back = jax.vjp(lambda x_t: noise * eps(x_t, minus_lambda) - noise**2 * x_t, x_t)
+        trace = jnp.sum(pull_back(direction)[0] * direction, axis=(1, 2, 3))
+        return value, trace / dimensions
+
+    return flow
 
 
 def ode_bits_per_dim(likelihood: OdeLikelihood) -> Float[Array, " B"]:

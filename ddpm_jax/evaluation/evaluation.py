@@ -121,7 +121,7 @@ class Evaluation:
         self.model, self.folder = model, folder
         self.num_real = min(options.num_real or len(source), len(source))
         self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
-        self.batch_size = sharding.round_up(options.batch_size, self.mesh)  # one program for all parts
+        self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
         self.software = software(self.mesh)
         self._known: dict[str, Any] = {}
 

@@ -34,7 +34,7 @@ def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, 
 
     All processes must call the result with the same images, and each gets all features.
     """
-    size = -(-batch_size // mesh.devices.size) * mesh.devices.size
+    size = sharding.round_up(batch_size, mesh.devices.size)
 
     def split(constants, images):
         return compute(constants, jax.lax.with_sharding_constraint(images, sharding.split(mesh)))

@@ -53,7 +53,7 @@ def _seen(
     """x_t of the first `count` images at the steps of the frames."""
     rows = len(build_sampler(run.experiment.process, options))
     watch = np.unique(np.linspace(0, rows - 1, min(FRAMES, rows)).round().astype(int)).tolist()
-    padded = -(-count // run.mesh.devices.size) * run.mesh.devices.size
+    padded = sharding.round_up(count, run.mesh.devices.size)
     places = np.arange(indices.start, indices.start + padded, dtype=np.int32)
     _, x_t = make_generator(run.experiment, run.mesh, options, watch=watch)(run.params, sample_key(seed), places)
     return np.asarray(x_t)[:, :count]

@@ -114,7 +114,7 @@ class Batches:
 
 def batch_ranges(indices: range, *, batch_size: int, num_devices: int) -> Batches:
     """The indices split into batches; batch_size is rounded up to a multiple of num_devices."""
-    return Batches(indices, _padded(min(batch_size, len(indices)), num_devices))
+    return Batches(indices, sharding.round_up(min(batch_size, len(indices)), num_devices))
 
 
 def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
@@ -134,10 +134,6 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
         raise UsageError(f"{what} needs at least {gib(needed)} of memory, and the devices have {gib(there)}; {remedy}")
 
 
-def _padded(count: int, num_devices: int) -> int:
-    return -(-count // num_devices) * num_devices
-
-
 def generate_batches(
     generate: Generate,
     params: Any,
@@ -151,7 +147,7 @@ def generate_batches(
 
     Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped.
     """
-    size, waiting = _padded(batch_size, num_devices), None
+    size, waiting = sharding.round_up(batch_size, num_devices), None
     for part in ranges:
         images = generate(params, key, np.arange(part.start, part.start + size, dtype=np.int32))
         if waiting is not None:

@@ -29,7 +29,7 @@ from etils import epath
 from ddpm_jax.config import Config, changed_fields, fixed_fields
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError, first_line
-from ddpm_jax.core.files import DamagedFileError, parse_json, read_text, write_text
+from ddpm_jax.core.files import DamagedFileError, fingerprint, parse_json, read_text, write_text
 from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -65,19 +65,9 @@ def _manifest_text(content: dict[str, Any]) -> str:
     return json.dumps(content | {"sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
 
 
-def _fingerprint(path: epath.Path) -> list[Any]:
-    """[size, SHA-256] of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]
-
-
 def write_manifest(folder: epath.Path, step: int, config: Config | None) -> None:
     """Writes the manifest of a finished step folder."""
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+    files = {str(path.relative_to(folder)): fingerprint(path) for path in _files(folder)}
     fields = None if config is None else fixed_fields(config)
     write_text(folder / MANIFEST, _manifest_text({"files": files, "step": step, "config": fields}))
 
@@ -122,7 +112,7 @@ def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema",
                 continue
             if not (folder / name).exists():
                 return f"the file {name} is missing"
-            if _fingerprint(folder / name) != expected:
+            if fingerprint(folder / name) != expected:
                 return f"the file {name} is not what was written"
     except FileNotFoundError:
         return "it has no manifest, so its saving was cut short"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from google.protobuf.message import DecodeError
+from google_crc32c import value as crc32c
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -19,7 +20,6 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from ddpm_jax.core.files import read_bytes, whole
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
-from ddpm_jax.training.checksum import masked_crc32c
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"
@@ -96,7 +96,7 @@ def cut_events(directory: epath.Path, last_step: int) -> int:
         content, kept, position = read_bytes(path, most=MOST_LOG_BYTES), [], 0
         while position + 12 <= len(content):
             length, checksum = struct.unpack_from("<QI", content, position)
-            if checksum != masked_crc32c(content[position : position + 8]):
+            if checksum != _masked_crc32c(content[position : position + 8]):
                 damaged += 1
                 break
             if (end := position + length + 16) > len(content):
@@ -113,9 +113,15 @@ def cut_events(directory: epath.Path, last_step: int) -> int:
     return damaged
 
 
+def _masked_crc32c(content: bytes) -> int:
+    """The checksum in TensorBoard's records: CRC-32C, rotated by 15 bits, plus a constant."""
+    crc = crc32c(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
 def _step_of_event(data: bytes) -> int | None:
     """The step of an Event, or None if it or the checksum after it is damaged."""
-    if struct.unpack("<I", data[-4:]) != (masked_crc32c(data[:-4]),):
+    if struct.unpack("<I", data[-4:]) != (_masked_crc32c(data[:-4]),):
         return None
     try:
         return Event.FromString(data[:-4]).step
