@@ -90,9 +90,8 @@ class HeldOut:
         self._programs, self._source, self._held_out = programs, source, held_out
         self._features = PIXELS
         if options.eval_samples and options.eval_features == "inception":
-            size = sharding.round_up(
-                Options().batch_size, programs.mesh
-            )  # evaluate.py's batch size, so that both share the cached features
+            # evaluate.py's batch size, so that both share the cached features
+            size = sharding.round_up(Options().batch_size, programs.mesh.devices.size)
             self._features = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
 
     def __call__(self, params: Any) -> Findings:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, check
 from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -66,9 +66,13 @@ class Experiment:
         """The experiment that a config describes.
 
         Args:
-            config: A config that `config.check` accepts.
+            config: The config, checked here before anything is built.
             network: Your own network, in place of the U-Net of `config.model`.
+
+        Raises:
+            ConfigError: A UsageError, for a config that cannot be run.
         """
+        check(config, num_devices=None, own_network=network is not None)
         d, data = config.diffusion, config.data
         process = Process(
             make_schedule(d.schedule, T=d.T, beta_start=d.beta_start, beta_end=d.beta_end), d.prediction, d.variance
