@@ -71,7 +71,8 @@ def command(module, *arguments):
 CONFIG_FILE = """
 from tiny import tiny
 
-config = tiny(data={"source": "squares"}, train={"steps": 4, "log_every": 2, "save_every": 4, "sample_every": 0})
+small = {"ch_mult": (1,), "attn_resolutions": (8,)}
+config = tiny(data={"source": "squares"}, model=small, train={"steps": 4, "log_every": 2, "save_every": 4, "sample_every": 0})
 """
 
 

@@ -160,7 +160,7 @@ def test_a_set_killed_before_its_first_batch_continues(tmp_path, monkeypatch):
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("generation.set_mark.write_text", "arrays.whole", "generation.image_set.whole"):
+    for name in ("generation.set_mark.write_text", "data.arrays.whole", "generation.image_set.whole"):
         monkeypatch.setattr(f"ddpm_jax.{name}", kill)
         with pytest.raises(KeyboardInterrupt):
             begin()

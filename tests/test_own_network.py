@@ -52,6 +52,7 @@ def test_it_is_trained_and_continued_bit_for_bit(trained, tmp_path):
     assert_same(jax.device_get(train_mixer(tmp_path / "run")), state)
 
 
+@pytest.mark.slow
 def test_it_is_killed_and_continued_bit_for_bit(trained, tmp_path):
     """SIGKILL once the first checkpoint is there, in a process of its own."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}

@@ -159,8 +159,8 @@ class UNet(nn.Module):
         >>> from ddpm_jax import UNet
         >>> unet = UNet(ch=8, ch_mult=(1, 2), attn_resolutions=(4,), out_channels=1, groups=4)
         >>> x_t, t = jnp.zeros((2, 8, 8, 1)), jnp.zeros((2,), jnp.int32)
-        >>> params = jax.jit(unet.init)(jax.random.key(0), x_t, t)["params"]
-        >>> unet.apply({"params": params}, x_t, t).shape
+        >>> variables = jax.eval_shape(unet.init, jax.random.key(0), x_t, t)    # jax.jit(unet.init)(...) draws them
+        >>> jax.eval_shape(unet.apply, variables, x_t, t).shape
         (2, 8, 8, 1)
     """
 

@@ -47,10 +47,12 @@ def main():
     names = arguments.scenes or list(scenes.SCENES)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+        weights = {name: scenes.SCENES[name].weight for name in names}
         for name in names:
+            count = -(-arguments.count * weights[name] // sum(weights.values()))
             made = scenes.make(name, Path(folder) / name)
             print(f"{name}: {len(made.files)} files", flush=True)
-            wrong += judge(made, name, range(-(-arguments.count // len(names))), arguments.seed, Path(folder) / name)
+            wrong += judge(made, name, range(count), arguments.seed, Path(folder) / name)
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{len(wrong)} wrong; {time.perf_counter() - start:.0f} s, at most {gigabytes:.2f} GB")
     sys.exit(1 if wrong else 0)
