@@ -458,3 +458,18 @@ def test_refusal_is_one_sentence_and_exit_code_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     sentence = f"convert.py: {tmp_path} has no config.json; give the folder of a diffusers model\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+
+
+def test_an_exported_model_that_was_changed_is_refused(tmp_path):
+    """A flipped bit of the weights, or a number of a config, that reads well and means another model."""
+    write_drawn_run(tmp_path / "run", TINY)
+    convert("to-diffusers", tmp_path / "run", tmp_path / "model")
+    weights, scheduler = tmp_path / "model/unet" / SAFETENSORS, tmp_path / "model/scheduler/scheduler_config.json"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.raises(UsageError, match="damaged or changed: it is not what ddpm_jax exported"):
+        convert("from-diffusers", tmp_path / "model", tmp_path / "new")
+    weights.write_bytes(content)
+    scheduler.write_text(scheduler.read_text().replace("0.5", "0.4"))
+    with pytest.raises(UsageError, match="damaged or changed: it is not what ddpm_jax exported"):
+        convert("from-diffusers", tmp_path / "model", tmp_path / "new")

@@ -3,6 +3,7 @@
 It reads and writes JSON and safetensors without diffusers, and executes no code of a model.
 """
 
+import hashlib
 import json
 import re
 import tempfile
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
@@ -25,6 +26,7 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
+DIGEST = "ddpm_jax_sha256"  # among the metadata of exported weights
 OF_THE_MODEL = {  # fields that the model fixes
     *("data.image_size", "data.channels"),
     *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
@@ -61,7 +63,7 @@ def read_model(source: str, base: Config | None = None) -> tuple[Config, Any]:
         raise UsageError(f"{source} cannot be imported: its config is not one of diffusers ({error})") from None
     if base is not None:
         config = _with_options_of(base, config, source, without_scheduler=scheduler is None)
-    return config, _read_parameters(unet_folder, parameters(Experiment.from_config(config)))
+    return config, _read_parameters(unet_folder, parameters(Experiment.from_config(config)), [unet, scheduler])
 
 
 def _find_folder(source: str) -> Path:
@@ -111,10 +113,22 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
     return base
 
 
-def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
+def _digest(tensors: dict[str, np.ndarray], configs: list[Any]) -> str:
+    """SHA-256 of an exported model: its weights, and the configs of network and scheduler."""
+    sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        sha.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def _read_parameters(folder: Path, table: tuple[Parameter, ...], configs: list[Any]) -> Any:
     path, pickled = (folder / f"{WEIGHTS}.{ending}" for ending in ("safetensors", "bin"))
     if path.exists():
-        tensors = _read_safetensors(path)
+        tensors, digest = _read_safetensors(path)
+        if digest is not None and digest != _digest(tensors, configs):  # models of diffusers have none
+            raise UsageError(
+                f"{path} or a config beside it is damaged or changed: it is not what ddpm_jax exported; get a whole copy"
+            )
     elif pickled.exists():
         path, tensors = pickled, _read_pickle(pickled)
     else:
@@ -135,9 +149,11 @@ def _read_parameters(folder: Path, table: tuple[Parameter, ...]) -> Any:
     return unflatten({p.path: np.ascontiguousarray(p.from_diffusers(tensors[n]), np.float32) for n, p in names.items()})
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The tensors of a file, and their digest if ddpm_jax exported them."""
     try:
-        return load_file(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get(DIGEST)  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); get a whole copy of the file") from None
     except (AttributeError, TypeError) as error:  # NumPy has no type of that name
@@ -192,6 +208,7 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).write_text(json.dumps(values, indent=2) + "\n")
         # Not by save_file, which raises its own error on a full disk.
-        (whole / f"unet/{WEIGHTS}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        proof = {DIGEST: _digest(tensors, [files["unet/config.json"], files["scheduler/scheduler_config.json"]])}
+        (whole / f"unet/{WEIGHTS}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"} | proof))
         (whole / "README.md").write_text(card)
         whole.replace(folder)

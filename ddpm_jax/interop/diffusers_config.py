@@ -75,7 +75,12 @@ _VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learn
 
 def unet_config(experiment: Experiment) -> dict[str, Any]:
     """The config of the `UNet2DModel` that equals the experiment's network."""
-    data, model = experiment.config.data, experiment.config.model
+    return _unet_fields(experiment.config)
+
+
+def _unet_fields(config: Config) -> dict[str, Any]:
+    """`unet_config` of a config that may not be one that can be run."""
+    data, model = config.data, config.model
     attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
         "_diffusers_version": VERSION,
@@ -85,7 +90,7 @@ def unet_config(experiment: Experiment) -> dict[str, Any]:
         "in_channels": data.channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.groups,
-        "out_channels": data.channels * (2 if experiment.process.learns_variance else 1),
+        "out_channels": data.channels * (2 if config.diffusion.variance in ("learned", "learned_range") else 1),
         "sample_size": data.image_size,
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
     }
@@ -156,7 +161,7 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
         "sample_size": True,  # checked above
         "time_embedding_dim": given["time_embedding_dim"] == 4 * ch,
     }
-    ours = unet_config(Experiment.from_config(config))
+    ours = _unet_fields(config)
     _refuse_differences(given | {name: ours.get(name) for name, same in other_words.items() if same}, ours, "network")
     check(config)
     return config
