@@ -51,7 +51,9 @@ def test_shipped_config_builds(path):
     data = DataConfig(image_size=config.data.image_size, channels=config.data.channels)
     d = config.diffusion
     deciding = Config(
-        data=data, model=config.model, diffusion=DiffusionConfig(variance=d.variance, loss=d.loss, t_sampler=d.t_sampler)
+        data=data,
+        model=config.model,
+        diffusion=DiffusionConfig(variance=d.variance, loss=d.loss, t_sampler=d.t_sampler),
     )
     state, output = abstract_run(deciding)  # the shapes of several configs are the same
     learned = d.variance in ("learned", "learned_range")
