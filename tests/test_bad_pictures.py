@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_pictures import encoded
-from tiny import experiment
 
 from ddpm_jax.data import batch_indices
 
@@ -80,7 +79,7 @@ def test_a_bad_picture_met_in_training_stops_the_run_which_goes_on_once_it_is_me
         source = ("--data.source", folder, "--data.cache", "none")
         return run("train.py", "configs/folder.py", "--workdir", workdir, *source, *OPTIONS.split(), *more)
 
-    code, told = train(experiment(workdir))
+    code, told = train(workdir)
     assert code == 2
     assert told.splitlines()[-1].startswith(f"train.py: the picture {BAD} cannot be decoded (")
     assert "Traceback" not in told
@@ -88,7 +87,7 @@ def test_a_bad_picture_met_in_training_stops_the_run_which_goes_on_once_it_is_me
     shutil.copytree(workdir, tmp_path / "skipping")
 
     assert run("prepare_data.py", folder, "--check")[0] == 1
-    code, told = train(experiment(tmp_path / "skipping"), "--data.on-bad-image", "skip", "--changed-data")
+    code, told = train(tmp_path / "skipping", "--data.on-bad-image", "skip", "--changed-data")
     assert code == 0, told
     assert len(losses(tmp_path / "skipping")) == 4
     (meta,) = (tmp_path / "skipping" / "checkpoints" / "8").rglob("meta*/**/metadata")
@@ -96,11 +95,11 @@ def test_a_bad_picture_met_in_training_stops_the_run_which_goes_on_once_it_is_me
 
     (folder / BAD).write_bytes(CONTENT[BAD])
     before = files(workdir / "checkpoints")
-    code, told = train(experiment(workdir))
+    code, told = train(workdir)
     assert code == 2
     assert "the data set has changed since the checkpoint of step 4: it was {'images': 32, " in told
     assert told.endswith("; give the same data, start in another workdir, or go on with these by --changed-data")
     assert files(workdir / "checkpoints") == before
-    assert train(experiment(workdir), "--changed-data")[0] == 0
-    assert train(experiment(tmp_path / "whole"))[0] == 0
+    assert train(workdir, "--changed-data")[0] == 0
+    assert train(tmp_path / "whole")[0] == 0
     assert losses(workdir) == losses(tmp_path / "whole")
