@@ -110,13 +110,8 @@ class Evaluation:
         model: dict[str, Any],
         folder: epath.Path | None = None,
     ):
-        self.programs, self.params, self.source, self.features, self.options = (
-            programs,
-            params,
-            source,
-            features,
-            options,
-        )
+        self.programs, self.params, self.source = programs, params, source
+        self.features, self.options = features, options
         self.experiment, self.mesh, self.edges = programs.experiment, programs.mesh, programs.edges
         self.model, self.folder = model, folder
         self.num_real = min(options.num_real or len(source), len(source))

@@ -386,7 +386,7 @@ def generate_set(
     locked, the disk has no room, or the sampler's options do not go together.
     """
     generator = make_generator(run.experiment, run.mesh, options)
-    devices, data = run.mesh.devices.size, run.config.data
+    devices = run.mesh.devices.size
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
     # The rounded batch size: with another number of devices the parts could overlap.
@@ -397,8 +397,7 @@ def generate_set(
     def open_set() -> int:
         nonlocal images
         check_batch(run.experiment, run.mesh, batches.size)
-        shape = (data.image_size, data.image_size, data.channels)
-        images = ImageSet(folder, batches, shape, definition, format=format)
+        images = ImageSet(folder, batches, run.experiment.image_shape, definition, format=format)
         edges.extend(edge for gap in images.missing() for edge in (gap.start, gap.stop))
         return len(edges)
 
