@@ -24,7 +24,7 @@ from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.footprint import check_training
-from ddpm_jax.training.loop import Interrupted, Parts, StopSignal, train_loop
+from ddpm_jax.training.loop import Interrupted, LoopParts, StopSignal, train_loop
 from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
@@ -96,7 +96,7 @@ def train(
                     f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
                 )
             tqdm.write(describe(experiment, source, mesh, state))
-            parts = Parts(
+            parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),
                 learning_rate=experiment.learning_rate,

@@ -84,22 +84,31 @@ def first_decides(decide: Callable[[], int]) -> int:
     return value
 
 
+def first_gives(give: Callable[[], bytes | None]) -> bytes | None:
+    """Runs `give` on process 0 and broadcasts its bytes, or None. Raises as `first_decides`. All processes must call it."""
+    content: bytes | None = None
+
+    def size() -> int:
+        nonlocal content
+        content = give()
+        return -1 if content is None else len(content)
+
+    length = first_decides(size)
+    if length > 0 and jax.process_count() > 1:
+        content = multihost_utils.broadcast_one_to_all(np.frombuffer(content or bytes(length), np.uint8)).tobytes()
+    return None if length < 0 else content or b""
+
+
 def first_reads(path: epath.Path) -> bytes | None:
     """Reads a file on process 0 and broadcasts its content; None if there is no file. All processes must call it."""
-    content = b""
 
-    def look() -> int:
-        nonlocal content
+    def read() -> bytes | None:
         try:
-            content = path.read_bytes()
+            return path.read_bytes()
         except (FileNotFoundError, IsADirectoryError):
-            return -1
-        return len(content)
+            return None
 
-    size = first_decides(look)
-    if size > 0 and jax.process_count() > 1:
-        content = multihost_utils.broadcast_one_to_all(np.frombuffer(content or bytes(size), np.uint8)).tobytes()
-    return None if size < 0 else content
+    return first_gives(read)
 
 
 def any_process(flag: bool) -> bool:

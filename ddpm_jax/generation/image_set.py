@@ -12,7 +12,6 @@ intact copies of the same images in the set, or else by sampling their batches a
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -392,20 +391,16 @@ def generate_set(
     # The rounded batch size: with another number of devices the parts could overlap.
     definition |= {"batch_size": batches.size, **dataclasses.asdict(options)}
     images: ImageSet | None = None
-    edges: list[int] = []
 
-    def open_set() -> int:
+    def open_set() -> bytes:
         nonlocal images
         check_batch(run.experiment, run.mesh, batches.size)
         images = ImageSet(folder, batches, run.experiment.image_shape, definition, format=format)
-        edges.extend(edge for gap in images.missing() for edge in (gap.start, gap.stop))
-        return len(edges)
+        return json.dumps([(gap.start, gap.stop) for gap in images.missing()]).encode()
 
     try:
         # Broadcast the missing batches from process 0.
-        count = sharding.first_decides(open_set)
-        edges = [sharding.first_decides(functools.partial(edges.__getitem__, i)) for i in range(count)]
-        gaps = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        gaps = [range(*gap) for gap in json.loads(sharding.first_gives(open_set) or b"[]")]
         parts = (batches[place] for gap in gaps for place in gap)
         size = batches.size
         made = generate_batches(generator, run.params, sample_key(seed), parts, batch_size=size, num_devices=devices)

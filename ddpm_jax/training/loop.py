@@ -58,7 +58,7 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoopParts:
     """What the loop works with. writer: on process 0 only. check: raises RunError if the workdir is gone."""
 
     train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -168,7 +168,7 @@ class Losses:
 class Log:
     """Writes the log lines of a run: mean losses and speed, to the writer and the progress bar."""
 
-    def __init__(self, options: TrainConfig, parts: Parts, step: int, since_log: dict[str, list[float]]):
+    def __init__(self, options: TrainConfig, parts: LoopParts, step: int, since_log: dict[str, list[float]]):
         self.options, self.writer, self.learning_rate = options, parts.writer, parts.learning_rate
         self.losses, self.watch = Losses(step, since_log), Stopwatch(step)
         hidden = parts.writer is None
@@ -200,7 +200,7 @@ class Log:
 
 
 def train_loop(
-    options: TrainConfig, parts: Parts, state: TrainState, meta: dict[str, Any], stop: StopSignal
+    options: TrainConfig, parts: LoopParts, state: TrainState, meta: dict[str, Any], stop: StopSignal
 ) -> TrainState:
     """Trains from the state to step `options.steps`, and returns the last state.
 
@@ -260,7 +260,7 @@ def train_loop(
     return state
 
 
-def save(options: TrainConfig, parts: Parts, state: TrainState, meta: dict[str, Any]) -> None:
+def save(options: TrainConfig, parts: LoopParts, state: TrainState, meta: dict[str, Any]) -> None:
     """Flushes the logs and starts a save. The best checkpoint so far is kept."""
     parts.check()
     best = None
