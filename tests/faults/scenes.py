@@ -251,9 +251,9 @@ def meet(made, file, damage, random, folder):
     elif content != before:
         path.write_bytes(content)
     intact = kept(folder)
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: other work on the machine does not count
     code, said = run(folder, *made.scene.command(folder))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert "Traceback" not in said, said
     assert seconds < 30, seconds
     after = kept(folder)
