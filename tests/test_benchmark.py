@@ -338,8 +338,8 @@ def test_the_peer_has_the_same_number_of_parameters_and_runs():
     peer = torch_peer.build_network(SMALL, diffusers)
     ours = sum(a.size for a in jax.tree.leaves(params_of(SMALL)))
     assert sum(p.numel() for p in peer.parameters()) == ours
-    assert torch_peer.sampling(SMALL, "ddim", 2, 3)().shape == (3, 1, 8, 8)
-    torch_peer.training(SMALL)()
+    assert torch_peer.sampling(experiment(SMALL), "ddim", 2, 3)().shape == (3, 1, 8, 8)
+    torch_peer.training(experiment(SMALL))()
 
 
 def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):

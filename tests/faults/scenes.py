@@ -33,7 +33,7 @@ CONFIG = tiny(
     diffusion={"T": 5},
     train={"steps": 8, "batch_size": 8, "save_every": 2, "log_every": 2, "sample_every": 4, "num_samples": 2},
 )
-SAMPLE = ["--num-images", "6", "--batch-size", "2"]
+SAMPLE = ["--num-images", "24", "--batch-size", "8"]  # three batches, also on eight devices
 EVALUATE = ["--features", "pixels", "--num-images", "8", "--batch-size", "4", "--bootstrap", "2"]
 
 
@@ -156,7 +156,7 @@ def images(folder):
     """Every image of the set, from the .npz and from the PNGs."""
     with np.load(folder / "out/images.npz") as file:
         arrays = file["images"]
-    singles = np.stack([picture(folder / f"out/{i:06d}.png") for i in range(6)])
+    singles = np.stack([picture(folder / f"out/{i:06d}.png") for i in range(24)])
     np.testing.assert_array_equal(arrays, singles)
     assert picture(folder / "out/grid.png").size > 0
     return hashlib.sha256(arrays.tobytes()).hexdigest()
