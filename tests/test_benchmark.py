@@ -334,8 +334,8 @@ def test_a_known_device_has_its_peak_and_float32_half_of_it_on_gpus():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_the_peer_has_the_same_number_of_parameters_and_runs():
-    diffusers = pytest.importorskip("diffusers", reason="the peer: install the extra `parity`")
-    peer = torch_peer.build_network(SMALL, diffusers)
+    pytest.importorskip("diffusers", reason="the peer: install the extra `parity`")
+    peer = torch_peer.build_network(experiment(SMALL))
     ours = sum(a.size for a in jax.tree.leaves(params_of(SMALL)))
     assert sum(p.numel() for p in peer.parameters()) == ours
     assert torch_peer.sampling(experiment(SMALL), "ddim", 2, 3)().shape == (3, 1, 8, 8)

@@ -10,6 +10,7 @@ import jax
 
 from ddpm_jax.config import Config
 from ddpm_jax.core.errors import UsageError, import_extra
+from ddpm_jax.interop.diffusers_config import PREDICTIONS, unet_config
 from ddpm_jax.training.experiment import Experiment
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -19,7 +20,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
 }
-PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
 def libraries() -> tuple[Any, Any]:
@@ -47,30 +47,11 @@ def _device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def build_network(config: Config, diffusers: Any) -> Any:
-    """diffusers' UNet2DModel with the layers of the config's network and random weights."""
-    model, learned = config.model, config.diffusion.variance in ("learned", "learned_range")
-    attends = [config.data.image_size >> level in model.attn_resolutions for level in range(len(model.ch_mult))]
-    return diffusers.UNet2DModel(
-        sample_size=config.data.image_size,
-        in_channels=config.data.channels,
-        out_channels=config.data.channels * (2 if learned else 1),
-        block_out_channels=[model.ch * mult for mult in model.ch_mult],
-        layers_per_block=model.num_res_blocks,
-        down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        norm_num_groups=model.groups,
-        norm_eps=1e-6,
-        dropout=model.dropout,
-        attention_head_dim=None,  # one head
-        downsample_padding=0,  # at the bottom and on the right only
-        flip_sin_to_cos=False,
-        freq_shift=1,
-    )
-
-
-def _ready(torch: Any, network: Any) -> Any:
-    network = network.to(_device(), memory_format=torch.channels_last)
+def build_network(experiment: Experiment, dtype: str = "float32") -> Any:
+    """diffusers' UNet2DModel with the layers of the experiment's network and random weights, on the device."""
+    torch, diffusers = libraries()
+    network = diffusers.UNet2DModel.from_config(unet_config(experiment))
+    network = network.to(_device(), getattr(torch, dtype), memory_format=torch.channels_last)
     return torch.compile(network) if _device() == "cuda" else network
 
 
@@ -91,15 +72,14 @@ def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Ca
         prediction_type=PREDICTIONS[config.diffusion.prediction],
         **options,
     )
-    dtype = getattr(torch, config.model.dtype)
-    network = _ready(torch, build_network(config, diffusers).to(dtype).eval().requires_grad_(False))
+    network = build_network(experiment, config.model.dtype).eval().requires_grad_(False)
 
     def call():
         with torch.inference_mode():
             x = _images(torch, config, batch)
             scheduler.set_timesteps(steps)
             for t in scheduler.timesteps:
-                output = network(x.to(dtype), t.to(x.device)).sample[:, : config.data.channels]
+                output = network(x.to(network.dtype), t.to(x.device)).sample[:, : config.data.channels]
                 x = scheduler.step(output.float(), t, x).prev_sample
             return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
@@ -109,8 +89,8 @@ def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Ca
 def training(experiment: Experiment) -> Callable[[], Any]:
     """Returns a call of train.steps_per_dispatch steps of Algorithm 1: Adam, gradient clipping, EMA; bfloat16 by autocast."""
     config = experiment.config
-    torch, diffusers = libraries()
-    network = _ready(torch, build_network(config, diffusers).train())
+    torch, _ = libraries()
+    network = build_network(experiment).train()
     parameters = list(network.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=config.train.lr, fused=_device() == "cuda")

@@ -68,7 +68,7 @@ _SAMPLER_DEFAULTS: dict[str, Any] = _SAMPLER | {
 _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 MOST_LEVELS, MOST_CHANNELS, MOST_STEPS = 16, 2**15, 10**6
 _MOST = {"in_channels": 64, "layers_per_block": 32, "norm_num_groups": MOST_CHANNELS, "sample_size": 2**14}
-_PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 # Their "learned" is the variance, ours its logarithm, so "learned" has no counterpart.
 _VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
 
@@ -99,7 +99,7 @@ def _unet_fields(config: Config) -> dict[str, Any]:
 def scheduler_config(experiment: Experiment) -> dict[str, Any]:
     """The config of the `DDPMScheduler` that equals our `ancestral` sampler. Raises UsageError if there is none."""
     d = experiment.config.diffusion
-    for name, ours, table in [("prediction", d.prediction, _PREDICTIONS), ("variance", d.variance, _VARIANCES)]:
+    for name, ours, table in [("prediction", d.prediction, PREDICTIONS), ("variance", d.variance, _VARIANCES)]:
         if ours not in table:
             raise UsageError(
                 f"diffusers' DDPMScheduler has no counterpart of diffusion.{name}={ours}, only of "
@@ -112,7 +112,7 @@ def scheduler_config(experiment: Experiment) -> dict[str, Any]:
         "beta_schedule": _SCHEDULES[d.schedule] if named else "linear",
         "beta_start": d.beta_start,
         "num_train_timesteps": d.T,
-        "prediction_type": _PREDICTIONS[d.prediction],
+        "prediction_type": PREDICTIONS[d.prediction],
         "trained_betas": None if named else experiment.process.schedule.betas.tolist(),
         "variance_type": _VARIANCES[d.variance],
     }
@@ -200,7 +200,7 @@ def _diffusion(scheduler: dict[str, Any]) -> DiffusionConfig:
         schedule=schedule,
         beta_start=beta_start,
         beta_end=beta_end,
-        prediction=_ours(_PREDICTIONS, given, "prediction_type"),
+        prediction=_ours(PREDICTIONS, given, "prediction_type"),
         variance=variance,
         loss="rescaled_hybrid" if variance == "learned_range" else "simple",
     )
