@@ -93,14 +93,7 @@ class Terms(NamedTuple):
 
 
 def bound_terms(
-    process: Process,
-    model,
-    key: Key[Array, ""],
-    x_0: Images,
-    indices,
-    ts: Int[Array, "B S"],
-    *,
-    clip: bool = True,
+    process: Process, model, key: Key[Array, ""], x_0: Images, indices, ts: Int[Array, "B S"], *, clip: bool = True
 ) -> Terms:
     """L_t of each image at its own times (zero-based), with one draw of x_t for each, as in `bits_per_dim`."""
     keys = rng.image_keys(key, indices)

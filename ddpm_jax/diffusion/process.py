@@ -85,10 +85,7 @@ def at(table: np.ndarray | Array, t: Steps, x: Images) -> Float[Array, "B 1 1 1"
 
 def q_mean_logvar(schedule: Schedule, x_0: Images, t: Steps) -> Gaussian:
     """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), Eq. (4)."""
-    return Gaussian(
-        at(schedule.sqrt_alphas_cumprod, t, x_0) * x_0,
-        at(schedule.log_one_minus_alphas_cumprod, t, x_0),
-    )
+    return Gaussian(at(schedule.sqrt_alphas_cumprod, t, x_0) * x_0, at(schedule.log_one_minus_alphas_cumprod, t, x_0))
 
 
 def q_sample(schedule: Schedule, x_0: Images, t: Steps, eps: Images) -> Images:

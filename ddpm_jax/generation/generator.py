@@ -135,13 +135,7 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
 
 
 def generate_batches(
-    generate: Generate,
-    params: Any,
-    key: Key[Array, ""],
-    ranges: Iterable[range],
-    *,
-    batch_size: int,
-    num_devices: int,
+    generate: Generate, params: Any, key: Key[Array, ""], ranges: Iterable[range], *, batch_size: int, num_devices: int
 ) -> Iterator[tuple[range, UInt8[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 

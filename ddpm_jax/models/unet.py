@@ -176,10 +176,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_t: Float[Array, "B H W C"],
-        t: Int[Array, " B"],
-        dropout_keys: Key[Array, " B"] | None = None,
+        self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], dropout_keys: Key[Array, " B"] | None = None
     ) -> Float[Array, "B H W D"]:
         """The output at (x_t, t).
 

@@ -10,12 +10,7 @@ from ddpm_jax.diffusion.schedules import respace
 from ddpm_jax.sampling.scan import Sampler
 
 
-def ancestral(
-    process: Process,
-    steps: np.ndarray,
-    *,
-    clip: Clip = True,
-) -> Sampler:
+def ancestral(process: Process, steps: np.ndarray, *, clip: Clip = True) -> Sampler:
     """x_{t-1} = mean(x_t) + sigma_t z for the steps t from the last to the first, and z = 0 at the last one (Algorithm 2).
 
     steps: increasing t's, at least 2. All of 0 .. T-1 give the paper's chain. A subset gives the chain of the respaced process

@@ -8,13 +8,7 @@ from ddpm_jax.sampling.linear import levels, linear
 from ddpm_jax.sampling.scan import Sampler
 
 
-def ddim(
-    process: Process,
-    steps: np.ndarray,
-    *,
-    eta: float = 0.0,
-    clip: Clip = True,
-) -> Sampler:
+def ddim(process: Process, steps: np.ndarray, *, eta: float = 0.0, clip: Clip = True) -> Sampler:
     """x_s = sqrt(alpha-bar_s) x_0 + sqrt(1 - alpha-bar_s - sigma^2) eps + sigma z, Eq. (12) of the DDIM paper.
 
     steps: increasing t's. eta in [0, 1] scales sigma (their Eq. 16): 0 draws no noise, and 1 with all steps is ancestral sampling
@@ -36,10 +30,7 @@ def ddim(
     )
 
 
-def ddim_encode(
-    process: Process,
-    steps: np.ndarray,
-) -> Sampler:
+def ddim_encode(process: Process, steps: np.ndarray) -> Sampler:
     """DDIM inversion (eta = 0): encodes images x_0 as the x_T from which `ddim` over the same steps recovers them.
 
     It is exact in the limit of many steps: like Euler's method, each step uses eps at the level it starts from. The clean image

@@ -9,13 +9,7 @@ from ddpm_jax.sampling.scan import Sampler
 FEW_STEPS = 15  # with fewer steps, the last ones use lower orders, as the method's authors recommend
 
 
-def dpm_solver(
-    process: Process,
-    steps: np.ndarray,
-    *,
-    order: int = 2,
-    clip: Clip = True,
-) -> Sampler:
+def dpm_solver(process: Process, steps: np.ndarray, *, order: int = 2, clip: Clip = True) -> Sampler:
     """DPM-Solver++(1S, 2M or 3M), by order: x_s = noise_s/noise_t x + signal_s (integral of e^(lambda - lambda_s) x_0(lambda)).
 
     steps: increasing t's; lambda = log(signal/noise). x_0(lambda) is the polynomial through the last `order` predictions, or
@@ -45,11 +39,4 @@ def dpm_solver(
         past = lambdas[k - np.arange(of_order)] - lambdas[k]
         powers = np.vander(past, of_order, increasing=True)  # the polynomial's values at these places, by coefficient
         x_0[k, :of_order] = at.next_signal[k] * np.linalg.solve(powers.T, averages)
-    return linear(
-        process,
-        at.t,
-        x=at.next_noise / at.noise,
-        x_0=x_0,
-        clip=clip,
-        order=order,
-    )
+    return linear(process, at.t, x=at.next_noise / at.noise, x_0=x_0, clip=clip, order=order)

@@ -7,12 +7,7 @@ from ddpm_jax.sampling.linear import levels, linear
 from ddpm_jax.sampling.scan import Sampler
 
 
-def heun(
-    process: Process,
-    steps: np.ndarray,
-    *,
-    clip: Clip = True,
-) -> Sampler:
+def heun(process: Process, steps: np.ndarray, *, clip: Clip = True) -> Sampler:
     """dy/ds = eps with y = x / signal and s = noise / signal: an Euler step, corrected with the mean of both ends' eps.
 
     steps: S increasing t's. They take 2 S - 1 network evaluations, each a row: the last step, to the clean image, has no eps at

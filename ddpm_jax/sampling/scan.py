@@ -142,12 +142,7 @@ def _table(sampler: Sampler, rows: Any, x: Array) -> Any:
 
 
 def sample_loop(
-    sampler: Sampler,
-    model: Model,
-    key: Key[Array, ""],
-    indices: Int[Array, " B"],
-    *,
-    image_shape: tuple[int, int, int],
+    sampler: Sampler, model: Model, key: Key[Array, ""], indices: Int[Array, " B"], *, image_shape: tuple[int, int, int]
 ) -> Float[Array, "B H W C"]:
     """Draws x_T for each image and runs it through all rows; float32, images in about [-1, 1].
 
