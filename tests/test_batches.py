@@ -8,7 +8,7 @@ from test_data import mesh_of
 from test_pictures import RNG, encoded
 from tiny import tiny
 
-from ddpm_jax.data import batches, pictures, plain_order, sources
+from ddpm_jax.data import batches, pictures, sources
 
 
 def test_pictures_are_read_ahead_in_another_thread():
@@ -61,14 +61,3 @@ def test_the_hosts_memory_does_not_grow_with_the_number_of_pictures():
             tracemalloc.stop()
 
     assert most_held(400) - most_held(40) < 40 * 64 * 64 * 3
-
-
-def test_evaluation_order_has_every_image_once_and_pads_the_last_batch():
-    indices, mask = plain_order(10, 4)
-    assert indices.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
-    assert mask.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
-    for size, batch_size in ((1, 1), (1, 7), (7, 7), (8, 4), (1797, 128)):
-        indices, mask = plain_order(size, batch_size)
-        assert indices[mask].tolist() == list(range(size))
-        assert mask[:-1].all()
-        assert indices.max() == size - 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import read_images, tiny
 
 from ddpm_jax import Experiment, load_run, make_sampler, make_schedule, sample, train
 from ddpm_jax.commands import evaluate as evaluate_command
@@ -24,7 +24,6 @@ from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.evaluation.evaluators import EVALUATORS
 from ddpm_jax.evaluation.metrics import METRICS
 from ddpm_jax.generation.generator import SamplerOptions, make_generator, sample_key
-from ddpm_jax.generation.image_set import read_images
 from ddpm_jax.sampling import SAMPLERS
 
 ROOT = Path(__file__).parent.parent

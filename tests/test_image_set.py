@@ -21,7 +21,7 @@ import tyro
 from etils import epath
 from interop import run_script
 from PIL import Image
-from tiny import experiment, tiny
+from tiny import experiment, read_images, tiny
 
 from ddpm_jax.commands import sample
 from ddpm_jax.core import sharding
@@ -29,7 +29,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import sole_writer
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import Batches, SamplerOptions, generate_batches
-from ddpm_jax.generation.image_set import ImageSet, generate_set, read_images
+from ddpm_jax.generation.image_set import ImageSet, generate_set
 from ddpm_jax.training import step as training
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.workdir import enter, load_run
@@ -80,7 +80,7 @@ def whole(run, tmp_path_factory):
 def test_single_pngs_one_npz_and_a_grid_are_written(whole):
     names = {p.name for p in whole.iterdir()}
     assert names == {f"{i:06d}.png" for i in range(10)} | {"images.npz", "grid.png", "set.json"}
-    images = read_images(epath.Path(whole / "images.npz"))
+    images = read_images(whole / "images.npz")
     assert (images.dtype, images.shape) == (np.uint8, (10, 8, 8, 1))
     assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
     for i in range(10):
@@ -98,22 +98,22 @@ def test_single_pngs_one_npz_and_a_grid_are_written(whole):
 def test_each_format_holds_the_same_images(format, names, run, whole, tmp_path):
     generate(run, tmp_path / "out", format=format)
     assert {p.name for p in (tmp_path / "out").iterdir()} == names | {"grid.png", "set.json"}
-    images = read_images(epath.Path(whole / "images.npz"))
+    images = read_images(whole / "images.npz")
     if format == "png":
         assert all((tmp_path / "out" / n).read_bytes() == (whole / n).read_bytes() for n in names)
     elif format == "npz":
-        np.testing.assert_array_equal(read_images(epath.Path(tmp_path / "out" / "images.npz")), images)
+        np.testing.assert_array_equal(read_images(tmp_path / "out" / "images.npz"), images)
     else:
         parts = sorted((tmp_path / "out" / "parts").iterdir())
         assert [p.name for p in parts] == ["000000.npz", "000004.npz", "000008.npz"]
-        np.testing.assert_array_equal(np.concatenate([read_images(epath.Path(p)) for p in parts]), images)
+        np.testing.assert_array_equal(np.concatenate([read_images(p) for p in parts]), images)
 
 
 def test_a_piece_of_a_set_holds_the_same_images(run, whole, tmp_path):
     """--first-image: noise and so images belong to the index."""
     generate(run, tmp_path / "out", range(4, 10))
-    piece = read_images(epath.Path(tmp_path / "out" / "images.npz")).astype(int)
-    assert np.abs(piece - read_images(epath.Path(whole / "images.npz"))[4:]).max() <= 1
+    piece = read_images(tmp_path / "out" / "images.npz").astype(int)
+    assert np.abs(piece - read_images(whole / "images.npz")[4:]).max() <= 1
     assert (tmp_path / "out" / "000009.png").exists()
     assert not (tmp_path / "out" / "000003.png").exists()
 
@@ -609,4 +609,4 @@ def test_two_thousand_digits_killed_three_times_equal_an_uninterrupted_set(workd
     assert process.returncode == 0, output
     assert content(killed) == content(whole)
     assert len(list(killed.glob("*.png"))) == 2001  # and the grid
-    assert len(read_images(epath.Path(killed / "images.npz"))) == 2000
+    assert len(read_images(killed / "images.npz")) == 2000

@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 from interop import convert
 from mixer import Mixer, train_mixer
+from tiny import read_images
 
 from ddpm_jax import load_run
 from ddpm_jax.core.errors import UsageError
@@ -21,7 +22,7 @@ from ddpm_jax.evaluation.evaluation import Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import evaluate
 from ddpm_jax.generation.generator import SamplerOptions
-from ddpm_jax.generation.image_set import generate_set, read_images
+from ddpm_jax.generation.image_set import generate_set
 from ddpm_jax.interop.export import export_run
 
 TESTS = Path(__file__).parent
@@ -70,7 +71,7 @@ def test_it_is_killed_and_continued_bit_for_bit(trained, tmp_path):
 def test_it_samples_and_its_bits_per_dim_are_measured(run, trained, tmp_path):
     options = SamplerOptions(sampler="ddim", steps=(5,))
     generate_set(run, epath.Path(tmp_path / "out"), range(4), seed=0, options=options, batch_size=8, format="npz")
-    assert read_images(epath.Path(tmp_path / "out" / "images.npz")).shape == (4, 8, 8, 1)
+    assert read_images(tmp_path / "out" / "images.npz").shape == (4, 8, 8, 1)
     evaluation = Evaluation.of_run(run, trained[0], PIXELS, Options(num_real=8, batch_size=8))
     result = evaluate(evaluation, ("nll", "losses"))
     assert 0 < result["nll"]["value"] < 20
@@ -83,7 +84,7 @@ def test_it_is_exported_as_a_program_that_draws_the_same_images(run, tmp_path):
     images = np.asarray(program.call(np.uint32(0), np.arange(4, dtype=np.int32))).astype(int)
     options = SamplerOptions()
     generate_set(run, epath.Path(tmp_path / "out"), range(4), seed=0, options=options, batch_size=8, format="npz")
-    assert np.abs(read_images(epath.Path(tmp_path / "out" / "images.npz")).astype(int) - images).max() <= 1
+    assert np.abs(read_images(tmp_path / "out" / "images.npz").astype(int) - images).max() <= 1
 
 
 def test_without_the_network_the_run_is_refused_by_its_name(trained):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 from processes import ROOT, finish, one_device, start
+from tiny import read_images
 
-from ddpm_jax.generation.image_set import read_images
 from ddpm_jax.training.metric_writer import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,7 @@ def test_two_processes_sample_the_same_images(alone, environment, tmp_path):
     finish(start(["sample.py", str(alone), *SAMPLE, "--out", str(two)], environment, 2))
     names = [sorted(p.name for p in folder.iterdir()) for folder in (one, two)]
     assert names[0] == names[1]
-    images = [read_images(epath.Path(folder / "images.npz")).astype(int) for folder in (one, two)]
+    images = [read_images(folder / "images.npz").astype(int) for folder in (one, two)]
     assert images[0].shape == (10, 8, 8, 1)
     assert np.abs(images[0] - images[1]).max() <= 1
 

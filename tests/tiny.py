@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from ddpm_jax.training.experiment import Experiment
 
@@ -34,3 +36,9 @@ def tiny(**sections: dict[str, Any]) -> Config:
         for name, value in sections.items()
     }
     return dataclasses.replace(TINY, **changed)
+
+
+def read_images(path):
+    """The images of an images.npz or a part of a set."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["images"]

@@ -30,12 +30,3 @@ def batch_indices(seed: int, first_step: int, num_steps: int, batch_size: int, s
         inside = epochs == epoch
         indices[inside] = epoch_order(seed, int(epoch), size)[places[inside] % size]
     return indices.reshape(num_steps, batch_size)
-
-
-def plain_order(size: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of evaluation: every image once, in order; the last batch is padded with the last image.
-
-    Returns the indices, int64 (num_batches, batch_size), and a mask of the same shape, False for the padding.
-    """
-    places = np.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size)
-    return np.minimum(places, size - 1), places < size

@@ -370,14 +370,7 @@ class ImageSet:
 
 
 def generate_set(
-    run: Run,
-    folder: epath.Path,
-    indices: range,
-    *,
-    seed: int,
-    options: SamplerOptions,
-    batch_size: int,
-    format: Format,
+    run: Run, folder: epath.Path, indices: range, *, seed: int, options: SamplerOptions, batch_size: int, format: Format
 ) -> None:
     """Generates the images `indices` of a seed into a folder, or resumes an incomplete set there.
 
@@ -415,9 +408,3 @@ def generate_set(
     finally:
         if images is not None:
             images.close()
-
-
-def read_images(path: epath.Path) -> UInt8[np.ndarray, "n H W C"]:
-    """The images of an images.npz or a part."""
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return arrays["images"]
