@@ -93,10 +93,15 @@ def remove_remnants(folder: epath.Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a text file atomically."""
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file atomically."""
     with whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
 
 
 def check_place(file: epath.PathLike, advice: str) -> None:
@@ -128,6 +133,11 @@ def check_place(file: epath.PathLike, advice: str) -> None:
 def is_regular(path: epath.Path) -> bool:
     """Whether the path is a regular file: no folder, and no pipe, whose reading would block."""
     return path.is_file() and ("://" in str(path) or stat.S_ISREG(os.stat(path).st_mode))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(path: epath.Path) -> list[Any] | None:

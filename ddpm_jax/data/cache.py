@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ddpm_jax.core import room
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.core.files import DamagedFileError, read_json, remove_remnants, whole, write_text
+from ddpm_jax.core.files import DamagedFileError, digest, read_json, remove_remnants, whole, write_text
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
 BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
@@ -173,8 +173,7 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
 
 def bad_list(pictures: Pictures) -> Path:
     """The path of the list of pictures that cannot be decoded: JSON, {name: reason}."""
-    identity = json.dumps(pictures.identity, sort_keys=True)
-    return cache_folder() / "bad" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "bad" / f"{digest(pictures.identity)[:32]}.json"
 
 
 def find_bad(images: DecodedPictures) -> dict[str, str]:
@@ -221,15 +220,11 @@ def without_bad(pictures: Pictures, source: str) -> Pictures:
         every = pictures.labels()
         return None if every is None else every[kept]
 
-    identity = pictures.identity | {
-        "images": len(kept),
-        "skipped": len(bad),
-        "skipped_sha256": hashlib.sha256(json.dumps(sorted(bad)).encode()).hexdigest(),
-    }
+    left_out: dict[str, str | int] = {"images": len(kept), "skipped": len(bad), "skipped_sha256": digest(sorted(bad))}
     return replace(
         pictures,
         names=[pictures.names[i] for i in kept],
         read=lambda i: pictures.read(kept[i]),
         labels=labels,
-        identity=identity,
+        identity=pictures.identity | left_out,
     )

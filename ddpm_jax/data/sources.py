@@ -7,7 +7,6 @@ import collections
 import difflib
 import functools
 import hashlib
-import json
 import os
 import posixpath
 import zipfile
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core import room
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import digest
 from ddpm_jax.data import tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
 from ddpm_jax.data.folders import HIDDEN, find_files
@@ -129,7 +129,7 @@ def folder(name: str) -> Pictures:
         read=read,
         labels=lambda: _folder_labels(chosen),
         identity=_identity_of(chosen, sizes),
-        stamp=_sha256([stat.st_mtime_ns for stat in stats]),
+        stamp=digest([stat.st_mtime_ns for stat in stats]),
     )
 
 
@@ -262,13 +262,13 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
             f"data.source={name!r} has labels of type {labels.dtype} and shape {labels.shape}, "
             f"expected whole numbers of shape ({len(images)},)"
         )
-    digest = hashlib.sha256(str(images.shape).encode())
+    sha = hashlib.sha256(str(images.shape).encode())
     count = max(1, DIGEST_BYTES * len(images) // images.nbytes)
     for first in range(0, len(images), count):
-        digest.update(images[first : first + count].tobytes())
+        sha.update(images[first : first + count].tobytes())
     if labels is not None:
-        digest.update(labels.astype(np.int64).tobytes())
-    return Source(images, lambda: labels, {"images": len(images), "sha256": digest.hexdigest()})
+        sha.update(labels.astype(np.int64).tobytes())
+    return Source(images, lambda: labels, {"images": len(images), "sha256": sha.hexdigest()})
 
 
 def _choose(source: str, names) -> list[str]:
@@ -303,8 +303,4 @@ def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
 
 
 def _identity_of(names: Sequence[str], contents: Sequence) -> dict[str, str | int]:
-    return {"images": len(names), "sha256": _sha256(list(zip(names, contents, strict=True)))}
-
-
-def _sha256(values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return {"images": len(names), "sha256": digest(list(zip(names, contents, strict=True)))}

@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax.core import sharding
-from ddpm_jax.core.files import sole_writer, whole
+from ddpm_jax.core.files import sole_writer, write_bytes
 from ddpm_jax.data.sheets import enlarge, grid, to_pil
 from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
 from ddpm_jax.generation.set_mark import add_to_list, is_listed
@@ -42,8 +42,7 @@ def write_animation(
         film = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0, "lossless": True}
         content = io.BytesIO()
         frames[0].save(content, path.suffix[1:], **film)
-        with whole(path) as temporary:
-            temporary.write_bytes(content.getvalue())
+        write_bytes(path, content.getvalue())
         add_to_list(path)
 
 

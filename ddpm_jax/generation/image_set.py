@@ -35,6 +35,7 @@ from ddpm_jax.core.files import (
     MOST_BYTES,
     DamagedFileError,
     check_place,
+    digest,
     fingerprint,
     is_regular,
     is_remnant,
@@ -42,6 +43,7 @@ from ddpm_jax.core.files import (
     remove_remnants,
     sole_writer,
     whole,
+    write_bytes,
 )
 from ddpm_jax.core.room import check_disk
 from ddpm_jax.data.arrays import parse_arrays, write_arrays
@@ -92,7 +94,7 @@ class ImageSet:
         indices = batches.indices
         definition = definition | {"images": [indices.start, indices.stop], "format": format}
         self.mark = Mark(json.loads(json.dumps(definition)), files={})
-        self.identity = _sha(json.dumps(definition, sort_keys=True).encode())
+        self.identity = digest(definition)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="images")
         self._pending: Future | None = None
         self._held = contextlib.ExitStack()
@@ -291,8 +293,7 @@ class ImageSet:
         if listed and fingerprint(path) == listed:
             return listed
         content = png_bytes(image)
-        with whole(path) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(path, content)
         return [len(content), _sha(content)]
 
     def wait(self) -> None:

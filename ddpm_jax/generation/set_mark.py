@@ -1,14 +1,13 @@
 """OUT/set.json: the definition of a set of images, whether it is complete, and the checksums of its files."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax.core.files import MOST_BYTES, DamagedFileError, fingerprint, read_json, write_text
+from ddpm_jax.core.files import MOST_BYTES, DamagedFileError, digest, fingerprint, read_json, write_text
 
 SET = "set.json"
 MOST_TOLD = 10  # damaged files that are reported one by one
@@ -26,12 +25,8 @@ class Mark:
     def write(self, folder: epath.Path) -> None:
         """Writes set.json."""
         values = {"set": self.definition, "complete": self.complete, "files": self.files, "batches": self.batches}
-        values["sha256"] = _proof(values)
+        values["sha256"] = digest(values)
         write_text(folder / SET, json.dumps(values, indent=2) + "\n")
-
-
-def _proof(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
@@ -42,7 +37,7 @@ def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
     except DamagedFileError as error:
         raise DamagedFileError(path, error.reason, advice) from None
     proof, of_an_earlier_version = values.pop("sha256", None), set(values) == {"set", "complete"}
-    if not of_an_earlier_version and proof != _proof(values):
+    if not of_an_earlier_version and proof != digest(values):
         raise DamagedFileError(path, "it is not what was written", advice)
     mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
     if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):

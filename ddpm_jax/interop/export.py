@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from ddpm_jax import config as configs
 from ddpm_jax.core import rng
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.core.files import check_place, whole
+from ddpm_jax.core.files import check_place, write_bytes
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.interop.names import flatten
@@ -79,5 +79,4 @@ def export_run(run: Run, file: epath.PathLike, *, weights: str) -> None:
     file = epath.Path(file)
     content = parameters_file(run, weights) if file.suffix == ".safetensors" else sampler_file(run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(file, content)

@@ -29,7 +29,7 @@ from etils import epath
 from ddpm_jax.config import Config, changed_fields, fixed_fields
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError, first_line
-from ddpm_jax.core.files import DamagedFileError, fingerprint, parse_json, read_text, write_text
+from ddpm_jax.core.files import DamagedFileError, digest, fingerprint, parse_json, read_text, write_text
 from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -61,8 +61,7 @@ def _restore_as(like: Any) -> ocp.args.PyTreeRestore:
 def _manifest_text(content: dict[str, Any]) -> str:
     # Manifests of earlier versions hold only the files, and their digest covers only these.
     proven = content["files"] if set(content) == {"files"} else content
-    listing = json.dumps(proven, sort_keys=True)
-    return json.dumps(content | {"sha256": hashlib.sha256(listing.encode()).hexdigest()}, sort_keys=True)
+    return json.dumps(content | {"sha256": digest(proven)}, sort_keys=True)
 
 
 def write_manifest(folder: epath.Path, step: int, config: Config | None) -> None:

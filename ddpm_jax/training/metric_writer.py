@@ -18,7 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from ddpm_jax.core.files import read_bytes, whole
+from ddpm_jax.core.files import read_bytes, write_bytes
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 
 METRICS = "metrics.jsonl"
@@ -80,8 +80,7 @@ def cut_metrics(path: epath.Path, last_step: int) -> int:
     lines = [(line, _parse_line(line)) for line in _whole_lines(path)]
     kept = b"".join(line + b"\n" for line, values in lines if values is not None and values["step"] <= last_step)
     if kept != path.read_bytes():
-        with whole(path) as temporary:
-            temporary.write_bytes(kept)
+        write_bytes(path, kept)
     return sum(values is None for _, values in lines)
 
 
@@ -155,8 +154,7 @@ class MetricWriter:
         for name, images in (pictures or {}).items():
             sheet, path = enlarge(grid(images)), self._grid_path(name, step)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as temporary:
-                temporary.write_bytes(png_bytes(sheet))
+            write_bytes(path, png_bytes(sheet))
             self._event(step, summary.image(name, sheet, dataformats="HWC"))
         if numbers:
             line = {"step": step, **numbers}
