@@ -19,6 +19,7 @@ from test_pictures import COLOURS, RNG, encoded
 from tiny import tiny
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.core import files
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, batches, cache, open_source, pictures, sources
 from ddpm_jax.generation.image_set import SET
@@ -323,11 +324,11 @@ def test_a_read_only_cache_is_used_and_one_that_cannot_be_written_is_told(make, 
     path = make()
     images = everything(opened(path))
 
-    def read_only(file, *_):
+    def read_only(file, *_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
 
     monkeypatch.setattr(cache, "whole", read_only)
-    monkeypatch.setattr(cache, "_lock", read_only)
+    monkeypatch.setattr(cache, "sole_writer", read_only)
     np.testing.assert_array_equal(everything(opened(path)), images)
     with pytest.raises(
         UsageError, match=r"cannot be written to .*Read-only file system.*; make room, name another folder"
@@ -340,7 +341,7 @@ def test_a_file_system_without_locks_is_fine(make, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", none)
+    monkeypatch.setattr(files.fcntl, "flock", none)
     assert len(opened(make())) == 7
 
 
@@ -560,7 +561,7 @@ def test_a_truncated_jpeg_is_named_before_training(data_cache, make, cache_folde
     path = make(content=CONTENT | {"a.jpg": CUT})
     with pytest.raises(UsageError, match=rf"^the picture a.jpg cannot be decoded \(.*truncated.*\); .*{ADVICE}$"):
         opened(path, cache=data_cache)
-    assert [file.suffix for file in (cache_folder / "decoded").iterdir()] == [".lock"]
+    assert list((cache_folder / "decoded").iterdir()) == []
 
 
 def test_a_truncated_jpeg_decoded_on_the_fly_stops_the_run_at_its_step_and_is_named(make):

@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -197,27 +197,30 @@ def read_json(path: epath.Path, *, kind: type = dict, most: int = MOST_BYTES) ->
 
 
 @contextmanager
-def sole_writer(folder: epath.Path) -> Iterator[None]:
-    """Locks FOLDER/lock while the block runs. Raises UsageError at once if another process holds the lock.
+def sole_writer(folder: epath.Path, *, lock: str = LOCK, wait: Callable[[], object] | None = None) -> Iterator[None]:
+    """Locks FOLDER/lock while the block runs. If another process holds the lock, raises UsageError at once.
 
     The operating system releases the lock when the process ends. Object stores, and file systems without locks, are not
-    locked.
+    locked. wait: called in that case instead; then the lock is waited for.
     """
     if "://" in str(folder):
         yield
         return
-    path = folder / LOCK
+    path = folder / lock
     while True:
         file = open(path, "a+")  # noqa: SIM115 - held longer than this block
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            file.close()
-            raise UsageError(
-                f"{folder} is being written by {holder}; wait until it has ended, or choose another folder"
-            ) from None
+            if wait is None:
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+                file.close()
+                raise UsageError(
+                    f"{folder} is being written by {holder}; wait until it has ended, or choose another folder"
+                ) from None
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             break
         # The previous holder may have removed the file after it was opened here: then the lock is on another file.

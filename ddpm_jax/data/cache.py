@@ -4,7 +4,6 @@ The cache is the folder DDPM_JAX_CACHE of the environment, or else ~/.cache/ddpm
 checksums are checked before use. It also holds the lists of pictures that cannot be decoded.
 """
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -13,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from ddpm_jax.core import room
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.core.files import DamagedFileError, digest, read_json, remove_remnants, whole, write_text
+from ddpm_jax.core.files import DamagedFileError, digest, read_json, remove_remnants, sole_writer, whole, write_text
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
 BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
@@ -59,7 +58,10 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
         return cached
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
+        # On a file system without locks both decode, and the later file replaces the other.
+        said = "Note: another process decodes the same pictures; waiting for it."
+        lock = path.with_suffix(".lock").name
+        with sole_writer(epath.Path(path.parent), lock=lock, wait=lambda: tqdm.write(said)):
             with suppress(DamagedFileError):
                 cached = _mapped(path, key, images)  # another process may have written it meanwhile
             if cached is None:
@@ -111,19 +113,6 @@ def _block_bytes(images: DecodedPictures) -> int:
     """Bytes of a block, which is decoded, written and checked at a time; a multiple of an image's."""
     picture = images.nbytes // len(images)
     return picture * max(1, min(BLOCK, BLOCK_BYTES // picture))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed, also by a kill
-        except BlockingIOError:
-            tqdm.write("Note: another process decodes the same pictures; waiting for it.")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: both decode, and the later file replaces the other
-            pass
-        yield
 
 
 def _write(path: Path, key: str, images: DecodedPictures) -> None:
