@@ -327,8 +327,8 @@ def test_a_read_only_cache_is_used_and_one_that_cannot_be_written_is_told(make, 
     def read_only(file, *_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
 
-    monkeypatch.setattr(cache, "whole", read_only)
-    monkeypatch.setattr(cache, "sole_writer", read_only)
+    monkeypatch.setattr(files, "whole", read_only)
+    monkeypatch.setattr(files, "sole_writer", read_only)
     np.testing.assert_array_equal(everything(opened(path)), images)
     with pytest.raises(
         UsageError, match=r"cannot be written to .*Read-only file system.*; make room, name another folder"

@@ -35,6 +35,15 @@ class DamagedFileError(UsageError):
         self.reason = reason
 
 
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Gives a DamagedFileError of the block another advice."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedFileError(error.path, error.reason, advice) from None
+
+
 # ---- Finding
 
 STORAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # scheme -> package that reads it

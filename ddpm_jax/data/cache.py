@@ -21,9 +21,9 @@ import PIL
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax.core import room
+from ddpm_jax.core import files, room
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.core.files import DamagedFileError, digest, read_json, remove_remnants, sole_writer, whole, write_text
+from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
 BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
@@ -61,7 +61,7 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
         # On a file system without locks both decode, and the later file replaces the other.
         said = "Note: another process decodes the same pictures; waiting for it."
         lock = path.with_suffix(".lock").name
-        with sole_writer(epath.Path(path.parent), lock=lock, wait=lambda: tqdm.write(said)):
+        with files.sole_writer(epath.Path(path.parent), lock=lock, wait=lambda: tqdm.write(said)):
             with suppress(DamagedFileError):
                 cached = _mapped(path, key, images)  # another process may have written it meanwhile
             if cached is None:
@@ -81,7 +81,7 @@ def _mapped(path: Path, key: str, images: DecodedPictures) -> np.ndarray | None:
     It checks the whole file once, so that training need not check what it reads.
     """
     try:
-        written = read_json(epath.Path(path.with_suffix(".json")))
+        written = files.read_json(epath.Path(path.with_suffix(".json")))
         if written.get("key") != key:
             raise DamagedFileError(path, "it belongs to other images")
         with path.open("rb") as file:
@@ -118,9 +118,9 @@ def _block_bytes(images: DecodedPictures) -> int:
 def _write(path: Path, key: str, images: DecodedPictures) -> None:
     room.check_disk(path.parent, images.nbytes, f"a file of {len(images):,} decoded images", REMEDY)
     for name in (path.name, path.with_suffix(".json").name):
-        remove_remnants(epath.Path(path.parent), name)
+        files.remove_remnants(epath.Path(path.parent), name)
     # Written, not mapped: on a full disk a write raises an error, but a mapping kills the process.
-    with whole(epath.Path(path)) as temporary, temporary.open("wb") as file:
+    with files.whole(epath.Path(path)) as temporary, temporary.open("wb") as file:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": images.shape})
         file.write(header.getvalue())
@@ -135,7 +135,7 @@ def _write(path: Path, key: str, images: DecodedPictures) -> None:
             raise _refusal(bad, len(images))
         file.flush()
         os.fsync(file.fileno())
-    write_text(epath.Path(path.with_suffix(".json")), json.dumps({"key": key, "crc32": checksums}) + "\n")
+    files.write_text(epath.Path(path.with_suffix(".json")), json.dumps({"key": key, "crc32": checksums}) + "\n")
 
 
 def _blocks(images: DecodedPictures, what: str) -> Iterator[tuple[np.ndarray, list[PictureError]]]:
@@ -162,7 +162,7 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
 
 def bad_list(pictures: Pictures) -> Path:
     """The path of the list of pictures that cannot be decoded: JSON, {name: reason}."""
-    return cache_folder() / "bad" / f"{digest(pictures.identity)[:32]}.json"
+    return cache_folder() / "bad" / f"{files.digest(pictures.identity)[:32]}.json"
 
 
 def find_bad(images: DecodedPictures) -> dict[str, str]:
@@ -175,7 +175,7 @@ def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
     path = bad_list(pictures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(epath.Path(path), json.dumps(bad, indent=1) + "\n")
+        files.write_text(epath.Path(path), json.dumps(bad, indent=1) + "\n")
     except OSError as error:
         raise RunError(
             f"the list of bad pictures cannot be written to {path} ({error.strerror}); make room there, or name another folder "
@@ -187,18 +187,16 @@ def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
 def without_bad(pictures: Pictures, source: str) -> Pictures:
     """The pictures without those of the list; their identity records the list. Raises UsageError if there is no list."""
     path = bad_list(pictures)
-    again = f"write it again with prepare_data.py {source} --check"
     try:
-        bad = read_json(epath.Path(path))
+        with files.advising(f"write it again with prepare_data.py {source} --check"):
+            bad = files.read_json(epath.Path(path))
+            if unknown := bad.keys() - set(pictures.names):
+                raise DamagedFileError(path, f"it lists {min(unknown)}, which is not among the pictures")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
             f"write it with prepare_data.py {source} --check"
         ) from None
-    except DamagedFileError as error:
-        raise DamagedFileError(path, error.reason, again) from None
-    if unknown := bad.keys() - set(pictures.names):
-        raise DamagedFileError(path, f"it lists {min(unknown)}, which is not among the pictures", again)
     kept = [i for i, name in enumerate(pictures.names) if name not in bad]
     if len(kept) == len(pictures.names):
         return pictures
@@ -209,7 +207,11 @@ def without_bad(pictures: Pictures, source: str) -> Pictures:
         every = pictures.labels()
         return None if every is None else every[kept]
 
-    left_out: dict[str, str | int] = {"images": len(kept), "skipped": len(bad), "skipped_sha256": digest(sorted(bad))}
+    left_out: dict[str, str | int] = {
+        "images": len(kept),
+        "skipped": len(bad),
+        "skipped_sha256": files.digest(sorted(bad)),
+    }
     return replace(
         pictures,
         names=[pictures.names[i] for i in kept],

@@ -18,9 +18,9 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from etils import epath
@@ -34,6 +34,7 @@ from ddpm_jax.core.files import (
     LOCK,
     MOST_BYTES,
     DamagedFileError,
+    advising,
     check_place,
     digest,
     fingerprint,
@@ -91,8 +92,8 @@ class ImageSet:
         self.batches = batches
         self.image_shape = image_shape
         self.format = format
-        indices = batches.indices
-        definition = definition | {"images": [indices.start, indices.stop], "format": format}
+        self.has_pngs, self.has_one_file = format in ("png", "both"), format in ("npz", "both")
+        definition = definition | {"images": [batches.indices.start, batches.indices.stop], "format": format}
         self.mark = Mark(json.loads(json.dumps(definition)), files={})
         self.identity = digest(definition)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="images")
@@ -103,14 +104,6 @@ class ImageSet:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def _of_pngs(self) -> bool:
-        return self.format in ("png", "both")
-
-    @property
-    def _of_one_file(self) -> bool:
-        return self.format in ("npz", "both")
 
     def _enter(self) -> None:
         if not os.path.exists(self.folder / SET):
@@ -152,11 +145,8 @@ class ImageSet:
         """
         if self.mark.complete:
             if self.mark.files is None:
-                tell(
-                    [
-                        f"{self.folder} is complete, but an earlier version recorded no checksums, so it cannot be verified"
-                    ]
-                )
+                said = "is complete, but an earlier version recorded no checksums, so it cannot be verified"
+                tell([f"{self.folder} {said}"])
             damaged = dict(self._damaged())
             if not damaged:
                 return []
@@ -169,11 +159,11 @@ class ImageSet:
 
     def _names(self) -> Iterator[str]:
         """The names of all files of the complete set."""
-        if self._of_pngs:
+        if self.has_pngs:
             yield from (f"{i:06d}.png" for i in self.batches.indices)
         if self.format == "shards":
             yield from (f"parts/{part.start:06d}.npz" for part in self.batches)
-        if self._of_one_file:
+        if self.has_one_file:
             yield IMAGES
         yield GRID
 
@@ -198,7 +188,9 @@ class ImageSet:
             if self._part(part).exists():
                 continue
             for read in (self._from_one_file, self._from_pngs):
-                images = read(part)
+                images = None
+                with contextlib.suppress(Exception):  # a damaged file can raise any error
+                    images = read(part)
                 if images is not None and _sha(images.tobytes()) == proof:
                     self._write(part, images)
                     break
@@ -206,30 +198,23 @@ class ImageSet:
         self.mark.write(self.folder)
 
     def _from_one_file(self, part: range) -> np.ndarray | None:
-        path, size = self.folder / IMAGES, int(np.prod(self.image_shape))
+        path, size, head = self.folder / IMAGES, int(np.prod(self.image_shape)), io.BytesIO()
+        with self._array(head):
+            start = head.tell()  # of the pixels, computed, since the file's header may be damaged
         if not is_regular(path):
             return None
-        head = io.BytesIO()
-        with zipfile.ZipFile(head, "w") as archive, self._array(archive):
-            start = head.tell()  # of the pixels, computed, since the file's header may be damaged
         with path.open("rb") as file:
             file.seek(start + (part.start - self.batches.indices.start) * size)
-            content = file.read(len(part) * size)
-        if len(content) < len(part) * size:
-            return None
-        return np.frombuffer(content, np.uint8).reshape(-1, *self.image_shape)
+            return np.frombuffer(file.read(len(part) * size), np.uint8).reshape(-1, *self.image_shape)
 
-    def _from_pngs(self, part: range) -> np.ndarray | None:
-        try:
-            pictures = [np.asarray(Image.open(io.BytesIO(read_bytes(self._png(i))))) for i in part]
-            return np.stack(pictures).reshape(-1, *self.image_shape)
-        except Exception:  # a damaged picture can raise any error
-            return None
+    def _from_pngs(self, part: range) -> np.ndarray:
+        pictures = [np.asarray(Image.open(io.BytesIO(read_bytes(self._png(i))))) for i in part]
+        return np.stack(pictures).reshape(-1, *self.image_shape)
 
     def _check_room(self) -> None:
         image, count = int(np.prod(self.image_shape)), len(self.batches.indices)
         left = max(0, count - self.batches.size * sum(1 for _ in self.parts.glob("*.npz")))
-        needed = image * (left + (left // 2 if self._of_pngs else 0) + (count if self._of_one_file else 0))
+        needed = image * (left + (left // 2 if self.has_pngs else 0) + (count if self.has_one_file else 0))
         advice = "make room, give an --out on another disk, or ask for fewer --num-images"
         check_disk(self.folder, needed, f"a set of {count:,} images, --format {self.format},", advice)
 
@@ -262,16 +247,14 @@ class ImageSet:
 
     def _read(self, part: range) -> dict[str, np.ndarray]:
         """The arrays of a batch: `images`, and with PNGs their SHA-256 `pngs`. Raises DamagedFileError."""
-        path, advice = self._part(part), "run the same command again"
-        if not is_regular(path):
-            raise DamagedFileError(path, "it is missing", advice)
-        try:
+        path = self._part(part)
+        with advising("run the same command again"):
+            if not is_regular(path):
+                raise DamagedFileError(path, "it is missing")
             arrays = parse_arrays(path, path.read_bytes(), of=self._of(part))
-        except DamagedFileError as error:
-            raise DamagedFileError(path, error.reason, advice) from None
-        images = arrays.get("images", np.zeros(()))
-        if images.dtype != np.uint8 or images.shape != (len(part), *self.image_shape):
-            raise DamagedFileError(path, f"it does not hold {len(part)} images of shape {self.image_shape}", advice)
+            images = arrays.get("images", np.zeros(()))
+            if images.dtype != np.uint8 or images.shape != (len(part), *self.image_shape):
+                raise DamagedFileError(path, f"it does not hold {len(part)} images of shape {self.image_shape}")
         return arrays
 
     def add(self, part: range, images: UInt8[np.ndarray, "n H W C"]) -> None:
@@ -281,19 +264,14 @@ class ImageSet:
 
     def _write(self, part: range, images: np.ndarray) -> None:
         arrays = {"images": images}
-        if self._of_pngs:
-            listed = self.mark.files or {}
-            pairs = zip(part, images, strict=True)
-            arrays["pngs"] = np.array([self._write_png(i, im, listed.get(self._png(i).name))[1] for i, im in pairs])
+        if self.has_pngs:
+            arrays["pngs"] = np.array([self._write_png(*each)[1] for each in zip(part, images, strict=True)])
         write_arrays(self._part(part), arrays, of=self._of(part))
 
-    def _write_png(self, i: int, image: np.ndarray, listed: Any) -> list[Any]:
-        """Writes a PNG unless the file matches `listed`; returns its size and SHA-256."""
-        path = self._png(i)
-        if listed and fingerprint(path) == listed:
-            return listed
+    def _write_png(self, i: int, image: np.ndarray) -> list[Any]:
+        """Writes a PNG; returns its size and SHA-256."""
         content = png_bytes(image)
-        write_bytes(path, content)
+        write_bytes(self._png(i), content)
         return [len(content), _sha(content)]
 
     def wait(self) -> None:
@@ -309,23 +287,20 @@ class ImageSet:
         """
         self.wait()
         if not self.mark.complete:
-            files, batches = dict(self.mark.files or {}), list[str]()
-            first: list[np.ndarray] = []
-            with self._join() as join:
+            files, batches, first = dict(self.mark.files or {}), list[str](), list[np.ndarray]()
+            with self._joined() if self.has_one_file else open(os.devnull, "wb") as joined:
                 for part in self.batches:
                     arrays = self._read(part)
                     images = arrays["images"]
                     batches.append(_sha(images.tobytes()))
                     files |= self._list(part, arrays)
                     first += [*images[: GRID_IMAGES - len(first)]]
-                    join(images.tobytes())
+                    joined.write(images.tobytes())
             (self.folder / GRID).write_bytes(png_bytes(enlarge(grid(np.stack(first)))))
-            files |= {
-                name: fingerprint(self.folder / name) for name in ([IMAGES] if self._of_one_file else []) + [GRID]
-            }
-            self.mark = dataclasses.replace(
-                self.mark, complete=True, files=dict(sorted(files.items())), batches=batches
-            )
+            for name in [GRID, IMAGES] if self.has_one_file else [GRID]:
+                files[name] = fingerprint(self.folder / name)
+            files = dict(sorted(files.items()))
+            self.mark = dataclasses.replace(self.mark, complete=True, files=files, batches=batches)
             self.mark.write(self.folder)
         if self.format != "shards" and self.parts.exists():
             self.parts.rmtree()
@@ -334,7 +309,7 @@ class ImageSet:
         """Size and SHA-256 of a batch's files. Reports and rewrites PNGs that were damaged since they were written."""
         if self.format == "shards":
             return {f"parts/{self._part(part).name}": fingerprint(self._part(part))}
-        if not self._of_pngs:
+        if not self.has_pngs:
             return {}
         files, damaged = {}, []
         for i, image, sha in zip(part, arrays["images"], arrays["pngs"], strict=True):
@@ -342,30 +317,22 @@ class ImageSet:
             there = fingerprint(path)
             if there is None or there[1] != sha:
                 damaged.append(f"{path} is damaged (it is not what was written) and is made again")
-                there = self._write_png(i, image, None)
+                there = self._write_png(i, image)
             files[path.name] = there
         tell(damaged)
         return files
 
     @contextlib.contextmanager
-    def _join(self) -> Iterator[Callable[[bytes], Any]]:
-        """Yields a function that appends a batch's pixels to images.npz, or does nothing without that file."""
-        if not self._of_one_file:
-            yield lambda content: None
-            return
-        with (
-            whole(self.folder / IMAGES) as temporary,
-            temporary.open("wb") as file,
-            zipfile.ZipFile(file, "w") as archive,
-            self._array(archive) as array,
-        ):
-            yield array.write
+    def _joined(self) -> Iterator[IO[bytes]]:
+        """Yields images.npz as a file to which the pixels are written."""
+        with whole(self.folder / IMAGES) as temporary, temporary.open("wb") as file, self._array(file) as array:
+            yield array
 
     @contextlib.contextmanager
-    def _array(self, archive: zipfile.ZipFile) -> Iterator[Any]:
-        """Opens the array `images` in an archive and writes its header."""
+    def _array(self, file: IO[bytes]) -> Iterator[IO[bytes]]:
+        """Begins an archive in a file and the array `images` in it, up to the pixels."""
         shape = (len(self.batches.indices), *self.image_shape)
-        with archive.open("images.npy", "w", force_zip64=True) as array:
+        with zipfile.ZipFile(file, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
             yield array
 

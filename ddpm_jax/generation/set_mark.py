@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax.core.files import MOST_BYTES, DamagedFileError, digest, fingerprint, read_json, write_text
+from ddpm_jax.core.files import MOST_BYTES, DamagedFileError, advising, digest, fingerprint, read_json, write_text
 
 SET = "set.json"
 MOST_TOLD = 10  # damaged files that are reported one by one
@@ -31,17 +31,15 @@ class Mark:
 
 def read_mark(folder: epath.Path, *, most: int = MOST_BYTES) -> Mark:
     """Reads the folder's set.json. Raises FileNotFoundError or DamagedFileError."""
-    path, advice = folder / SET, "give another --out"
-    try:
+    path = folder / SET
+    with advising("give another --out"):
         values = read_json(path, most=most)
-    except DamagedFileError as error:
-        raise DamagedFileError(path, error.reason, advice) from None
-    proof, of_an_earlier_version = values.pop("sha256", None), set(values) == {"set", "complete"}
-    if not of_an_earlier_version and proof != digest(values):
-        raise DamagedFileError(path, "it is not what was written", advice)
-    mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
-    if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):
-        raise DamagedFileError(path, "it describes no set of images", advice)
+        proof, of_an_earlier_version = values.pop("sha256", None), set(values) == {"set", "complete"}
+        if not of_an_earlier_version and proof != digest(values):
+            raise DamagedFileError(path, "it is not what was written")
+        mark = Mark(values.get("set"), values.get("complete"), values.get("files"), values.get("batches", []))
+        if not isinstance(mark.definition, dict) or not isinstance(mark.complete, bool):
+            raise DamagedFileError(path, "it describes no set of images")
     return mark
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from ddpm_jax.config import Config, check, differences
 from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
-from ddpm_jax.core.files import DamagedFileError, check_place, read_json
+from ddpm_jax.core.files import advising, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
 from ddpm_jax.training.experiment import Experiment
@@ -90,10 +90,8 @@ def _find_folder(source: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{path.parent} has no {path.name}; give the folder of a diffusers model")
-    try:
+    with advising("get a whole copy of the file"):
         return read_json(epath.Path(path))
-    except DamagedFileError as error:
-        raise DamagedFileError(path, error.reason, "get a whole copy of the file") from None
 
 
 def _with_options_of(base: Config, config: Config, source: str, *, without_scheduler: bool) -> Config:
