@@ -25,24 +25,20 @@ FEWER_SAMPLES = "lower train.eval_samples"
 
 
 class Layer(NamedTuple):
-    """A layer of the U-Net. size: height and width of its output. skip: its output is a skip connection."""
+    """A layer of the U-Net. size: height and width of its output."""
 
     kind: Literal["conv", "block", "attention"]
     size: int
     channels_in: int
     channels: int
-    skip: bool = False
 
     @property
     def params(self) -> int:
         """The number of parameters, without a block's projection of the time embedding."""
         i, o = self.channels_in, self.channels
-        if self.kind == "conv":
-            return 9 * i * o + o
-        if self.kind == "attention":
-            return 2 * i + 4 * (i * o + o)
         shortcut = i * o + o if i != o else 0
-        return 2 * i + 9 * i * o + o + 2 * o + 9 * o * o + o + shortcut
+        block = 2 * i + 9 * i * o + o + 2 * o + 9 * o * o + o + shortcut
+        return {"conv": 9 * i * o + o, "attention": 2 * i + 4 * (i * o + o), "block": block}[self.kind]
 
     @property
     def values(self) -> int:
@@ -51,40 +47,44 @@ class Layer(NamedTuple):
 
     def kept(self, remat: bool) -> int:
         """The number of values for one image that a block or attention keeps for the backward pass."""
-        if remat:  # its input, which is the output of the layer before
+        if remat:  # a block's input, which is the output of the layer before
             return self.values if self.kind == "block" else 0
-        if self.kind == "block":  # the inputs of both norms
-            return self.size**2 * (self.channels_in + self.channels)
-        return 3 * self.values if self.kind == "attention" else 0  # q, k and v
+        norms = self.size**2 * (self.channels_in + self.channels)  # their inputs
+        return {"conv": 0, "attention": 3 * self.values, "block": norms}[self.kind]  # of attention q, k and v
+
+
+def _block(config: Config, size: int, channels_in: int, channels: int) -> Iterator[Layer]:
+    yield Layer("block", size, channels_in, channels)
+    if size in config.model.attn_resolutions:
+        yield Layer("attention", size, channels, channels)
+
+
+def down_layers(config: Config) -> Iterator[Layer]:
+    """The layers of the way down."""
+    model, size, c = config.model, config.data.image_size, config.model.ch
+    yield Layer("conv", size, config.data.channels, c)
+    for i, mult in enumerate(model.ch_mult):
+        if i:
+            size //= 2
+            yield Layer("conv", size, c, c)
+        for _ in range(model.num_res_blocks):
+            yield from _block(config, size, c, c := model.ch * mult)
+
+
+def skips(config: Config) -> list[Layer]:
+    """The layers whose outputs, or those of their attention, are skip connections."""
+    return [layer for layer in down_layers(config) if layer.kind != "attention"]
 
 
 def layers(config: Config) -> Iterator[Layer]:
     """The layers of the config's U-Net in the order of `ddpm_jax.models.unet.UNet`, without the time embedding's."""
-    model, size, last = config.model, config.data.image_size, len(config.model.ch_mult) - 1
-    c = model.ch
-    skips = [c]
-
-    def block(channels_in, channels, skip=False):
-        attends = size in model.attn_resolutions
-        yield Layer("block", size, channels_in, channels, skip=skip and not attends)
-        if attends:
-            yield Layer("attention", size, channels, channels, skip=skip)
-
-    yield Layer("conv", size, config.data.channels, c, skip=True)
-    for i, mult in enumerate(model.ch_mult):
-        for _ in range(model.num_res_blocks):
-            yield from block(c, c := model.ch * mult, skip=True)
-            skips.append(c)
-        if i != last:
-            size //= 2
-            yield Layer("conv", size, c, c, skip=True)
-            skips.append(c)
-    yield Layer("block", size, c, c)
-    yield Layer("attention", size, c, c)
-    yield Layer("block", size, c, c)
+    yield from down_layers(config)
+    model, left = config.model, skips(config)
+    size, c = left[-1].size, left[-1].channels
+    yield from (Layer("block", size, c, c), Layer("attention", size, c, c), Layer("block", size, c, c))
     for i, mult in reversed(list(enumerate(model.ch_mult))):
         for _ in range(model.num_res_blocks + 1):
-            yield from block(c + skips.pop(), c := model.ch * mult)
+            yield from _block(config, size, c + left.pop().channels, c := model.ch * mult)
         if i:
             size *= 2
             yield Layer("conv", size, c, c)
@@ -118,7 +118,7 @@ def needs(config: Config, num_devices: int) -> list[Need]:
     image = data.image_size**2 * data.channels
     computed = np.dtype("float16").itemsize if config.model.dtype == "bfloat16" else FLOAT32
     for_gradient = computed * sum(layer.kept(config.model.remat) for layer in layers(config))
-    for_output = computed * sum(layer.values for layer in layers(config) if layer.skip)  # all held at the middle
+    for_output = computed * sum(layer.values for layer in skips(config))  # all held at the middle
     params = FLOAT32 * count_params(config)
     state = STATE_COPIES * params // train.fsdp
     batch = train.batch_size // num_devices  # `config.check` ensures that it divides
