@@ -471,19 +471,16 @@ def test_memory_mapped_file_feeds_the_same(tmp_path, digits):
 def test_a_data_set_without_room_on_the_devices_is_refused_with_its_bytes(monkeypatch, digits):
     config = tiny(data={"cache": "device"})
     monkeypatch.setattr(room, "free_memory", lambda: digits.images.nbytes - 1)
-    with pytest.raises(UsageError, match=r"^the data set on the devices needs at least .*; use --data.cache host$"):
+    with pytest.raises(UsageError, match=r"^the data set needs at least .*; use --data.cache host$"):
         make_feed(config, digits, mesh_of(1))
 
-    def mesh(free):
+    def device(free):
         stats = {"bytes_limit": 2**40 + free, "bytes_in_use": 2**40}
-        device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
-        return SimpleNamespace(devices=np.array([device]), local_devices=[device])
+        return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
 
-    batches._check_devices(2**32, mesh(2**32))
-    with pytest.raises(
-        UsageError, match=r"needs 4.0 GiB on each device, and 1.0 GiB are free on .*; use --data.cache host"
-    ):
-        batches._check_devices(2**32, mesh(2**30))
+    room.check_devices([device(2**32), device(2**32)], 2**32, "the data set", "use less")
+    with pytest.raises(UsageError, match=r"needs at least 4.0 GiB of memory .*, and 1.0 GiB are free on .*; use less"):
+        room.check_devices([device(2**32), device(2**30)], 2**32, "the data set", "use less")
 
 
 def test_auto_caches_on_the_devices_up_to_a_size(monkeypatch, digits):

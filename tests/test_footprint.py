@@ -142,7 +142,7 @@ def test_an_accelerator_is_asked_for_its_own_limit(monkeypatch):
         monkeypatch.setattr(jax, "local_devices", lambda limit=limit: [Accelerator(limit)])
         check_training(config)
     monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(needed - 1)])
-    with pytest.raises(UsageError, match=r"of memory on each device, which has .*; lower"):
+    with pytest.raises(UsageError, match=r"of memory on each device, and .* are free on .*; lower"):
         check_training(config)
 
 

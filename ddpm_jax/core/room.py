@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ddpm_jax.core.errors import UsageError
 
@@ -41,6 +43,21 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     free = free_memory()
     if free is not None and needed > free:
         raise UsageError(f"{what} needs at least {gib(needed)} of memory, and {gib(free)} are free; {remedy}")
+
+
+def check_devices(devices: Sequence[Any], needed: int, what: str, remedy: str) -> None:
+    """Raises UsageError if one of this process's devices has fewer than `needed` bytes free, where it reports them.
+
+    CPU devices share the host's memory.
+    """
+    if devices[0].platform == "cpu":
+        check_memory(needed * len(devices), what, remedy)
+        return
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats and needed > (free := stats["bytes_limit"] - stats.get("bytes_in_use", 0)):
+            has = f"{gib(needed)} of memory on each device, and {gib(free)} are free on {device}"
+            raise UsageError(f"{what} needs at least {has}; {remedy}")
 
 
 def check_disk(folder: os.PathLike | str, needed: int, what: str, remedy: str) -> None:

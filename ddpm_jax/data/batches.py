@@ -10,7 +10,6 @@ from jaxtyping import Array
 
 from ddpm_jax.config import Config
 from ddpm_jax.core import room, sharding
-from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.sources import Source
 
@@ -52,7 +51,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
     if on_device(config, source):
         assert isinstance(source.images, np.ndarray)  # open_source has decoded it
-        _check_devices(source.images.nbytes, mesh)
+        room.check_devices(mesh.local_devices, source.images.nbytes, "the data set", "use --data.cache host")
         dataset = _put(source.images, sharding.replicated(mesh))
 
         def places(first_step, num_steps):
@@ -77,20 +76,6 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
 
     return read_ahead(images, config.train.steps)
-
-
-def _check_devices(needed: int, mesh: Mesh) -> None:
-    """Raises UsageError if a data set of `needed` bytes does not fit on this process's devices, where they report memory."""
-    remedy = "use --data.cache host"
-    if mesh.devices.flat[0].platform == "cpu":  # its memory is the host's
-        room.check_memory(needed, "the data set on the devices", remedy)
-    for device in mesh.local_devices:
-        stats = device.memory_stats() or {}
-        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-        if "bytes_limit" in stats and needed > free:
-            raise UsageError(
-                f"the data set needs {room.gib(needed)} on each device, and {room.gib(free)} are free on {device}; {remedy}"
-            )
 
 
 def _put(array: np.ndarray, layout: NamedSharding) -> Array:

@@ -14,7 +14,7 @@ from ddpm_jax.config import Choices
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.core.room import check_memory, gib
+from ddpm_jax.core.room import check_devices
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.sampling import SAMPLERS, SPACINGS, Sampler, draw_x_T, make_sampler, reverse
@@ -124,14 +124,7 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
     if not experiment.has_own_network:
         widest = max((H // 2**i) * (W // 2**i) * model.ch * mult for i, mult in enumerate(model.ch_mult))
     needed = batch_size * (16 * H * W * C + 2 * widest * jnp.dtype(model.dtype).itemsize)
-    what, remedy = f"--batch-size {batch_size}", "use a smaller one"
-    devices = mesh.devices.ravel()
-    if devices[0].platform == "cpu":
-        check_memory(needed, what, remedy)
-        return
-    there = (devices[0].memory_stats() or {}).get("bytes_limit", needed) * len(devices)
-    if needed > there:
-        raise UsageError(f"{what} needs at least {gib(needed)} of memory, and the devices have {gib(there)}; {remedy}")
+    check_devices(mesh.local_devices, needed // mesh.devices.size, f"--batch-size {batch_size}", "use a smaller one")
 
 
 def generate_batches(

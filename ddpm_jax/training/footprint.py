@@ -11,7 +11,6 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.core import room, sharding
-from ddpm_jax.core.errors import UsageError
 
 FLOAT32 = 4  # bytes
 STATE_COPIES = 4  # parameters, their EMA, Adam's two moments
@@ -156,11 +155,5 @@ def check_training(config: Config) -> None:
 def _check_training(config: Config) -> int:
     need = max(needs(config, jax.device_count()), key=lambda need: need.total)
     remedy = max(need.parts, key=lambda part: need.parts[part])
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu":  # all devices of this process share the host's memory
-        room.check_memory(need.total * jax.local_device_count(), need.what, remedy)
-    elif limit is not None and need.total > limit:
-        has = f"{room.gib(need.total)} of memory on each device, which has {room.gib(limit)}"
-        raise UsageError(f"{need.what} needs at least {has}; {remedy}")
+    room.check_devices(jax.local_devices(), need.total, need.what, remedy)
     return 0
