@@ -26,13 +26,7 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import abstract_state, make_train_step
 
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+    "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 )
 COLUMNS = {
     "what": ("what", ""),
@@ -57,7 +51,7 @@ class Collective(NamedTuple):
 
 # %all-reduce.1 = (f32[3,3]{1,0:T(8,128)}, f32[]) all-reduce(%a, %b), ...; an asynchronous one has a -start and a -done.
 _INSTRUCTION = re.compile(
-    rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\S.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(", re.MULTILINE
+    rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\S.*?) (?P<kind>{COLLECTIVES})(?P<start>-start)?\(", re.MULTILINE
 )
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 

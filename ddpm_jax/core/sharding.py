@@ -60,18 +60,18 @@ def start_processes(*, timeout: float = 300.0) -> None:
     peers.others[:] = [i for i in range(jax.process_count()) if i != jax.process_index()]
 
 
-def first_decides(decide: Callable[[], int]) -> int:
-    """Runs `decide` on process 0 and broadcasts the result, so that only one process reads and writes files.
+def first_decides(decide: Callable[[], int | None]) -> int:
+    """Runs `decide` on process 0 and broadcasts the result, so that only one process reads and writes files. None is 0.
 
     If `decide` raises, process 0 raises its error, and the others raise a UsageError or RunError. All processes must call it.
     """
     if jax.process_count() == 1:
-        return decide()
+        return decide() or 0
     value: int = 0
     error: Exception | None = None
     if jax.process_index() == 0:
         try:
-            value = decide()
+            value = decide() or 0
         except Exception as problem:  # any error must reach the others, which wait for the broadcast
             error = problem
     kind = 0 if error is None else 1 if isinstance(error, UsageError) else 2

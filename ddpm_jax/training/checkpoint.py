@@ -13,7 +13,6 @@ a manifest is partial.) Array files have no checksums, so a flipped bit would re
 import contextlib
 import copy
 import errno
-import hashlib
 import json
 import os
 import re
@@ -58,6 +57,12 @@ def _restore_as(like: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
 
 
+def _state_item(state: TrainState) -> dict[str, Any]:
+    """The fields of the item `state`: all but the EMA, and the loss history where there is one."""
+    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state", "loss_history")}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _manifest_text(content: dict[str, Any]) -> str:
     # Manifests of earlier versions hold only the files, and their digest covers only these.
     proven = content["files"] if set(content) == {"files"} else content
@@ -87,8 +92,8 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 def manifest_digest(folder: epath.Path) -> str:
     """SHA-256 of a step folder's manifest, which identifies the checkpoint; "" if there is none."""
-    path = folder / MANIFEST
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    found = fingerprint(folder / MANIFEST)
+    return found[1] if found else ""
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -177,9 +182,6 @@ class Checkpoints:
         step = int(state.step)
         folder = self.folder(step)
         meta = copy.deepcopy(meta)  # it is written later, and the caller changes it meanwhile
-        state_item = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-        if state.loss_history is not None:
-            state_item["loss_history"] = state.loss_history
         try:
             if jax.process_index() == 0:
                 self.sweep()
@@ -190,7 +192,7 @@ class Checkpoints:
             self._checkpointer.save(
                 self._written_as(folder),
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state_item),
+                    state=ocp.args.PyTreeSave(_state_item(state)),
                     ema=ocp.args.PyTreeSave(state.ema_params),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -220,12 +222,11 @@ class Checkpoints:
             if step != keep and not (self.keep_every and step % self.keep_every == 0):
                 self._delete(self.folder(step))
 
-    def sweep(self) -> int:
+    def sweep(self) -> None:
         """Removes partial folders that killed processes left. Call it only while no save is running."""
         for path in self.directory.iterdir() if self.directory.exists() else ():
             if path.name.endswith((SAVING, DELETING, ocp.utils.TMP_DIR_SUFFIX)):
                 path.rmtree()
-        return 0
 
     def _delete(self, folder: epath.Path) -> None:
         if "://" in str(folder):  # the manifest goes first: a folder without one is no checkpoint
@@ -314,23 +315,14 @@ class Checkpoints:
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
         """The training state of a step. like: its ShapeDtypeStructs with shardings."""
-        state_like = {"step": like.step, "params": like.params, "opt_state": like.opt_state}
-        if like.loss_history is not None:
-            state_like["loss_history"] = like.loss_history
-        restored = self._restore(step, state=_restore_as(state_like), ema=_restore_as(like.ema_params))
+        restored = self._restore(step, state=_restore_as(_state_item(like)), ema=_restore_as(like.ema_params))
         state = restored.state
         if int(state["step"]) != step:
             raise UsageError(
                 f"the checkpoint of step {step} in {self.directory} holds the state of step {int(state['step'])}; "
                 "choose another step, or restore a copy of this one"
             )
-        return TrainState(
-            step=state["step"],
-            params=state["params"],
-            ema_params=restored.ema,
-            opt_state=state["opt_state"],
-            loss_history=state.get("loss_history"),
-        )
+        return TrainState(ema_params=restored.ema, **{"loss_history": None} | state)
 
     def restore_ema(self, step: int, like: Any) -> Any:
         """The EMA parameters of a step, as `like` (ShapeDtypeStructs with shardings)."""

@@ -149,11 +149,10 @@ def check_training(config: Config) -> None:
 
     All processes must call it, and all raise if process 0 does.
     """
-    sharding.first_decides(lambda: _check_training(config))
 
+    def check() -> None:
+        need = max(needs(config, jax.device_count()), key=lambda need: need.total)
+        remedy = max(need.parts, key=lambda part: need.parts[part])
+        room.check_devices(jax.local_devices(), need.total, need.what, remedy)
 
-def _check_training(config: Config) -> int:
-    need = max(needs(config, jax.device_count()), key=lambda need: need.total)
-    remedy = max(need.parts, key=lambda part: need.parts[part])
-    room.check_devices(jax.local_devices(), need.total, need.what, remedy)
-    return 0
+    sharding.first_decides(check)

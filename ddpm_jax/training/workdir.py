@@ -38,13 +38,10 @@ def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
 
     own_network: the run's network is not the U-Net of the config.
     """
-    if not workdir.exists():
-        raise UsageError(f"{workdir} does not exist; give the folder of a run that train.py made")
-    if not workdir.is_dir():
-        raise UsageError(f"{workdir} is a file; give the folder of a run that train.py made")
     path = workdir / CONFIG
     if not path.exists():
-        raise UsageError(f"{workdir} has no {CONFIG}; give the folder of a run that train.py made")
+        why = "does not exist" if not workdir.exists() else f"has no {CONFIG}" if workdir.is_dir() else "is a file"
+        raise UsageError(f"{workdir} {why}; give the folder of a run that train.py made")
     values = read_json(path)
     try:
         config = configs.from_json(values)
@@ -67,15 +64,15 @@ def held(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> int:
+def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     if not workdir.exists():
-        _make(workdir)
+        with _writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
         stack.callback(_remove_empty, workdir)
     if workdir.is_dir():  # `enter` refuses a file
         stack.enter_context(sole_writer(workdir))
         for name in (CONFIG, METRICS):  # only these: evaluate.py may be writing others
             remove_remnants(workdir, name)
-    return 0
 
 
 def _remove_empty(workdir: epath.Path) -> None:
@@ -100,7 +97,7 @@ def enter(workdir: epath.Path, config: Config, *, own_network: bool = False) -> 
     sharding.first_decides(lambda: _enter(workdir, config, own_network))
 
 
-def _enter(workdir: epath.Path, config: Config, own_network: bool) -> int:
+def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
@@ -113,24 +110,23 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> int:
                 f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
             )
         if old == config:
-            return 0
+            return
     elif workdir.exists() and not all(path.name == LOCK or is_remnant(path, CONFIG) for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     _write_config(workdir, config)
-    return 0
 
 
 def _write_config(workdir: epath.Path, config: Config) -> None:
-    _make(workdir)
-    try:
-        write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
-
-
-def _make(workdir: epath.Path) -> None:
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    """Turns an error of the file system into a UsageError."""
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"the workdir {workdir} cannot be written ({error}); choose another path") from None
 
