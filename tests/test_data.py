@@ -333,7 +333,7 @@ def test_labels_that_are_none_are_refused(labels, what, tmp_path):
 def test_npz_without_images_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=IMAGES, labels=LABELS)
-    with refuses(f"{path} has the arrays x, labels, expected one called images"):
+    with refuses(f"{path} has the arrays x, labels, expected one named images"):
         open_images(path)
 
 
@@ -500,7 +500,7 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_diffe
     )
     with refuses(
         f"the data set has changed since the checkpoint of step 5: it was {before} and is {digits.identity}; "
-        "give the same data, start in another workdir, or go on with these by --changed-data"
+        "give the same data, start in another workdir, or continue with the new data by --changed-data"
     ):
         start_state(experiment(tiny()), digits, mesh_of(1), checkpoints)
 

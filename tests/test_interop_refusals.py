@@ -71,7 +71,7 @@ def test_malicious_pickle_is_refused_and_not_executed(model, refused, tmp_path):
             return os.system, (f"touch {witness}",)
 
     (model / SAFETENSORS).unlink()
-    holds = "is damaged or holds something else than weights, so nothing of it was used"
+    holds = "is damaged or holds something other than weights, so it was not used"
     sentence = f"MODEL/{BIN} {holds}; get {SAFETENSORS} instead"
     (model / BIN).write_bytes(pickle.dumps(Malicious()))
     refused(sentence)
@@ -446,7 +446,7 @@ def test_config_of_another_model_is_refused(model):
     with pytest.raises(UsageError) as refusal:
         read_model(str(model), tiny(diffusion={"T": 30}, train={"lr": 0.5}))
     assert str(refusal.value) == (
-        f"{model} is another model than the config's, it differs in diffusion.T (20 there, 30 in the config); change the config"
+        f"{model} is not the config's model: it differs in diffusion.T (20 there, 30 in the config); change the config"
     )
 
 

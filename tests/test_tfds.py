@@ -157,7 +157,7 @@ def test_unknown_splits_and_missing_names_are_refused():
         "data.source='tfds:tiny_pictures:valid' has the splits test, train, but no 'valid'; choose one of them"
     ):
         opened("tfds:tiny_pictures:valid")
-    with refuses("data.source='tfds:' names no data set; use tfds:NAME or tfds:NAME:split, as tfds:cifar10"):
+    with refuses("data.source='tfds:' names no data set; use tfds:NAME[:split], such as tfds:cifar10"):
         opened("tfds:")
 
 

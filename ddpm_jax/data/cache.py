@@ -26,9 +26,9 @@ from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
-BLOCK = 256  # pictures decoded in parallel before they are written, as long as they take at most
+BLOCK = 256  # pictures that are decoded in parallel before they are written; fewer if they exceed BLOCK_BYTES
 BLOCK_BYTES = 2**28
-READ_BYTES = 2**20  # that one thread holds while it checks a file
+READ_BYTES = 2**20  # read at a time by each thread that checks a file
 REMEDY = (
     "make room, name another folder in the environment variable DDPM_JAX_CACHE, "
     "or decode at every step with --data.cache none"

@@ -54,7 +54,7 @@ def find_files(root: str) -> dict[str, str]:
                 else:
                     folders.append((f"{name}/", entry.path))
     for why, folders_left in left_out.items():
-        tqdm.write(f"Note: folders in {root} that {why} are left out: {len(folders_left)}, as {min(folders_left)}.")
+        tqdm.write(f"Note: {len(folders_left)} folders in {root} that {why} are left out, e.g. {min(folders_left)}.")
     return files
 
 

@@ -97,7 +97,7 @@ def array_file(name: str) -> Arrays:
             f"{name} cannot be read as an array file ({error}); write it with numpy.save or numpy.savez"
         ) from None
     if "images" not in arrays:
-        raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one called images")
+        raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one named images")
     return Arrays(arrays["images"], arrays.get("labels"))
 
 
@@ -115,8 +115,8 @@ def folder(name: str) -> Pictures:
     # Reading a pipe would block forever, and a device may have no end.
     if other := [path for path, stat in zip(paths, stats, strict=True) if not S_ISREG(stat.st_mode)]:
         raise UsageError(
-            f"data.source={name!r} has names of pictures that are no regular files, but pipes, sockets or devices: "
-            f"{len(other)}, as {other[0]}; remove them"
+            f"data.source={name!r} has {len(other)} names of pictures that are not regular files but pipes, "
+            f"sockets or devices, such as {other[0]}; remove them"
         )
     sizes = [stat.st_size for stat in stats]
 
@@ -178,7 +178,7 @@ def open_source(config: DataConfig) -> Source:
         return _of_arrays(config, content)
     if config.on_bad_image == "skip":
         before, content = len(content.names), without_bad(content, config.source)
-        tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out, as they cannot be decoded.")
+        tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out; they cannot be decoded.")
     images = decoded(content, config)
     once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
     return Source(decode_once(images) if once else images, content.labels, content.identity)

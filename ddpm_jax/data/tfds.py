@@ -48,7 +48,7 @@ def parse(source: str) -> tuple[str, str]:
     """(NAME, split) of `tfds:NAME` or `tfds:NAME:split`; the split is train by default. Raises UsageError without a name."""
     name, _, split = source.removeprefix(PREFIX).partition(":")
     if not name:
-        raise UsageError(f"data.source={source!r} names no data set; use tfds:NAME or tfds:NAME:split, as tfds:cifar10")
+        raise UsageError(f"data.source={source!r} names no data set; use tfds:NAME[:split], such as tfds:cifar10")
     return name, split or "train"
 
 

@@ -107,7 +107,7 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
     if differ:
         was, now = flatten_config(base), flatten_config(config)
         fields = ", ".join(f"{name} ({now[name]!r} there, {was[name]!r} in the config)" for name in differ)
-        raise UsageError(f"{source} is another model than the config's, it differs in {fields}; change the config")
+        raise UsageError(f"{source} is not the config's model: it differs in {fields}; change the config")
     return base
 
 
@@ -165,7 +165,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
     except Exception:  # a pickle can raise any error, with any message
         raise UsageError(
-            f"{path} is damaged or holds something else than weights, so nothing of it was used; "
+            f"{path} is damaged or holds something other than weights, so it was not used; "
             f"get {WEIGHTS}.safetensors instead"
         ) from None
 

@@ -56,7 +56,9 @@ def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: 
     """The steps to visit.
 
     counts: () for all; n for n steps by a spacing of `SPACINGS`; several numbers for the steps in each of equal sections of T,
-    from the least noise to the most, rounded as by Nichol & Dhariwal. Raises ValueError for an unknown spacing or too many steps.
+    from the least noise to the most, rounded as in Nichol & Dhariwal's code.
+
+    Raises ValueError for an unknown spacing or too many steps.
     """
     counts = (counts,) if isinstance(counts, int) else tuple(counts)
     if spacing not in SPACINGS:
@@ -78,7 +80,7 @@ def choose_steps(schedule: Schedule, counts: int | Sequence[int] = (), spacing: 
 
 
 def _section(count: int, first: int, end: int) -> Steps:
-    """`count` of the steps first .. end-1, spaced as by Nichol & Dhariwal: the stride is summed, and the sums are rounded."""
+    """`count` of the steps first .. end-1. As in Nichol & Dhariwal's code the stride is summed, and the sums are rounded."""
     stride = (end - first - 1) / (count - 1) if count > 1 else 1.0
     places = [0.0]
     while len(places) < count:

@@ -47,7 +47,7 @@ def start_state(
         mesh: The devices of the state.
         checkpoints: Of the workdir.
         unverified: Restore without checking the files.
-        changed_data: Accept another data set than the checkpoint's.
+        changed_data: Accept a data set that differs from the checkpoint's.
 
     Raises:
         UsageError: If no checkpoint is intact, or it belongs to another config, network or data set.
@@ -61,7 +61,7 @@ def start_state(
             changed += f": it was {meta['data']} and is {source.identity}"
             if not changed_data:
                 raise UsageError(
-                    f"{changed}; give the same data, start in another workdir, or go on with these by --changed-data"
+                    f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
                 )
             tqdm.write(f"Note: {changed}.")
         check_network(meta, experiment)
