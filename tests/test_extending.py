@@ -127,7 +127,7 @@ def test_the_loss_is_half_of_l_simple_where_errors_are_small():
 def test_the_sampler_draws_what_ddim_with_eta_1_does():
     """The same distribution, and so, with the same noise, the same images to rounding."""
     process = Process(make_schedule("linear", T=50, beta_start=1e-3, beta_end=0.3))
-    assert not make_sampler(process, "posterior", steps=10).deterministic
+    assert make_sampler(process, "posterior", steps=10).order is None
 
     def draw(**options):
         model = lambda x_t, t: 0.5 * x_t  # noqa: E731

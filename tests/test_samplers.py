@@ -28,7 +28,7 @@ from ddpm_jax.sampling.dpm_solver import dpm_solver
 
 # What the entries of the table say of themselves.
 ENTRIES = {name: make_sampler(Process(make_schedule("linear", T=100)), name) for name in SAMPLERS}
-DETERMINISTIC = sorted(name for name, sampler in ENTRIES.items() if sampler.deterministic)
+DETERMINISTIC = sorted(name for name, sampler in ENTRIES.items() if sampler.order is not None)
 
 
 def pixels(sampler, model, count=2000):
@@ -161,13 +161,12 @@ def test_a_sampler_draws_noise_unless_it_is_deterministic(name):
     ends = [
         reverse(sampler, model_of(mixture_x_0, schedule), jax.random.key(key), jnp.arange(2), x_T)[0] for key in (1, 2)
     ]
-    assert np.array_equal(*ends) == sampler.deterministic
-    assert sampler.deterministic == (sampler.order is not None)
+    assert np.array_equal(*ends) == (sampler.order is not None)
 
 
 def test_ddim_that_draws_noise_is_not_deterministic():
     sampler = make_sampler(Process(make_schedule("linear")), "ddim", steps=10, eta=0.5)
-    assert (sampler.deterministic, sampler.order) == (False, None)
+    assert sampler.order is None
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_fixed_small(x64):

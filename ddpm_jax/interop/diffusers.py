@@ -16,7 +16,7 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save
 
-from ddpm_jax.config import Config, check, differences
+from ddpm_jax.config import Config, differences
 from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.core.files import advising, check_place, read_json
@@ -95,7 +95,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _with_options_of(base: Config, config: Config, source: str, *, without_scheduler: bool) -> Config:
-    check(base)
     ours, theirs = Experiment.from_config(base).process, Experiment.from_config(config).process
     betas, others = ours.schedule.betas, theirs.schedule.betas
     # Equal betas may have different names: a const schedule is also a linear one.

@@ -17,7 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax.config import check
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.interop.names import check_fit, parameters, unflatten
 from ddpm_jax.training.experiment import Experiment
@@ -37,9 +36,8 @@ def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, li
         experiment: The experiment of the checkpoint's network.
 
     Raises:
-        UsageError: If the config cannot be run, the checkpoint cannot be read, or its variables do not fit the network.
+        UsageError: If the checkpoint cannot be read, or its variables do not fit the network.
     """
-    check(experiment.config)
     with _told(prefix):
         reader = _reader(prefix)
     found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}

@@ -70,6 +70,4 @@ def linear(
         return x, predicted
 
     rows = {"t": t, "x": x, "x_0": x_0} | ({} if noise is None else {"noise": noise})
-    deterministic = noise is None
-    memory = x_0.shape[1] - 1
-    return Sampler(rows, step, memory, deterministic=deterministic, order=order if deterministic else None)
+    return Sampler(rows, step, memory=x_0.shape[1] - 1, order=order if noise is None else None)

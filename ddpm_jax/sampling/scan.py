@@ -28,14 +28,13 @@ class Sampler:
             `noise(2)`, ... give others. `previous` holds the x_0 of the last `memory` rows, newest first, zeros before the
             first. It returns the next x and the predicted x_0.
         memory: The number of earlier x_0 that step uses.
-        deterministic: No noise is drawn after x_T, so x follows the probability-flow ODE.
-        order: Of convergence to the ODE's solution, if deterministic. The tests hold each sampler to both.
+        order: Of convergence to the solution of the probability-flow ODE, if no noise is drawn after x_T; else None. The tests
+            hold each sampler to it.
     """
 
     rows: Any
     step: Callable[[Model, Array, Any, Callable[..., Array], tuple[Array, ...]], tuple[Array, Array]]
     memory: int = 0
-    deterministic: bool = False
     order: int | None = None
 
     def __len__(self) -> int:
