@@ -151,7 +151,7 @@ def kernel_distance(
             f"got {len(a)} and {len(b)} image(s), but the kernel distance needs at least 2; take more images"
         )
     # Of few images, all kernels are computed once: each subset would compute most of them again.
-    whole = _kernels(a, b) if max(len(a), len(b)) <= 2 * subset_size else None
+    whole = _kernels(a, b) if max(len(a), len(b)) <= 5 * subset_size else None
     generator, values = np.random.RandomState(SEED), []
     for _ in range(subsets):
         i, j = (generator.choice(len(images), size, replace=False) for images in (a, b))
