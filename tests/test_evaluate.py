@@ -113,6 +113,11 @@ def test_every_metric_is_that_of_the_samples_and_the_real_images(evaluated, samp
     assert set(results["nearest"]["nearest"]) == {"pixels", "five sums"}
 
 
+def test_every_number_of_a_metric_has_a_name_and_a_direction():
+    assert set(metrics.DESCRIPTIONS) == {*METRICS, *scores.Neighbourhoods._fields}
+    assert {better for _, better in metrics.DESCRIPTIONS.values()} == {"lower", "higher", ""}
+
+
 def test_results_hold_everything_that_defines_them(evaluated, run):
     evaluation, results, files = evaluated
     assert set(files) == set(METRICS)
@@ -166,9 +171,44 @@ def test_fid_of_features_that_are_not_inceptions_is_labelled(run, loaded, monkey
     assert "20 images leave the covariance of 64 features singular" in result["not_comparable"]
 
 
+def test_the_real_images_covariance_is_factored_once(evaluated, run, loaded, monkeypatch):
+    """And kept: after the evaluation before, only the samples' is left, and that of each resampled set."""
+    factored = []
+    monkeypatch.setattr(scores, "from_covariance", lambda *of, f=scores.from_covariance: factored.append(1) or f(*of))
+    result = metrics.fid(Evaluation.of_run(loaded, run, FEATURES, OPTIONS))
+    assert result["standard_error"] == evaluated[1]["fid"]["standard_error"]
+    assert len(factored) == 1 + OPTIONS.bootstrap
+
+
+def test_the_distance_of_few_images_is_that_of_their_covariances(run, loaded, samples):
+    """64 pixels of 20 samples and 30 real images, whose covariances are not formed."""
+    result = metrics.fid(Evaluation.of_run(loaded, run, PIXELS, OPTIONS))
+    given = (flat_pixels(images)["features"].astype(np.float64) for images in (samples, digits()))
+    expected = scores.frechet_distance(
+        *(scores.from_covariance(x.mean(axis=0), np.cov(x, rowvar=False)) for x in given)
+    )
+    assert result["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_result_is_written_and_told_before_the_next_is_computed(run, loaded, monkeypatch):
+    evaluation, told = Evaluation.of_run(loaded, run, FEATURES, dataclasses.replace(OPTIONS, num_real=29)), []
+
+    def tell(result):
+        assert json.loads((evaluation.folder / metrics.file_name(result)).read_text()) == json.loads(json.dumps(result))
+        told.append(result["metric"])
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METRICS, "fid", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation, ("kid", "fid", "nll"), tell=tell)
+    assert told == ["kid"]
+
+
 def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loaded, tmp_path):
     real = scores.statistics(projection(digits())["features"])
-    np.savez(tmp_path / "statistics.npz", **real._asdict())
+    np.savez(tmp_path / "statistics.npz", mu=real.mu, sigma=real.sigma)
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "statistics.npz"))
     result = evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",))["fid"]
     assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
@@ -199,7 +239,9 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
     monkeypatch.setattr(evaluation_module, "generate_batches", never)
     monkeypatch.setattr(evaluation_module.bits, "make_bound", lambda *args: never)
     monkeypatch.setattr(
-        scores, "statistics", lambda features, f=scores.statistics: f(features) if len(features) == 20 else never()
+        evaluation_module.scores,
+        "statistics_of_parts",
+        lambda parts, f=scores.statistics_of_parts: f(parts) if isinstance(parts, list) else never(),
     )
     again = evaluate(Evaluation.of_run(loaded, run, FEATURES, OPTIONS), ("fid", "kid", "nll"))
     for name, result in again.items():
@@ -277,10 +319,10 @@ def test_a_damaged_definition_of_parts_is_written_anew(there, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_statistics_are_computed_anew(loaded, damage):
     features = real_features(open_source(CONFIG.data), PIXELS, batch_size=8, mesh=loaded.mesh)
-    expected = feature_statistics(features, count=16, batch_size=8)
-    path = features.folder / "statistics-16.npz"
+    expected = feature_statistics(features, count=80, batch_size=8)
+    path = features.folder / "statistics-80.npz"
     path.write_bytes(damage(path.read_bytes()) if b"(4,)" in path.read_bytes() else path.read_bytes()[:100])
-    np.testing.assert_array_equal(feature_statistics(features, count=16, batch_size=8).sigma, expected.sigma)
+    np.testing.assert_array_equal(feature_statistics(features, count=80, batch_size=8).root, expected.root)
 
 
 # ---- One process, and room
@@ -336,6 +378,27 @@ def test_what_cannot_fit_is_refused_with_the_bytes(changed, message, run, loaded
     monkeypatch.setattr("ddpm_jax.core.room.free_memory", lambda: 2**30)
     with pytest.raises(UsageError, match=message):
         Evaluation.of_run(loaded, run, PIXELS, dataclasses.replace(OPTIONS, **changed))
+
+
+def test_a_distance_that_would_not_end_is_refused_before_anything_is_computed(run, loaded, monkeypatch):
+    """Of more images than 4,096 with more pixels; 64 pixels are few."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(scores, "MOST_RANK", 29)
+    with pytest.raises(UsageError, match=r"30 images of 64 features.* --num-real\), or Inception's features"):
+        evaluate(Evaluation.of_run(loaded, run, PIXELS, OPTIONS), ("kid", "fid"))
+    Evaluation.of_run(loaded, run, PIXELS, dataclasses.replace(OPTIONS, num_real=29)).check_distance()
+    Evaluation.of_run(loaded, run, PIXELS, dataclasses.replace(OPTIONS, statistics="of-64.npz")).check_distance()
+
+
+def test_a_distance_for_which_the_memory_has_no_room_is_refused(run, loaded, monkeypatch):
+    evaluation = Evaluation.of_run(loaded, run, PIXELS, OPTIONS)
+    monkeypatch.setattr("ddpm_jax.core.room.free_memory", lambda: 8 * 64 * 50 - 1)
+    with pytest.raises(UsageError, match=r"Fréchet distance of 30 images needs at least .* of memory.*; use fewer"):
+        evaluate(evaluation, ("fid",))
 
 
 def test_samples_for_which_the_disk_has_no_room_are_refused(run, loaded, monkeypatch):
@@ -508,7 +571,8 @@ def test_a_workdir_without_checkpoints_is_refused(tmp_path):
 
 
 def test_an_unknown_metric_is_refused(evaluated):
-    assert "got the metric 'fdi', expected some of fid, is, kid" in refused(lambda: evaluate(evaluated[0], ("fdi",)))
+    message = refused(lambda: evaluate(evaluated[0], ("fdi",)))
+    assert f"got the metric 'fdi', expected some of {', '.join(METRICS)}" in message
 
 
 # ---- The command line
@@ -548,7 +612,7 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
     options = ["--num-images", 20, "--num-real", 30, "--batch-size", 8, "--no-figures"]
     code, out, _ = command(run, *options)
     assert code == 0
-    assert "Without Inception weights only losses, nll, rate-distortion, nearest are computed; download" in out
+    assert "Without Inception weights only losses, nearest, nll, rate-distortion are computed; download" in out
     assert f"nll: {evaluated[1]['nll']['value']:.4g} ±" in out
     assert "The report: " in out
 
@@ -561,7 +625,7 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
         (["nowhere"], "nowhere does not exist; give the folder of a run that train.py made"),
         (
             ["nowhere", "--metrics"],
-            "--metrics is empty; give some of fid, is, kid, prdc, losses, nll, rate-distortion, nearest",
+            f"--metrics is empty; give some of {', '.join(METRICS)}",
         ),
     ],
 )

@@ -242,6 +242,13 @@ def test_one_held_out_image_is_refused(tmp_path):
         open_held_out(experiment(config))
 
 
+def test_a_distance_that_would_not_end_is_refused_at_the_start(held_out, monkeypatch):
+    monkeypatch.setattr(scores, "MOST_RANK", 63)
+    programs = Programs(experiment(CONFIG), sharding.make_mesh(), terms=TERMS)
+    with pytest.raises(UsageError, match=r"1,797 images of 64 features.*Inception's features"):
+        HeldOut(programs, open_source(CONFIG.data), held_out)
+
+
 def test_held_out_images_that_are_not_there_are_told_before_anything_is_made(tmp_path):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="no"):

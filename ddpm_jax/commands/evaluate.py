@@ -76,10 +76,10 @@ def main() -> None:
         metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
     evaluation = Evaluation.of_run(run, workdir, features, arguments.options, arguments.sampler)
     with evaluation.alone():
-        results = evaluate(evaluation, metrics)
+        results = evaluate(
+            evaluation, metrics, tell=lambda result: print(f"{result['metric']}: {describe(result)}", flush=True)
+        )
         if arguments.figures:
             draw_figures(run, evaluation, epath.Path(workdir) / EVALUATION / FOLDER, results)
         if first:
-            for name, result in results.items():
-                print(f"{name}: {describe(result)}")
             print(f"The report: {write_report(workdir)}")

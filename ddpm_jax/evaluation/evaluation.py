@@ -8,12 +8,13 @@ their first call and keep it. All processes must call them.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.evaluation import bits, scores
-from ddpm_jax.evaluation.features import PIXELS, Features
+from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.evaluation.scores import Statistics
@@ -44,6 +45,7 @@ from ddpm_jax.generation.generator import (
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 
+Result = TypeVar("Result")
 EVALUATION = "evaluation"
 MOST_IMAGES = 50_000  # the number that papers use for FID
 
@@ -86,6 +88,18 @@ class Programs:
         self.quarter_losses = make_quarter_losses(experiment, mesh)
 
 
+def once(method: Callable[["Evaluation"], Result]) -> Callable[["Evaluation"], Result]:
+    """Keeps the result of a method's first call: a call and no property, since all processes take part."""
+
+    @functools.wraps(method)
+    def known(self: "Evaluation") -> Result:
+        if method.__name__ not in self._known:
+            self._known[method.__name__] = method(self)
+        return self._known[method.__name__]
+
+    return known
+
+
 class Evaluation:
     """Everything that metrics need of a network's parameters and of real images.
 
@@ -114,6 +128,7 @@ class Evaluation:
         self.features, self.options = features, options
         self.experiment, self.mesh, self.edges = programs.experiment, programs.mesh, programs.edges
         self.model, self.folder = model, folder
+        self._parts = functools.partial(Parts, None if folder is None else folder / "parts")
         self.num_real = min(options.num_real or len(source), len(source))
         self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
         self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
@@ -147,12 +162,29 @@ class Evaluation:
             if count > LAST_IMAGE:
                 raise UsageError(f"{what} goes beyond image {LAST_IMAGE}; {remedy}")
             image = int(np.prod(self.source.images.shape[1:]))
-            # The number of features is known for pixels only; any function gives at least one.
-            number = {PIXELS.name: image}.get(self.features.name, 1)
+            number = self._least_width()
             check_memory(4 * number * count, f"{what} (their features)", remedy)
             there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
             check_disk(self._place(), (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
         return 0
+
+    def check_distance(self) -> None:
+        """Raises UsageError if the Fréchet distance would take hours, or more memory than there is."""
+        D, counts = self._least_width(), (self.num_images, 0 if self.options.statistics else self.num_real)
+        scores.check_rank(max(counts), D)
+        needed = 8 * D * sum(min(count, D) for count in counts)
+
+        def check() -> int:
+            check_memory(
+                needed, f"the Fréchet distance of {max(counts):,} images", "use fewer (--num-images, --num-real)"
+            )
+            return 0
+
+        sharding.first_decides(check)
+
+    def _least_width(self) -> int:
+        """How many features an image has: known for pixels before they are computed; any other function gives at least one."""
+        return int(np.prod(self.source.images.shape[1:])) if self.features.name == PIXELS.name else 1
 
     def _place(self) -> epath.Path:
         assert self.folder is not None  # `of_run` gives one
@@ -215,14 +247,7 @@ class Evaluation:
 
     # ---- Computation, part by part
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
-
-    def _parts(self, definition: dict[str, Any], compute: Callable[[range], Arrays]) -> Parts:
-        return Parts(None if self.folder is None else self.folder / "parts", definition, compute)
-
+    @once
     def _samples(self) -> Parts:
         def compute(part: range) -> Arrays:
             whole = range(part.start, part.start + self.batch_size)
@@ -236,25 +261,25 @@ class Evaluation:
             )
             return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
 
-        definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
-        return self._once("samples", lambda: self._parts(definition, compute))
+        return self._parts({**self.sampling(), "batch_size": self.batch_size, "software": self.software}, compute)
 
+    @once
     def generated(self) -> Arrays:
         """The features (and logits) of the samples."""
         samples = self._samples()
         definition = {**samples.definition, "features": self.features.name}
         parts = self._parts(definition, lambda part: self.features.compute(samples.get(part)["images"]))
-        return self._once("generated", lambda: parts.all(self.num_images, self.batch_size, title="samples"))
+        return parts.all(self.num_images, self.batch_size, title="samples")
 
+    @once
     def first_samples(self) -> np.ndarray:
         """The first samples, uint8 (N, H, W, C): at most 64, and one part."""
-        count = min(self.num_images, self.batch_size)
-        return self._once("first_samples", lambda: self._samples().get(range(count))["images"][:64])
+        return self._samples().get(range(min(self.num_images, self.batch_size)))["images"][:64]
 
+    @once
     def real(self) -> Arrays:
         """The features of the real images (`real_features`)."""
-        parts = self._real_features()
-        return self._once("real", lambda: parts.all(self.num_real, self.batch_size, title="real images"))
+        return self._real_features().all(self.num_real, self.batch_size, title="real images")
 
     def _real_features(self) -> Parts:
         return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh)
@@ -263,11 +288,9 @@ class Evaluation:
         """A range of the real images, uint8 (n, H, W, C)."""
         return self.source.read(np.arange(part.start, part.stop))
 
+    @once
     def real_statistics(self) -> Statistics:
         """Mean and covariance of the real images' features: from --statistics, or computed once and cached."""
-        return self._once("real_statistics", self._read_statistics)
-
-    def _read_statistics(self) -> Statistics:
         if not self.options.statistics:
             return feature_statistics(self._real_features(), count=self.num_real, batch_size=self.batch_size)
         given = read_statistics(epath.Path(self.options.statistics))
@@ -279,27 +302,26 @@ class Evaluation:
             )
         return given
 
+    @once
     def drawn(self) -> bits.Drawn:
         """The bound's terms of each real image."""
-        parts = self._of_real(self.programs.bound, "bound")
-        return self._once("drawn", lambda: bits.Drawn(**parts.all(self.num_real, self.batch_size, title="bits/dim")))
+        return bits.Drawn(**self._of_real(self.programs.bound, "bound", title="bits/dim"))
 
+    @once
     def losses(self) -> np.ndarray:
         """The training loss of each real image in each quarter of t, float (N, 4)."""
-        parts = self._of_real(lambda *given: {"losses": self.programs.quarter_losses(*given)}, "losses")
-        return self._once("losses", lambda: parts.all(self.num_real, self.batch_size, title="losses")["losses"])
+        return self._of_real(self.programs.quarter_losses, "losses", title="losses")["losses"]
 
-    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str) -> Parts:
+    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
         """The results of a compiled program on the real images, part by part."""
         key = bits.bound_key(self.options.seed)
 
         def compute(part: range) -> Arrays:
-            images, indices = self.read(part), np.arange(part.start, part.start + self.batch_size)
-            padded = np.concatenate([images, np.zeros((self.batch_size - len(images), *images.shape[1:]), np.uint8)])
-            arrays = compiled(self.params, key, padded, indices.astype(np.int32))
-            return {name: np.asarray(a)[: len(part)] for name, a in arrays.items()}
+            indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
+            return in_one_shape(lambda i: compiled(self.params, key, i, indices), self.read(part), self.batch_size)
 
-        return self._parts({**self.definition(name), "identity": self.source.identity}, compute)
+        parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
+        return parts.all(self.num_real, self.batch_size, title=title)
 
 
 def check_options(options: Options) -> None:
@@ -340,14 +362,18 @@ def real_features(source: Source, features: Features, *, batch_size: int, mesh: 
 
 
 def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:
-    """Mean and covariance of the features of the first `count` images, computed once and cached beside them."""
+    """Mean and covariance of the features of the first `count` images.
+
+    Those of more images than features are cached beside the features; of fewer, the features say the same in less space.
+    """
     assert features.folder is not None  # `real_features` gives one
     path = features.folder / f"statistics-{count}.npz"
     kept = load_arrays(path)
     if kept is None or set(kept) != set(Statistics._fields):
         parts = features.each(count, batch_size, title="real images")
         computed = scores.statistics_of_parts(part["features"] for part in parts)
-        save_arrays(path, computed._asdict())
+        if count >= len(computed.mu):
+            save_arrays(path, computed._asdict())
         return computed
     return Statistics(**kept)
 
@@ -375,4 +401,4 @@ def read_statistics(path: epath.Path) -> Statistics:
         raise UsageError(f"--statistics {path} has numbers that are not finite; give other statistics")
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
         raise UsageError(f"--statistics {path} has mu {mu.shape} and sigma {sigma.shape}, expected (D,) and (D, D)")
-    return Statistics(mu, sigma)
+    return scores.from_covariance(mu, sigma)

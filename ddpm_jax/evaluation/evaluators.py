@@ -79,7 +79,7 @@ class HeldOut:
     eval_fid: if train.eval_samples is not 0.
     eval_of: a fingerprint of images, samples and features; numbers with equal ones can be compared.
 
-    Raises UsageError if the Inception weights are needed but missing.
+    Raises UsageError if the Inception weights are needed but missing, or as `Evaluation.check_distance`.
     """
 
     name = "eval_loss"
@@ -93,6 +93,8 @@ class HeldOut:
             # evaluate.py's batch size, so that both share the cached features
             size = sharding.round_up(Options().batch_size, programs.mesh.devices.size)
             self._features = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
+        if options.eval_samples:
+            self._of_samples({}).check_distance()
 
     def __call__(self, params: Any) -> Findings:
         """The numbers, by the names above."""
@@ -104,9 +106,13 @@ class HeldOut:
         numbers |= {f"eval_loss_{name}": quarter["value"] for name, quarter in losses["quarters"].items()}
         numbers |= {"eval_bits_per_dim": bound["value"], "eval_bits_per_dim_error": bound["standard_error"]}
         if config.train.eval_samples:
-            drawn = Options(seed=config.seed, num_images=config.train.eval_samples, bootstrap=0)
-            numbers["eval_fid"] = metrics.fid(self._evaluation(params, self._source, drawn))["value"]
+            numbers["eval_fid"] = metrics.fid(self._of_samples(params))["value"]
         return Findings(numbers | {"eval_of": eval_of(config, self._source, self._held_out)}, {})
+
+    def _of_samples(self, params: Any) -> Evaluation:
+        config = self._programs.experiment.config
+        options = Options(seed=config.seed, num_images=config.train.eval_samples, bootstrap=0)
+        return self._evaluation(params, self._source, options)
 
     def _evaluation(self, params: Any, source: Source, options: Options) -> Evaluation:
         return Evaluation(self._programs, params, source, self._features, options, model={})

@@ -1,5 +1,6 @@
 """Feature functions: from uint8 images to feature vectors."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from ddpm_jax.core import sharding
+from ddpm_jax.data.arrays import Arrays
 
 
 class Features(NamedTuple):
@@ -29,6 +31,12 @@ def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:
 PIXELS = Features("pixels", flat_pixels)
 
 
+def in_one_shape(compiled: Callable[..., dict[str, Array]], images: UInt8[np.ndarray, "n H W C"], size: int) -> Arrays:
+    """compiled(images) for a program of `size` images: zeros fill the batch, and their results are dropped."""
+    padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
+    return {name: np.asarray(a)[: len(images)] for name, a in compiled(padded).items()}
+
+
 def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, batch_size: int) -> Callable:
     """Compiles compute(constants, uint8 images) for a mesh. Batches are padded to one size and split over the devices.
 
@@ -43,11 +51,8 @@ def on_devices(compute: Callable[..., dict[str, Array]], constants, mesh: Mesh, 
     constants = jax.device_put(constants, sharding.replicated(mesh))
 
     def over_batches(images):
-        parts = []
-        for first in range(0, len(images), size):
-            batch = images[first : first + size]
-            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), np.uint8)])
-            parts.append({name: np.asarray(a)[: len(batch)] for name, a in compiled(constants, padded).items()})
+        program = functools.partial(compiled, constants)
+        parts = [in_one_shape(program, images[i : i + size], size) for i in range(0, len(images), size)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return over_batches

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import UsageError, import_extra
+from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.core.files import whole
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.evaluation.features import Features, on_devices
@@ -103,8 +103,7 @@ def convert_inception(
     except UsageError:
         raise
     except Exception as error:  # a damaged file can raise any error
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be read as PyTorch weights ({reason}); {HOW_TO_GET}") from None
+        raise UsageError(f"{path} cannot be read as PyTorch weights ({first_line(error)}); {HOW_TO_GET}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as temporary:
         temporary.write_bytes(save(tensors, {"source_sha256": found, "sha256": _checksum(tensors)}))

@@ -16,7 +16,7 @@ from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.evaluation import Evaluation
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import INCEPTION
-from ddpm_jax.evaluation.parts import digest
+from ddpm_jax.evaluation.parts import digest, progress
 
 NEAREST = 8
 BLOCK_BYTES = 2**24  # of real images compared at a time
@@ -29,13 +29,17 @@ def _estimate(estimate: scores.Estimate, spread: str) -> dict[str, float]:
 def fid(e: Evaluation) -> dict[str, Any]:
     """The Fréchet distance between the features of samples and real images."""
     reference, features = e.real_statistics(), e.generated()["features"]
-    result: dict[str, Any] = {"value": scores.frechet_distance(scores.statistics(features), reference)}
-    if e.options.bootstrap:
-        result["standard_error"] = scores.bootstrap_error(
-            lambda drawn: scores.frechet_distance(scores.statistics(drawn), reference),
-            features,
-            repeats=e.options.bootstrap,
-        )
+    repeats = e.options.bootstrap
+    with progress("Fréchet distance", 1 + repeats, unit="set", leave=False) as bar:
+
+        def distance(drawn: np.ndarray) -> float:
+            value = scores.frechet_distance(scores.statistics(drawn), reference)
+            bar.update()
+            return value
+
+        result: dict[str, Any] = {"value": distance(features)}
+        if repeats:
+            result["standard_error"] = scores.bootstrap_error(distance, features, repeats=repeats)
     reasons = []
     if len(features) < scores.MIN_COMPARABLE:
         reasons.append(f"it is of {len(features):,} images, and below {scores.MIN_COMPARABLE:,} its bias is large")
@@ -112,17 +116,33 @@ def nearest(e: Evaluation) -> dict[str, Any]:
     return {"nearest": result, "definition": e.definition("sampling", "features", "reference")}
 
 
+# By name, cheap ones first: the order in which a command that names none computes them.
 METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    "fid": fid,
-    "is": inception_score,
-    "kid": kid,
-    "prdc": prdc,
-    "losses": losses,
-    "nll": nll,
-    "rate-distortion": rate_distortion,
+    "losses": losses,  # 4 evaluations of the network for each real image
     "nearest": nearest,
+    "is": inception_score,  # a chain for each sample
+    "kid": kid,
+    "fid": fid,
+    "prdc": prdc,
+    "nll": nll,  # all T for each real image
+    "rate-distortion": rate_distortion,
 }
-WITHOUT_FEATURES = ("losses", "nll", "rate-distortion", "nearest")
+# Metric, or a number of `prdc` -> its full name, and whether "lower" or "higher" is better; "" where neither is.
+DESCRIPTIONS: dict[str, tuple[str, str]] = {
+    "fid": ("Fréchet distance", "lower"),
+    "is": ("Inception score", "higher"),
+    "kid": ("Kernel distance", "lower"),
+    "prdc": ("Precision, recall, density and coverage", "higher"),
+    "precision": ("Precision", "higher"),
+    "recall": ("Recall", "higher"),
+    "density": ("Density", "higher"),
+    "coverage": ("Coverage", "higher"),
+    "losses": ("Loss of the real images", "lower"),
+    "nll": ("Bits per dimension", "lower"),
+    "rate-distortion": ("Rate and distortion", ""),
+    "nearest": ("Nearest real images", ""),
+}
+WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion")
 
 
 def step_of(result: dict[str, Any]) -> int:
@@ -137,13 +157,25 @@ def file_name(result: dict[str, Any]) -> str:
     return f"{result['metric']}-{step_of(result):08d}-{digest(result['definition'])[:8]}.json"
 
 
-def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Computes metrics, resuming from parts on disk, and writes each result to its file. Returns the results by metric.
+def evaluate(
+    evaluation: Evaluation, metrics: tuple[str, ...], *, tell: Callable[[dict[str, Any]], object] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Computes metrics, resuming from parts on disk, and writes each result to its file as soon as it is there.
 
-    All processes compute; process 0 writes.
+    Args:
+        evaluation: What they are computed from.
+        metrics: Names of `METRICS`.
+        tell: Called with each result, once it is written.
+
+    Returns:
+        The results by metric.
+
+    All processes compute; process 0 writes and tells.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UsageError(f"got the metric {unknown[0]!r}, expected some of {', '.join(METRICS)}")
+    if "fid" in metrics:
+        evaluation.check_distance()
     results = {}
     for name in metrics:
         result = {"metric": name, **METRICS[name](evaluation)}
@@ -152,5 +184,7 @@ def evaluate(evaluation: Evaluation, metrics: tuple[str, ...]) -> dict[str, dict
             assert evaluation.folder is not None  # `of_run` gives one
             evaluation.folder.mkdir(parents=True, exist_ok=True)
             write_text(evaluation.folder / file_name(result), json.dumps(result, indent=2) + "\n")
+            if tell is not None:
+                tell(result)
         results[name] = result
     return results

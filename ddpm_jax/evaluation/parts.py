@@ -50,6 +50,11 @@ def load_arrays(path: epath.Path) -> Arrays | None:
         return None
 
 
+def progress(title: str, total: int, *, unit: str, leave: bool) -> tqdm:
+    """A progress bar, on process 0 only."""
+    return tqdm(total=total, desc=title, unit=unit, leave=leave, disable=jax.process_index() != 0, dynamic_ncols=True)
+
+
 class Parts:
     """Computes arrays over ranges of images, and keeps them in a subfolder of `folder`, if any.
 
@@ -85,8 +90,7 @@ class Parts:
 
     def each(self, count: int, batch_size: int, *, title: str) -> Iterator[Arrays]:
         """Yields the arrays of images 0 .. count - 1 in ranges of `batch_size`, with a progress bar on process 0."""
-        shown = {"disable": jax.process_index() != 0, "leave": self.folder is not None, "dynamic_ncols": True}
-        with tqdm(total=count, desc=title, unit="image", **shown) as bar:
+        with progress(title, count, unit="image", leave=self.folder is not None) as bar:
             for first in range(0, count, batch_size):
                 part = range(first, min(first + batch_size, count))
                 yield self.get(part)

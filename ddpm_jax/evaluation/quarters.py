@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.data.pixels import from_uint8
@@ -15,17 +15,17 @@ from ddpm_jax.training.experiment import Experiment
 QUARTERS = 4
 
 
-def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., Float[Array, "B 4"]]:
-    """Compiles (params, key, images, indices) -> the training loss of each image in each quarter of t.
+def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dict[str, Array]]:
+    """Compiles (params, key, images, indices) -> {"losses": of each image in each quarter of t}.
 
     Args:
         experiment: The experiment of the parameters.
         mesh: The devices that the batch is split over.
 
     Returns:
-        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to float
-        (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its index) alone. There is no dropout
-        and no flip.
+        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to
+        float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its index) alone. There is no
+        dropout and no flip.
     """
     T = experiment.process.schedule.T
     edges = np.arange(QUARTERS + 1) * T // QUARTERS
@@ -39,6 +39,6 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., Flo
             return carry, experiment.loss(model, x_0, t, rng.image_normal(keys, t, x_0.shape[1:]))
 
         _, losses = jax.lax.scan(body, None, draw_times(key, indices, edges, T)[:, 1:].T)
-        return losses.T
+        return {"losses": losses.T}
 
     return jax.jit(quarter_losses, out_shardings=sharding.replicated(mesh))

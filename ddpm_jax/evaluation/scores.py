@@ -16,15 +16,24 @@ from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 from ddpm_jax.core.errors import UsageError
 
 SEED = 2020
-MOST_FEATURES = 2**14  # 2 GiB of covariance
+MOST_RANK = 4096  # of a covariance in a Fréchet distance: its singular values take a minute, and grow with the cube
 MIN_COMPARABLE = 10_000  # with fewer images the FID's bias exceeds the differences that papers compare
 
 
 class Statistics(NamedTuple):
-    """Mean (D,) and covariance (D, D) of features, float64: the input of the Fréchet distance."""
+    """Mean and covariance of features, float64: the input of the Fréchet distance.
+
+    root: any matrix with root @ root.T = the covariance. That of N images is of rank N - 1, so with fewer images than features
+    their centred features are one, and the covariance is never formed.
+    """
 
     mu: Float[np.ndarray, " D"]
-    sigma: Float[np.ndarray, "D D"]
+    root: Float[np.ndarray, "D r"]
+
+    @property
+    def sigma(self) -> Float[np.ndarray, "D D"]:
+        """The covariance."""
+        return self.root @ self.root.T
 
 
 class Estimate(NamedTuple):
@@ -34,55 +43,81 @@ class Estimate(NamedTuple):
     error: float
 
 
+def from_covariance(mu: Float[np.ndarray, " D"], sigma: Float[np.ndarray, "D D"]) -> Statistics:
+    """Statistics of a covariance; its eigenvalues below the rounding error of the largest are dropped."""
+    values, vectors = np.linalg.eigh(sigma)
+    kept = values > np.abs(values).max() * len(values) * np.finfo(np.float64).eps
+    return Statistics(mu, vectors[:, kept] * np.sqrt(values[kept]))
+
+
+def check_rank(images: int, features: int) -> None:
+    """Raises UsageError if the covariance's rank would be above MOST_RANK."""
+    if min(images, features) > MOST_RANK:
+        raise UsageError(
+            f"got {images:,} images of {features:,} features, whose Fréchet distance would take hours; take at most "
+            f"{MOST_RANK:,} images (--num-images, --num-real), or Inception's features"
+        )
+
+
 def statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
     """Mean and unbiased covariance of features. Raises as `statistics_of_parts`."""
     return statistics_of_parts([features])
 
 
 def statistics_of_parts(parts: Iterable[Float[np.ndarray, "n D"]]) -> Statistics:
-    """Mean and unbiased covariance of features in parts, holding one part at a time (Chan et al. 1983).
+    """Mean and unbiased covariance of features in parts, holding about as many rows as there are features (Chan et al. 1983).
 
-    Raises UsageError for fewer than 2 images, features that are not finite, or more than MOST_FEATURES features.
+    Raises UsageError for fewer than 2 images, features that are not finite, or as `check_rank`.
     """
-    count, mu, scatter = 0, np.zeros(()), np.zeros(())
+    count, mu, scatter = 0, np.zeros(()), np.zeros(())  # of the rows that are no longer held
+    seen, held = 0, []
     for part in parts:
         part = np.asarray(part, np.float64)
-        n, D = part.shape
-        if D > MOST_FEATURES:
-            raise UsageError(f"got {D:,} features, whose covariance is too large; take at most {MOST_FEATURES:,}")
         if not np.isfinite(part).all():
             raise UsageError(
-                f"the features of image {count + np.argmin(np.isfinite(part).all(axis=1))} are not finite; look at that "
+                f"the features of image {seen + np.argmin(np.isfinite(part).all(axis=1))} are not finite; look at that "
                 "image and the feature function"
             )
-        mean = part.mean(axis=0)
-        centred, away, total = part - mean, mean - mu, count + n
-        scatter = scatter + centred.T @ centred + np.outer(away, away) * (count * n / total)
-        mu, count = mu + away * (n / total), total
-    if count < 2:
-        raise UsageError(f"got {count} image(s), but a covariance needs at least 2; take more images")
-    return Statistics(mu, scatter / (count - 1))
+        held.append(part)
+        seen += len(part)
+        check_rank(seen, part.shape[1])
+        if seen - count >= part.shape[1]:
+            mu, scatter = _merge(count, mu, scatter, held)
+            count, held = seen, []
+    if seen < 2:
+        raise UsageError(f"got {seen} image(s), but a covariance needs at least 2; take more images")
+    if not count:
+        rows = np.concatenate(held)
+        mu = rows.mean(axis=0)
+        return Statistics(mu, (rows - mu).T / np.sqrt(seen - 1))
+    if held:
+        mu, scatter = _merge(count, mu, scatter, held)
+    return from_covariance(mu, scatter / (seen - 1))
+
+
+def _merge(
+    count: int, mu: np.ndarray, scatter: np.ndarray, parts: list[np.ndarray]
+) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]]:
+    """Mean and scatter matrix of `count` rows, of which both are known, and of those of the parts."""
+    rows = np.concatenate(parts)
+    mean, n = rows.mean(axis=0), len(rows)
+    centred, away, total = rows - mean, mean - mu, count + n
+    return mu + away * (n / total), scatter + centred.T @ centred + np.outer(away, away) * (count * n / total)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)): the FID, if the features are Inception's.
 
-    With sigma_a = A A^T and sigma_b = B B^T, the trace of the root is the sum of the singular values of A^T B. It is real, and
-    accurate even for singular covariances. Raises UsageError if the sizes differ.
+    The trace of the root is the sum of the singular values of root_a^T root_b. It is real, and accurate even for singular
+    covariances. Raises UsageError if the sizes differ.
     """
     if a.mu.shape != b.mu.shape:
         raise UsageError(
             f"got statistics of {len(a.mu)} and of {len(b.mu)} features, expected as many; take both from the same function"
         )
-    root_trace = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
-    return float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root_trace)
-
-
-def _factor(sigma: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D r"]:
-    """A with A A^T = sigma; eigenvalues below the rounding error of the largest are dropped."""
-    values, vectors = np.linalg.eigh(sigma)
-    kept = values > np.abs(values).max() * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    root_trace = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
+    traces = np.linalg.norm(a.root) ** 2 + np.linalg.norm(b.root) ** 2
+    return float(np.sum((a.mu - b.mu) ** 2) + traces - 2 * root_trace)
 
 
 def inception_score(logits: Float[np.ndarray, "N K"], *, splits: int = 10) -> Estimate:
@@ -115,20 +150,24 @@ def kernel_distance(
         raise UsageError(
             f"got {len(a)} and {len(b)} image(s), but the kernel distance needs at least 2; take more images"
         )
-    generator = np.random.RandomState(SEED)
-    values = []
+    # Of few images, all kernels are computed once: each subset would compute most of them again.
+    whole = _kernels(a, b) if max(len(a), len(b)) <= 5 * subset_size else None
+    generator, values = np.random.RandomState(SEED), []
     for _ in range(subsets):
-        x = np.asarray(a[generator.choice(len(a), size, replace=False)], np.float64)
-        y = np.asarray(b[generator.choice(len(b), size, replace=False)], np.float64)
-        values.append(_squared_discrepancy(x, y))
+        i, j = (generator.choice(len(images), size, replace=False) for images in (a, b))
+        if whole is None:
+            xx, yy, xy = _kernels(a[i], b[j])
+        else:
+            xx, yy, xy = whole[0][np.ix_(i, i)], whole[1][np.ix_(j, j)], whole[2][np.ix_(i, j)]
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        values.append(within - 2 * xy.mean())
     return Estimate(float(np.mean(values)), float(np.std(values)))
 
 
-def _squared_discrepancy(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "n D"]) -> float:
-    n, D = x.shape
-    xx, yy, xy = ((u @ v.T / D + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
-    return float(within - 2 * xy.mean())
+def _kernels(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> list[np.ndarray]:
+    """The kernel between the rows of x, between those of y, and between both."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return [(u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y))]
 
 
 class Neighbourhoods(NamedTuple):
