@@ -113,6 +113,11 @@ def test_every_metric_is_that_of_the_samples_and_the_real_images(evaluated, samp
     assert set(results["nearest"]["nearest"]) == {"pixels", "five sums"}
 
 
+def test_every_number_of_a_metric_has_a_name_and_a_direction():
+    assert set(metrics.DESCRIPTIONS) == {*METRICS, *scores.Neighbourhoods._fields}
+    assert {better for _, better in metrics.DESCRIPTIONS.values()} == {"lower", "higher", ""}
+
+
 def test_results_hold_everything_that_defines_them(evaluated, run):
     evaluation, results, files = evaluated
     assert set(files) == set(METRICS)

@@ -122,6 +122,21 @@ METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "rate-distortion": rate_distortion,
     "nearest": nearest,
 }
+# Metric, or a number of `prdc` -> its full name, and whether "lower" or "higher" is better; "" where neither is.
+DESCRIPTIONS: dict[str, tuple[str, str]] = {
+    "fid": ("Fréchet distance", "lower"),
+    "is": ("Inception score", "higher"),
+    "kid": ("Kernel distance", "lower"),
+    "prdc": ("Precision, recall, density and coverage", "higher"),
+    "precision": ("Precision", "higher"),
+    "recall": ("Recall", "higher"),
+    "density": ("Density", "higher"),
+    "coverage": ("Coverage", "higher"),
+    "losses": ("Loss of the real images", "lower"),
+    "nll": ("Bits per dimension", "lower"),
+    "rate-distortion": ("Rate and distortion", ""),
+    "nearest": ("Nearest real images", ""),
+}
 WITHOUT_FEATURES = ("losses", "nll", "rate-distortion", "nearest")
 
 
