@@ -65,7 +65,12 @@ def kid(e: Evaluation) -> dict[str, Any]:
 
 
 def prdc(e: Evaluation) -> dict[str, Any]:
-    """Precision, recall, density and coverage."""
+    """Precision, recall, density and coverage.
+
+    Precision is the share of samples that lie among the real images, recall the share of real images that lie among the samples.
+    Density is the number of samples around a real image in units of real ones, coverage the share of real images with a sample
+    around them.
+    """
     shares = scores.neighbourhoods(e.generated()["features"], e.real()["features"])
     values = {name: _estimate(estimate, "standard_error") for name, estimate in shares._asdict().items()}
     return values | {"neighbour": 3, "definition": e.definition("sampling", "features", "reference")}
