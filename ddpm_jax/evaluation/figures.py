@@ -155,7 +155,7 @@ def curves(
     whole_numbers = all(float(value).is_integer() for xs, _ in lines.values() for value in xs)
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
     if log and max(finite) > DECADE * min(finite):
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=STEPS[:-1] if max(finite) < 1000 * min(finite) else (1,)))
     else:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=STEPS))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
