@@ -77,7 +77,7 @@ summary { cursor: pointer; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem .35rem 0; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; }
+td:last-child { overflow-wrap: anywhere; }
 tbody th { font-weight: 500; }
 body > details:not(.strip) { border-top: 1px solid var(--line); padding: .6rem 0; }
 body > details:not(.strip) > summary { font-weight: 600; }
@@ -226,7 +226,7 @@ def _results(results: list[dict[str, Any]], paper: dict[str, str]) -> str:
     return _table(head, rows) + (of_paper if paper else "")
 
 
-def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
+def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> list[str]:
     """Curves against steps: losses, held-out bits/dim, and the Fréchet distance by provenance, if it has more than one step."""
     logged = read_metrics(workdir)
 
@@ -253,13 +253,15 @@ def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
     if several:
         caption = "Fréchet distance against training steps."
         figures.append(_curve(several, caption, x="step", y="Fréchet distance", marks=True))
-    return "<h2>Training</h2>" + _pair(figures) if figures else ""
+    return figures
 
 
-def _rate_distortion(results: list[dict[str, Any]]) -> str:
-    if not results:
-        return ""
-    newest = max(results, key=step_of)
+def _rate_distortion(results: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """The paper's Figure 5 at the newest step, and a folded table of it."""
+    found = [result for result in results if result["metric"] == "rate-distortion"]
+    if not found:
+        return [], ""
+    newest = max(found, key=step_of)
     rows, columns = progressive_code(newest)
     time, rate, distortion = columns
     figures = [
@@ -271,7 +273,12 @@ def _rate_distortion(results: list[dict[str, Any]]) -> str:
         )
     ]
     of = f"<p><small>{html.escape(made_of(newest['definition']))}</small></p>"
-    return f"<h2>Rate and distortion</h2>{_pair([*figures, _table([time, rate, distortion], rows)])}{of}"
+    return figures, _folded("Rate and distortion at tenths of the reverse process", _table([*columns], rows) + of)
+
+
+def _curves(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
+    training, (along, table) = _training(workdir, results), _rate_distortion(results)
+    return f"<h2>Curves</h2>{_pair(training + along)}{table}" if training or along else ""
 
 
 def _figures(workdir: epath.Path, config: Config) -> str:
@@ -313,8 +320,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         f"<title>{html.escape(f'{name}, step {step:,}: {workdir.name}')}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p></header>"
         f"{_strip(workdir, config)}{_cards(results, step, paper)}"
-        + _training(workdir, results)
-        + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
+        + _curves(workdir, results)
         + _figures(workdir, config)
         + f"<h2>All results</h2>{_results(results, paper)}"
         + "".join(f"<p><small>{html.escape(note)}</small></p>" for note in notes)
