@@ -30,7 +30,7 @@ from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.evaluation.evaluation import Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.metrics import evaluate
-from ddpm_jax.evaluation.report import describe
+from ddpm_jax.evaluation.results import describe
 from ddpm_jax.interop.diffusers import read_model, write_pipeline
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.sampling import sample

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import datetime
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from tiny import experiment
 
 from ddpm_jax import config as configs
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import (
@@ -23,14 +25,16 @@ from ddpm_jax.evaluation.figures import (
     chain_of,
     curves,
     draw_figures,
+    draw_samples,
     interpolation,
     nearest_grid,
     progressive,
     shared,
 )
-from ddpm_jax.evaluation.metrics import METRICS, evaluate
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
-from ddpm_jax.evaluation.report import describe, results_of_step, write_report
+from ddpm_jax.evaluation.report import write_report
+from ddpm_jax.evaluation.results import describe, plain, results_of_step, with_spread
 from ddpm_jax.training.workdir import load_run
 
 
@@ -64,10 +68,15 @@ def pictures(page):
     return {alt: (kind, base64.b64decode(content)) for kind, content, alt in found}
 
 
+def of_metric(name, step):
+    """How the row of a metric starts in the table of results."""
+    return f'<th scope="row">{DESCRIPTIONS[name][0]}<br><small>{name}</small></th><td>{step}</td>'
+
+
 def test_the_report_shows_every_result_with_what_it_is_of(reported):
     _, _, results, page = reported
     for name, result in results.items():
-        assert f"<td>{name}</td><td>40</td>" in page
+        assert of_metric(name, 40) in page
         assert describe(result).replace("'", "&#x27;") in page
     assert "<small>12 samples, ancestral, 10 steps, seed 0; pixels; 20 images of digits</small>" in page
     assert "not comparable with published FIDs" in page
@@ -75,16 +84,15 @@ def test_the_report_shows_every_result_with_what_it_is_of(reported):
 
 def test_the_report_holds_config_curves_and_figures(reported):
     page = reported[3]
-    assert "<td>diffusion.T</td><td>10</td>" in page
-    assert "a &lt;run&gt;" in page  # whatever the folder is called
+    assert '<th scope="row">diffusion.T</th><td>10</td>' in page
     shown = pictures(page)
     for start in (
+        "Samples of step 40",
         "The training loss",
-        "FID against training steps",
+        "Fréchet distance against training steps",
         "Distortion along",
         "Rate along",
         "Distortion against rate",
-        "Samples.",
         "Progressive",
         "Samples that share",
         "Between two",
@@ -97,7 +105,10 @@ def test_the_report_holds_config_curves_and_figures(reported):
 
 def test_the_curves_have_a_line_for_each_way_a_number_was_taken(reported):
     curves = {caption: content.decode() for caption, (kind, content) in pictures(reported[3]).items() if "svg" in kind}
-    fid, loss = curves["FID against training steps."], curves["The training loss."]
+    fid, loss = (
+        next(content for caption, content in curves.items() if caption.startswith(start))
+        for start in ("Fréchet distance against training steps.", "The training loss.")
+    )
     assert "12 samples, ancestral, 10 steps, seed 0" in fid
     assert "while training (0123abcd)" in fid
     assert "50 samples" not in fid
@@ -113,7 +124,9 @@ def test_the_report_asks_for_nothing_from_a_network(reported):
 def test_a_report_can_be_written_before_anything_was_evaluated(tmp_path):
     page = write_report(make_workdir(tmp_path / "run")).read_text()
     assert "The training loss" in page
-    assert "FID against" not in page
+    assert "distance against" not in page
+    assert "run evaluate.py" in page
+    assert "step 40" in page  # of the log
 
 
 def test_the_papers_numbers_stand_beside_those_of_a_paper_config_and_no_other(reported, tmp_path):
@@ -123,7 +136,8 @@ def test_the_papers_numbers_stand_beside_those_of_a_paper_config_and_no_other(re
     (workdir / "evaluation").mkdir()
     shutil.copy(reported[0] / "evaluation" / "fid-00000080-00000000.json", workdir / "evaluation")
     page = write_report(workdir).read_text()
-    assert "<th>the paper&#x27;s</th>" in page
+    assert '<th scope="col">the paper&#x27;s</th>' in page
+    assert "<p>the paper's: 3.17 (train set), 5.24 (test set)</p>" in page  # beside the number at the top
     assert "<td>3.17 (train set), 5.24 (test set)</td>" in page
     assert "2020's own, not measured here" in page
 
@@ -173,6 +187,100 @@ def test_every_config_of_the_paper_has_its_numbers(name, fid):
     assert papers_numbers(configs.flatten(config), config.data.source).get("fid") == fid
 
 
+# ---- What people see first
+
+
+def test_the_title_says_data_set_run_config_step_and_date(reported):
+    head = re.search(r"<title>(.*?)</title>.*<header>(.*?)</header>", reported[3], re.DOTALL)
+    today = datetime.date.today()
+    assert head[1] == "digits, step 80: a &lt;run&gt;"  # whatever the folder is called
+    for fact in ("<h1>digits</h1>", "run a &lt;run&gt;", "T = 10, linear", "step 80", f"{today:%B %Y}"):
+        assert fact in head[2], fact
+
+
+def test_samples_come_first_then_four_numbers_then_curves_and_folded_configuration(reported, alone):
+    places = [reported[3].index(part) for part in ("<h1>", "Samples of step 40", "The training loss", "All results")]
+    assert places == sorted(places)
+    page = write_report(alone).read_text()
+    cards = re.findall(r'<div class="card"><dt>(.*?)</dt><dd><strong>([^<]+)</strong>(.*?)</dd>', page)
+    assert [name for name, *_ in cards] == ["Fréchet distance", "Bits per dimension", "Precision", "Recall"]
+    arrows = [(arrow, better) for _, _, rest in cards for arrow, better in re.findall(r"([↓↑])</span> (\w+) is", rest)]
+    assert arrows == [("↓", "lower")] * 2 + [("↑", "higher")] * 2
+    assert page.index('class="card"') < page.index("The training loss")
+    for folded in ("Definitions", "Configuration"):
+        assert f"<details><summary>{folded}</summary>" in page
+
+
+def test_a_card_has_the_number_of_most_samples(reported, tmp_path):
+    """Of step 80 there are two distances: 1.25 of 12 samples, and the same of 50."""
+    workdir = epath.Path(shutil.copytree(reported[0], tmp_path / "run"))
+    path = workdir / "evaluation" / "fid-00000080-11111111.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"value": 2.5}))
+    assert "<strong>2.500</strong>" in write_report(workdir).read_text()
+    assert "<strong>1.250</strong>" in reported[3]
+
+
+def test_without_figures_the_samples_are_shown_and_without_those_the_grid_of_the_training(reported, tmp_path):
+    workdir, evaluation, *_ = reported
+    for name in ("drawn", "grid"):
+        make_workdir(tmp_path / name)
+    draw_samples(load_run(workdir), evaluation, epath.Path(tmp_path / "drawn" / EVALUATION / FOLDER))
+    (tmp_path / "grid" / "samples").mkdir()
+    shutil.copy(workdir / EVALUATION / FOLDER / "samples-00000040.png", tmp_path / "grid/samples/step_00000040.png")
+    for name in ("drawn", "grid"):
+        page = write_report(tmp_path / name).read_text()
+        [(alt, (kind, content))] = [found for found in pictures(page).items() if found[0].startswith("Samples")]
+        assert (alt, kind) == ("Samples of step 40", "png")
+        assert content == (workdir / EVALUATION / FOLDER / "samples-00000040.png").read_bytes()
+        assert "<h2>Figures</h2>" not in page
+    newer = tmp_path / "drawn" / "samples"
+    newer.mkdir()
+    (newer / "step_00000090.png").write_bytes(b"half a picture")  # one that is broken stops no report
+    assert "Samples of step 90" in write_report(tmp_path / "drawn").read_text()
+
+
+def test_the_strip_ends_between_two_rows_of_samples(tmp_path):
+    workdir = make_workdir(tmp_path / "run")
+    folder = workdir / EVALUATION / FOLDER
+    folder.mkdir(parents=True)
+    sheet = enlarge(grid(np.full((64, 8, 8, 1), 255, np.uint8)))
+    (folder / "samples-00000040.png").write_bytes(png_bytes(sheet))
+    width, height = map(int, re.search(r"aspect-ratio: (\d+) / (\d+)", write_report(workdir).read_text()).groups())
+    assert width == sheet.shape[1]
+    assert sheet[height - 1].any()
+    assert not sheet[height].any()  # the gap
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "said"),
+    [
+        (1.2523898, 0.0896, ("1.25", "0.09")),
+        (5.403824, 0.01411, ("5.404", "0.014")),
+        (0.0, 0.0, ("0", "")),
+        (1.0, 0.0, ("1.000", "")),
+        (12345.6, 120.0, ("12,346", "120")),
+        (-0.0001, 0.02, ("0.00", "0.02")),
+        (3.0, 1e-9, ("3.000", "")),
+        (3.0, 5e-324, ("3.000", "")),
+        (float("inf"), 1.0, ("inf", "")),
+        (2.0, float("nan"), ("2.000", "")),
+        (2.0, None, ("2.000", "")),
+    ],
+)
+def test_numbers_have_the_digits_that_their_spread_allows(value, spread, said):
+    assert with_spread(value, spread) == said
+
+
+def test_a_number_has_no_exponent():
+    assert plain(1.0551e-05) == "0.000011"
+    assert plain(1.0551e-05, decimals=3) == "below 0.001"
+    assert plain(1e-12) == "below 0.000001"
+    assert plain(123456.0) == "123,456"
+    estimate = {"value": 0.0, "standard_error": 0.0}
+    result = {"metric": "prdc", "precision": estimate, "recall": estimate, "density": estimate, "coverage": estimate}
+    assert describe(result) == "precision 0, recall 0, density 0, coverage 0"
+
+
 # ---- Damaged results
 
 
@@ -211,8 +319,8 @@ def test_a_damaged_result_is_left_out_with_a_note_and_the_others_are_reported(ho
     page = write_report(workdir).read_text()
     assert f"{path.name} is left out (" in page
     assert "evaluate again, or move it away" in page
-    assert "<td>fid</td>" in page
-    assert "<td>nll</td>" not in page
+    assert of_metric("fid", 40) in page
+    assert of_metric("nll", 40) not in page
     assert {metric for metric, *_ in results_of_step(workdir, 40)} == set(METRICS) - {"is", "nll"}
 
 
@@ -222,7 +330,7 @@ def test_a_result_in_anothers_place_is_left_out(alone, tmp_path):
     shutil.copy(one, other)
     page = write_report(tmp_path / "run").read_text()
     assert f"{other.name} is left out (it is not what was written there)" in page
-    assert page.count("<td>kid</td>") == 1
+    assert page.count(of_metric("kid", 40)) == 1
 
 
 def test_other_files_beside_the_figures_are_no_figures(alone, tmp_path):
@@ -279,6 +387,16 @@ def test_figures_are_readable_pictures_of_the_right_size(reported):
     assert width * (8 * 9 - 1) == height * (10 * 9 - 1)
 
 
+@pytest.mark.parametrize("ys", [[0.6, 0.09], [0.95, 0.5], [1000.0, 1e-5], [0.5, 0.5], [0.5, -0.5], [0.0, 0.1]])
+def test_ticks_are_plain_numbers(ys):
+    content = curves({"loss": ([0, 800_000], ys)}, x="step", y="loss", log=True).decode()
+    labels = [comment for comment in re.findall(r"<!-- (.*?) -->", content) if comment not in ("step", "loss")]
+    assert len(labels) >= 6
+    for label in labels:
+        assert re.fullmatch(r"[-\u2212]?[\d,]+(\.\d+)?", label), label
+    assert "200,000" in labels
+
+
 def test_curves_are_drawn_with_their_labels():
     content = curves({"loss": ([1, 2], [0.5, 0.1])}, x="the step", y="the loss").decode()
     assert "<!-- the step -->" in content
@@ -295,6 +413,9 @@ PROBE = """<script>addEventListener("load", () => {
     pictures: images.length,
     drawn: images.filter((image) => image.complete && image.naturalWidth > 0).length,
     rows: document.querySelectorAll("tbody tr").length,
+    nameless: images.filter((image) => !image.alt).length,
+    samples: document.querySelector(".strip img").getBoundingClientRect().top,
+    columns: getComputedStyle(document.querySelector(".pair")).gridTemplateColumns.split(" ").length,
     wider: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   });
 });</script>"""
@@ -315,4 +436,7 @@ def test_a_browser_shows_table_and_pictures_without_an_error(reported, tmp_path,
     assert seen["pictures"] == seen["drawn"] == len(pictures(reported[3]))
     assert seen["rows"] == reported[3].count("<tr>") - reported[3].count("<thead>")
     assert seen["wider"] <= 0
+    assert seen["nameless"] == 0
+    assert seen["samples"] < 200  # on the first screen
+    assert seen["columns"] == (2 if width == 1000 else 1)
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -16,11 +16,12 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
-from ddpm_jax.evaluation.figures import FOLDER, draw_figures
+from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
 from ddpm_jax.evaluation.inception import Preprocessing
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
 from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
-from ddpm_jax.evaluation.report import describe, write_report
+from ddpm_jax.evaluation.report import write_report
+from ddpm_jax.evaluation.results import describe
 from ddpm_jax.generation.generator import SamplerOptions
 from ddpm_jax.training.workdir import load_run
 
@@ -40,7 +41,7 @@ class Arguments:
     step: int | Literal["best"] | None = None
     """The checkpoint's step, or best, by train.keep_best; default the newest."""
     figures: bool = True
-    """Draw the figures of the report as well."""
+    """Draw the figures of the report as well; without them it shows the samples that a metric took."""
     distributed: bool = False
     """Join the other processes of a multi-host run (see docs/parallelism.md)."""
     unverified: bool = False
@@ -81,5 +82,7 @@ def main() -> None:
         )
         if arguments.figures:
             draw_figures(run, evaluation, epath.Path(workdir) / EVALUATION / FOLDER, results)
+        elif any("sampling" in result["definition"] for result in results.values()):  # they are there already
+            draw_samples(run, evaluation, epath.Path(workdir) / EVALUATION / FOLDER)
         if first:
             print(f"The report: {write_report(workdir)}")

@@ -4,6 +4,7 @@ The same command resumes the run.
 """
 
 import contextlib
+import shlex
 import signal
 import sys
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ def train(
                     f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
                 )
             tqdm.write(describe(experiment, source, mesh, state))
+            tqdm.write(
+                f"Curves and samples: tensorboard --logdir {shlex.quote(str(workdir))} (pip install tensorboard)"
+            )
             parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),

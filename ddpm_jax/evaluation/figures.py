@@ -82,6 +82,15 @@ def nearest_grid(
     return np.concatenate(images)
 
 
+def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w C"]:
+    return grid(samples, columns=min(COLUMNS, len(samples)))
+
+
+def draw_samples(run: Run, evaluation: Evaluation, folder: epath.Path) -> None:
+    """Draws the first samples alone, the picture that a report starts with, as `draw_figures` does."""
+    _write(run, folder, {"samples": _sheet(evaluation.first_samples())})
+
+
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
     """Draws the figures into a folder, each as a PNG named by the step. All processes compute; process 0 writes.
 
@@ -90,7 +99,7 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
     samples = evaluation.first_samples()
     chain, schedule = chain_of(run, seed=evaluation.options.seed), run.experiment.process.schedule
     pictures = {
-        "samples": grid(samples),
+        "samples": _sheet(samples),
         "progressive": grid(progressive(chain), columns=min(10, schedule.T)),
         "shared_latents": grid(shared(chain), columns=COLUMNS),
     }
@@ -100,6 +109,10 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
         near = nearest_grid(samples, evaluation.source.read, found["places"])
         columns = 1 + len(found["places"][0])
         pictures["nearest" if name == "pixels" else "nearest_features"] = grid(near, columns=columns)
+    _write(run, folder, pictures)
+
+
+def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "h w C"]]) -> None:
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +123,15 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
 
 # ---- Curves
 
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind, and in grey
+STEPS = (1, 2, 5, 10)  # between ticks
+DECADE = 10  # a logarithmic axis over less than this ratio gets equal steps, as there are few round numbers inside
+
+
+def _tick(value: float, place: float) -> str:
+    """A tick's label without an exponent."""
+    return np.format_float_positional(value, precision=10, trim="-") if abs(value) < 1 else f"{value:,.10g}"
+
 
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -119,17 +141,31 @@ def curves(
     marks: bool = False,
     log: bool = False,
 ) -> bytes:
-    """Plots lines, (x, y) by name, as the content of an SVG file."""
+    """Plots lines, (x, y) by name, as the content of an SVG file without a background. log: the y axis, if all y are positive."""
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(4.8, 3), layout="constrained")  # in inches of a page, so that a phone can show the texts
     axes = figure.subplots()
+    axes.set_prop_cycle(color=COLORS)
     for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, marker="o" if marks else None, linewidth=1.5)
+        axes.plot(xs, ys, label=name, marker="o" if marks or len(xs) == 1 else None, linewidth=1.8)
+    finite = [value for _, ys in lines.values() for value in ys if np.isfinite(value)]
+    log = log and bool(finite) and min(finite) > 0
+    whole_numbers = all(float(value).is_integer() for xs, _ in lines.values() for value in xs)
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+    if log and max(finite) > DECADE * min(finite):
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=STEPS[:-1] if max(finite) < 1000 * min(finite) else (1,)))
+    else:
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=STEPS))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=STEPS, integer=whole_numbers))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_tick)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        axes.legend(fontsize="x-small")
+        figure.legend(loc="outside upper left", fontsize="small", frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return buffer.getvalue()

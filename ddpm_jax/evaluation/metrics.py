@@ -69,7 +69,12 @@ def kid(e: Evaluation) -> dict[str, Any]:
 
 
 def prdc(e: Evaluation) -> dict[str, Any]:
-    """Precision, recall, density and coverage."""
+    """Precision, recall, density and coverage.
+
+    Precision is the share of samples that lie among the real images, recall the share of real images that lie among the samples.
+    Density is the mean number of real images' neighbourhoods that a sample lies in, over 3; coverage is the share of real images
+    with a sample in their neighbourhood, which reaches to their third neighbour.
+    """
     shares = scores.neighbourhoods(e.generated()["features"], e.real()["features"])
     values = {name: _estimate(estimate, "standard_error") for name, estimate in shares._asdict().items()}
     return values | {"neighbour": 3, "definition": e.definition("sampling", "features", "reference")}

@@ -1,28 +1,45 @@
-"""The report of a run, report.html: config, training curve, results beside the paper's, and figures.
+"""The report of a run, report.html: samples, four numbers, all results beside the paper's, curves, figures, config.
 
-It is written from the workdir's files alone. It embeds its pictures and loads nothing from a network.
+It is written from the workdir's files alone. It embeds its pictures, loads nothing from a network and has no script.
 """
 
 import base64
+import datetime
 import html
+import inspect
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from ddpm_jax import config as configs
-from ddpm_jax.core.files import DamagedFileError, read_json, remove_remnants, write_text
+from ddpm_jax.config import Config
+from ddpm_jax.core.files import remove_remnants, write_text
 from ddpm_jax.evaluation.evaluation import EVALUATION
-from ddpm_jax.evaluation.figures import FOLDER, curves
-from ddpm_jax.evaluation.metrics import file_name, step_of
+from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, step_of
 from ddpm_jax.evaluation.paper import papers_numbers
-from ddpm_jax.evaluation.parts import digest
+from ddpm_jax.evaluation.results import PRDC, describe, made_of, number_of, plain, progressive_code, read_results
 from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import read_config
 
 REPORT = "report.html"
+HEADLINES = (
+    "fid",
+    "is",
+    "nll",
+    "precision",
+    "recall",
+    "kid",
+    "losses",
+    "coverage",
+    "density",
+)  # the first four are shown
+STRIP_ROWS = 2  # of samples, until a click shows the others
+PIXELATED = 32  # larger images are smoothed where the page enlarges them
 
 CAPTIONS = {
-    "samples": "Samples.",
     "progressive": "Progressive generation (Figure 6): the x₀ predicted along the reverse process, a row for each sample.",
     "shared_latents": "Samples that share x_t with the first one (Figure 7): a row each for t = T, 3T/4, T/2, T/4.",
     "interpolation": "Between two real images (Figure 8): mixed at t = T/8, T/4, T/2, 3T/4, T, a row for each; first and last, "
@@ -32,178 +49,260 @@ CAPTIONS = {
 }
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 0 auto; padding: 1rem; }
+:root { color-scheme: light dark; --line: #8885; }
+* { box-sizing: border-box; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: .5rem 0 0; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; break-after: avoid; }
+p { margin: .4rem 0; }
+small, figcaption, header p, .card p { font-size: .875rem; font-weight: 400; opacity: .8; }
+figure { margin: 0; break-inside: avoid; }
+img { display: block; width: 100%; height: auto; }
+.pixels { image-rendering: pixelated; }
+.strip { margin: 1rem 0; }
+.strip img { object-fit: cover; object-position: top; border-radius: 6px; }
+.strip img.whole { width: auto; max-width: 100%; max-height: 22rem; min-height: 8rem; }
+.strip[open] img { aspect-ratio: auto !important; }
+summary { cursor: pointer; }
+.strip summary { list-style: none; }
+.strip summary::-webkit-details-marker { display: none; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; break-inside: avoid; }
+.card dt { font-weight: 600; }
+.card dd { margin: 0; }
+.card strong { font-size: 1.6rem; line-height: 1.3; }
+.card span { white-space: nowrap; }
+.pair { display: grid; gap: 1.5rem; }
+@media (min-width: 40rem), print { .pair { grid-template-columns: 1fr 1fr; } }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left; vertical-align: top; }
-img { width: 100%; height: auto; background: #fff; }
-img.pixels { image-rendering: pixelated; }
-figure { margin: 1.5rem 0; }
-small, figcaption { opacity: .75; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem .35rem 0; text-align: left; vertical-align: top; }
+td:last-child { overflow-wrap: anywhere; }
+tbody th { font-weight: 500; }
+body > details:not(.strip) { border-top: 1px solid var(--line); padding: .6rem 0; }
+body > details:not(.strip) > summary { font-weight: 600; }
+@media screen and (prefers-color-scheme: dark) { .curve { filter: invert(1) hue-rotate(180deg); } }
+@media print { :root { color-scheme: light; font-size: 75%; } body { padding: 0; max-width: none; } }
 """
 
 
-def describe(result: dict[str, Any]) -> str:
-    """A result in one line: its numbers, their spread, and whether they can be compared with published ones."""
-    metric = result["metric"]
-    if metric == "prdc":
-        return ", ".join(f"{name} {_number(result[name])}" for name in ("precision", "recall", "density", "coverage"))
-    if metric == "nll":
-        parts = ", ".join(f"{name} {part['value']:.5g}" for name, part in result["parts"].items())
-        return f"{_number(result)} bits/dim ({parts})"
-    if metric == "rate-distortion":
-        return (
-            f"rate {result['rate']:.4g}, distortion {result['distortion_bits']:.4g} bits/dim, "
-            f"RMSE {result['rmse']:.4g} of 255"
-        )
-    if metric == "nearest":
-        first = {name: min(row[0] for row in found["distances"]) for name, found in result["nearest"].items()}
-        return ", ".join(f"least distance {distance:.4g} ({name})" for name, distance in first.items())
-    return _number(result) + (f" ({result['not_comparable']})" if "not_comparable" in result else "")
-
-
-def _number(estimate: dict[str, Any]) -> str:
-    spreads = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
-    spread = next((estimate[name] for name in spreads if estimate.get(name) is not None), None)
-    return f"{estimate['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
-
-
-def read_results(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results of a workdir, ordered by metric and step, and a note for each damaged file."""
-    folder, results, notes = workdir / EVALUATION, [], []
-    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
-        try:
-            results.append(_read_result(path))
-        except DamagedFileError as error:
-            notes.append(f"{path.name} is left out ({error.reason}); evaluate again, or move it away")
-    return sorted(results, key=lambda result: (result["metric"], step_of(result))), notes
-
-
-def _read_result(path: epath.Path) -> dict[str, Any]:
-    """Reads a result. It must match its checksum, or, from an earlier version, be displayable. Raises DamagedFileError."""
-    result = read_json(path)
-    proof = result.pop("sha256", None)
-    try:
-        proven = proof is not None and proof == digest(result) and path.name == file_name(result)
-        if proof is None:
-            _show(result)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFileError(path, f"it holds no result of an evaluation: {error!r}") from None
-    if proof is not None and not proven:
-        raise DamagedFileError(path, "it is not what was written there")
-    return result
-
-
-def _show(result: dict[str, Any]) -> None:
-    """Renders a result as the report does, to find out whether it can be rendered."""
-    texts = [f"{step_of(result):,d}", describe(result), _made_of(result["definition"]), result["metric"]]
-    texts += [f"{name} {version}" for name, version in result["definition"]["software"].items()]
-    _table([""], [texts])
-    if result["metric"] == "rate-distortion":
-        _rate_distortion([result])
-
-
-def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
-    """The results of a step: the metric, its value in a line, and its provenance."""
-    return [
-        (result["metric"], describe(result), _made_of(result["definition"]))
-        for result in read_results(workdir)[0]
-        if step_of(result) == step
-    ]
-
-
-def _made_of(definition: dict[str, Any]) -> str:
-    said = []
-    if sampling := definition.get("sampling"):
-        said.append(
-            f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"
-        )
-    if bound := definition.get("bound"):
-        said.append(f"{bound['terms']:,} of {bound['T'] - 1:,} terms between L_T and L_0, seed {bound['seed']}")
-    if features := definition.get("features"):
-        said.append(features)
-    real = definition.get("reference") or definition.get("statistics")
-    if real:
-        said.append(f"{real['images']:,} images of {real['source']}" if "source" in real else real["statistics"])
-    return "; ".join(said)
+def _text(text: str) -> str:
+    """A text as HTML; what follows a line break is set small."""
+    first, *rest = (html.escape(part) for part in text.split("\n"))
+    return first + "".join(f"<br><small>{part}</small>" for part in rest)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table of texts. Text after a line break in a cell is set small."""
-
-    def cell(text: str) -> str:
-        first, *rest = (html.escape(part) for part in text.split("\n"))
-        return first + "".join(f"<br><small>{part}</small>" for part in rest)
-
-    heads = "".join(f"<th>{cell(text)}</th>" for text in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in rows)
+    """A table of texts, each row headed by its first."""
+    heads = "".join(f'<th scope="col">{_text(text)}</th>' for text in head)
+    lines = "".join(
+        f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(text)}</td>" for text in row[1:])}</tr>'
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _figure(content: bytes, kind: str, caption: str) -> str:
-    data, style = base64.b64encode(content).decode(), ' class="pixels"' if kind == "png" else ""
-    source = f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{data}"
-    text = html.escape(caption)
-    return f'<figure><img{style} src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
-def _training_curve(workdir: epath.Path) -> str:
-    lines = {}
-    for name, label in (("loss", "training images"), ("eval_loss", "held-out images, EMA parameters")):
-        logged = [line for line in read_metrics(workdir) if isinstance(line.get(name), float | int)]
-        if logged:
-            lines[label] = [line["step"] for line in logged], [line[name] for line in logged]
-    return _figure(curves(lines, x="step", y="loss", log=True), "svg", "The training loss.") if lines else ""
+def _pair(figures: list[str]) -> str:
+    return f'<div class="pair">{"".join(figures)}</div>'
 
 
-def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
-    """FID against steps, a line for each provenance with more than one step."""
+def _image(content: bytes, kind: str, alt: str, *, classes: str, style: str = "") -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    styled = f' style="{style}"' if style else ""
+    return f'<img class="{classes}"{styled} src="{source}" alt="{html.escape(alt)}">'
+
+
+def _curve(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, **options: Any) -> str:
+    """A figure of curves; its alternative text tells where each line starts and ends."""
+    ends = [
+        f"{name}: {plain(ys[0])} at {xs[0]:,}, {plain(ys[-1])} at {xs[-1]:,}"
+        for name, (xs, ys) in lines.items()
+        if len(xs)
+    ]
+    image = _image(curves(lines, **options), "svg+xml", f"{caption} {'; '.join(ends)}.", classes="curve")
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+# ---- The parts of the page, from top to bottom
+
+
+def _title(workdir: epath.Path, config: Config, step: int) -> tuple[str, str]:
+    """The data set's name, and a line that names the run, its config, the step and today."""
+    data, diffusion, today = config.data, config.diffusion, datetime.date.today()
+    name = data.source if data.source.startswith("tfds:") else epath.Path(data.source).name
+    of = f" of {config.train.steps:,}" if step <= config.train.steps else ""
+    facts = (
+        f"{data.image_size}\u00d7{data.image_size} {'grey' if data.channels == 1 else 'RGB'}",
+        f"run {workdir.name}",
+        f"T = {diffusion.T:,}, {diffusion.schedule} schedule, predicts {diffusion.prediction}, loss {diffusion.loss}",
+        f"batch {config.train.batch_size:,}",
+        f"step {step:,}{of}",
+        f"{today.day} {today:%B %Y}",
+    )
+    return name, " · ".join(facts)
+
+
+def _newest(folder: epath.Path, pattern: str) -> tuple[int, epath.Path] | None:
+    """The picture of the greatest step, and that step. pattern: with {} where its 8 digits are."""
+    paths = sorted(folder.glob(pattern.format("[0-9]" * 8))) if folder.exists() else []
+    return (int(paths[-1].stem[-8:]), paths[-1]) if paths else None
+
+
+def _strip(workdir: epath.Path, config: Config) -> str:
+    """Samples: those of the evaluation, else the training's grid, if that is newer or alone. A click shows all of the former."""
+    drawn = _newest(workdir / EVALUATION / FOLDER, "samples-{}.png")
+    logged = _newest(workdir / "samples", "step_{}.png")
+    newest = max(
+        ((*found, found is drawn) for found in (logged, drawn) if found), default=None, key=lambda f: (f[0], f[2])
+    )
+    if newest is None:
+        return ""
+    step, path, is_drawn = newest
+    content, size = path.read_bytes(), config.data.image_size
+    width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))  # of a PNG
+    pixels = "pixels" if size <= PIXELATED else ""
+    scale = width // (COLUMNS * (size + 1) - 1)
+    top = scale * (STRIP_ROWS * (size + 1) - 1)
+    alt = f"Samples of step {step:,}"
+    if not is_drawn or height <= top:
+        image = _image(content, "png", alt, classes=f"whole {pixels}")
+        return f'<figure class="strip">{image}<figcaption>{alt}.</figcaption></figure>'
+    image = _image(content, "png", alt, classes=pixels, style=f"aspect-ratio: {width} / {top}")
+    return f'<details class="strip"><summary>{image}<small>{alt}; a click shows all, or the first.</small></summary></details>'
+
+
+def _cards(results: list[dict[str, Any]], step: int, paper: dict[str, str]) -> str:
+    """The first four of HEADLINES at a step, each from the most samples that it was computed from."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    by_size = sorted(results, key=lambda result: (result["definition"].get("sampling") or {}).get("images", 0))
+    for result in (result for result in by_size if step_of(result) == step):
+        parts = {name: result[name] for name in PRDC} if result["metric"] == "prdc" else {result["metric"]: result}
+        found |= {name: (estimate, result) for name, estimate in parts.items()}
+    shown = [name for name in HEADLINES if name in found][:4]
+    cards = [_card(name, *found[name], paper.get(name)) for name in shown]
+    return f'<dl class="cards">{"".join(cards)}</dl>' if cards else ""
+
+
+def _card(name: str, estimate: dict[str, Any], result: dict[str, Any], paper: str | None) -> str:
+    (value, spread), (title, better) = number_of(estimate), DESCRIPTIONS[name]
+    arrow = {"lower": "↓", "higher": "↑"}[better]
+    notes = [f'<span aria-hidden="true">{arrow}</span> {better} is better', html.escape(_of(result["definition"]))]
+    if paper:
+        notes.append(f"the paper's: {html.escape(paper)}")
+    if "not_comparable" in result:
+        notes.append("not comparable with published ones")
+    said = f"<strong>{value}</strong>" + (f" <span>± {spread}</span>" if spread else "")
+    lines = "".join(f"<p>{note}</p>" for note in notes)
+    return f'<div class="card"><dt>{html.escape(title)}</dt><dd>{said}{lines}</dd></div>'
+
+
+def _of(definition: dict[str, Any]) -> str:
+    """The images that a number is of, in a few words."""
+    if sampling := definition.get("sampling"):
+        return f"{sampling['images']:,} samples" + (f", {definition['features']}" if definition.get("features") else "")
+    real = definition.get("reference") or {}
+    return f"{real['images']:,} real images" if "source" in real else ""
+
+
+def _results(results: list[dict[str, Any]], paper: dict[str, str]) -> str:
+    """The table of all results, beside the paper's numbers."""
+    if not results:
+        return "<p>Nothing was evaluated yet; run evaluate.py.</p>"
+    head = ["metric", "step", *(["the paper's"] if paper else []), "value, and what it is of"]
+    rows = [
+        [
+            f"{DESCRIPTIONS.get(result['metric'], (result['metric'], ''))[0]}\n{result['metric']}",
+            f"{step_of(result):,}",
+            *([paper.get(result["metric"], "")] if paper else []),
+            f"{describe(result)}\n{made_of(result['definition'])}",
+        ]
+        for result in results
+    ]
+    of_paper = "<p><small>The paper's numbers are Ho, Jain &amp; Abbeel 2020's own, not measured here.</small></p>"
+    return _table(head, rows) + (of_paper if paper else "")
+
+
+def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> list[str]:
+    """Curves against steps: losses, held-out bits/dim, and the Fréchet distance by provenance, if it has more than one step."""
+    logged = read_metrics(workdir)
+
+    def line(name: str) -> tuple[list[int], list[float]]:
+        there = [values for values in logged if isinstance(values.get(name), float | int)]
+        return [values["step"] for values in there], [values[name] for values in there]
+
+    figures = []
+    losses = {"training images": line("loss"), "held-out images, EMA parameters": line("eval_loss")}
+    if losses := {name: points for name, points in losses.items() if points[0]}:
+        figures.append(_curve(losses, "The training loss.", x="step", y="loss", log=True))
+    if (bits := line("eval_bits_per_dim"))[0]:
+        figures.append(
+            _curve({"held-out images": bits}, "Bits per dimension of held-out images.", x="step", y="bits/dim")
+        )
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
-            lines.setdefault(_made_of(result["definition"]), {})[step_of(result)] = result["value"]
-    for line in read_metrics(workdir):
-        if isinstance(line.get("eval_fid"), float | int):
-            lines.setdefault(f"while training ({line.get('eval_of')})", {})[line["step"]] = line["eval_fid"]
+            lines.setdefault(made_of(result["definition"]), {})[step_of(result)] = result["value"]
+    for values in logged:
+        if isinstance(values.get("eval_fid"), float | int):
+            lines.setdefault(f"while training ({values.get('eval_of')})", {})[values["step"]] = values["eval_fid"]
     several = {name: (list(points), list(points.values())) for name, points in sorted(lines.items()) if len(points) > 1}
-    return (
-        _figure(curves(several, x="step", y="FID", marks=True), "svg", "FID against training steps.") if several else ""
-    )
+    if several:
+        caption = "Fréchet distance against training steps."
+        figures.append(_curve(several, caption, x="step", y="Fréchet distance", marks=True))
+    return figures
 
 
-def _rate_distortion(results: list[dict[str, Any]]) -> str:
-    if not results:
-        return ""
-    newest = max(results, key=step_of)
-    rows = [[f"{row['reverse_time']}", f"{row['rate']:.5f}", f"{row['distortion']:.5f}"] for row in newest["table"]]
-    T = newest["definition"]["bound"]["T"]
-    columns = {
-        "reverse time T - t": [T - row["t"] for row in newest["curve"]],
-        "distortion (RMSE of 255)": [row["distortion"] for row in newest["curve"]],
-        "rate (bits/dim)": [row["rate"] for row in newest["curve"]],
-    }
-    time, distortion, rate = columns
+def _rate_distortion(results: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """The paper's Figure 5 at the newest step, and a folded table of it."""
+    found = [result for result in results if result["metric"] == "rate-distortion"]
+    if not found:
+        return [], ""
+    newest = max(found, key=step_of)
+    rows, columns = progressive_code(newest)
+    time, rate, distortion = columns
     figures = [
-        _figure(curves({y: (columns[x], columns[y])}, x=x, y=y), "svg", f"{caption} (Figure 5).")
+        _curve({y: (columns[x], columns[y])}, f"{caption} (Figure 5).", x=x, y=y)
         for x, y, caption in (
             (time, distortion, "Distortion along the reverse process"),
             (time, rate, "Rate along the reverse process"),
             (rate, distortion, "Distortion against rate"),
         )
     ]
-    of = f"<p><small>{html.escape(_made_of(newest['definition']))}</small></p>"
-    return "<h2>Rate and distortion</h2>" + of + _table([time, rate, distortion], rows) + "".join(figures)
+    of = f"<p><small>{html.escape(made_of(newest['definition']))}</small></p>"
+    return figures, _folded("Rate and distortion at tenths of the reverse process", _table([*columns], rows) + of)
 
 
-def _pictures(workdir: epath.Path) -> str:
-    folder, said = workdir / EVALUATION / FOLDER, []
+def _curves(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
+    training, (along, table) = _training(workdir, results), _rate_distortion(results)
+    return f"<h2>Curves</h2>{_pair(training + along)}{table}" if training or along else ""
+
+
+def _figures(workdir: epath.Path, config: Config) -> str:
+    pixels, said = "pixels" if config.data.image_size <= PIXELATED else "", []
     for name, caption in CAPTIONS.items():
-        paths = sorted(folder.glob(f"{name}-{'[0-9]' * 8}.png")) if folder.exists() else []
-        if paths:
-            step = int(paths[-1].stem[-8:])
-            said.append(_figure(paths[-1].read_bytes(), "png", f"{caption} Step {step:,}."))
-    return "<h2>Figures</h2>" + "".join(said) if said else ""
+        if found := _newest(workdir / EVALUATION / FOLDER, name + "-{}.png"):
+            step, path = found
+            text = f"{caption} Step {step:,}."
+            image = _image(path.read_bytes(), "png", text, classes=pixels)
+            said.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
+    return "<h2>Figures</h2>" + _pair(said) if said else ""
+
+
+def _definitions(results: list[dict[str, Any]]) -> str:
+    """What each metric is, by the docstring of its function, and the software of the last result."""
+    rows = []
+    for name in dict.fromkeys(result["metric"] for result in results if result["metric"] in METRICS):
+        title, better = DESCRIPTIONS.get(name, (name, ""))
+        said = " ".join((inspect.getdoc(METRICS[name]) or "").split())
+        rows.append([f"{title}\n{name}", said + (f" {better.capitalize()} is better." if better else "")])
+    if not rows:
+        return ""
+    software = ", ".join(f"{name} {version}" for name, version in results[-1]["definition"]["software"].items())
+    return _folded("Definitions", f"{_table(['metric', 'what'], rows)}<p><small>{html.escape(software)}</small></p>")
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
@@ -212,31 +311,22 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     config, (results, notes) = read_config(workdir), read_results(workdir)
     flat = configs.flatten(config)
     paper = papers_numbers(flat, config.data.source)
-    head = ["metric", "step", *(["the paper's"] if paper else []), "value, and what it is of"]
-    rows = [
-        [
-            result["metric"],
-            f"{step_of(result):,}",
-            *([paper.get(result["metric"], "")] if paper else []),
-            f"{describe(result)}\n{_made_of(result['definition'])}",
-        ]
-        for result in results
-    ]
-    of_paper = "<p><small>The paper's numbers are Ho, Jain &amp; Abbeel 2020's own, not measured here.</small></p>"
-    software = results[-1]["definition"]["software"] if results else {}
+    logged = [values["step"] for values in read_metrics(workdir)]
+    step = max([step_of(result) for result in results] or logged or [0])
+    name, facts = _title(workdir, config, step)
     page = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(workdir.name)}</h1>"
-        f"<h2>Results</h2>{_table(head, rows)}{of_paper if paper else ''}"
+        f"<title>{html.escape(f'{name}, step {step:,}: {workdir.name}')}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p></header>"
+        f"{_strip(workdir, config)}{_cards(results, step, paper)}"
+        + _curves(workdir, results)
+        + _figures(workdir, config)
+        + f"<h2>All results</h2>{_results(results, paper)}"
         + "".join(f"<p><small>{html.escape(note)}</small></p>" for note in notes)
-        + f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(workdir, results)}"
-        + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
-        + _pictures(workdir)
-        + f"<h2>Config</h2>{_table(['field', 'value'], [[name, str(value)] for name, value in flat.items()])}"
-        f"<p><small>{html.escape(', '.join(f'{name} {version}' for name, version in software.items()))}</small></p>"
-        "</body></html>"
+        + _definitions(results)
+        + _folded("Configuration", _table(["field", "value"], [[field, str(value)] for field, value in flat.items()]))
+        + "</body></html>"
     )
     remove_remnants(workdir, REPORT)
     write_text(workdir / REPORT, page)

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from ddpm_jax import config as configs
-from ddpm_jax.evaluation.report import results_of_step
+from ddpm_jax.evaluation.results import results_of_step
 from ddpm_jax.training.workdir import Run
 
 _CARD = """---
