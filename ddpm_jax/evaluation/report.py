@@ -25,17 +25,8 @@ from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import read_config
 
 REPORT = "report.html"
-HEADLINES = (
-    "fid",
-    "is",
-    "nll",
-    "precision",
-    "recall",
-    "kid",
-    "losses",
-    "coverage",
-    "density",
-)  # the first four are shown
+# The first four that were computed are shown.
+HEADLINES = ("fid", "is", "nll", "precision", "recall", "kid", "losses", "coverage", "density")
 STRIP_ROWS = 2  # of samples, until a click shows the others
 PIXELATED = 32  # larger images are smoothed where the page enlarges them
 
