@@ -23,6 +23,7 @@ from ddpm_jax.config import TrainConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.ema import initial_share
 from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.step import TrainState
 
@@ -44,7 +45,7 @@ class Findings(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Evaluates the EMA parameters at an interval, with the same draws each time.
+    """Evaluates the state, mostly its EMA parameters, at an interval and with the same draws each time.
 
     name: a number or picture that every evaluation gives; if the log lacks it, the evaluation is repeated at a resume.
     every: steps between two evaluations; 0: never.
@@ -53,8 +54,8 @@ class Evaluator(Protocol):
     name: str
     every: int
 
-    def __call__(self, params: Any) -> Findings:
-        """Evaluates the parameters. All processes must call it."""
+    def __call__(self, state: TrainState) -> Findings:
+        """Evaluates the state. All processes must call it."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,15 @@ class Log:
         images = rate * self.options.batch_size
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {images:.0f} images/s")
         if self.writer:
-            lr = float(self.learning_rate(step - 1))
-            self.writer.write(step, values | {"lr": lr, "steps_per_s": rate, "images_per_s": images})
+            values |= {"lr": float(self.learning_rate(step - 1))}
+            values |= {"ema_initial_share": initial_share(self.options, step)}
+            self.writer.write(step, values | {"steps_per_s": rate, "images_per_s": images})
 
-    def evaluate(self, evaluator: Evaluator, step: int, params: Any) -> None:
+    def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
         """Runs an evaluator and writes its findings. Its time does not count as training; that of pending steps does."""
         self.losses.fetch_all()
         with self.watch.stopped():
-            findings = evaluator(params)
+            findings = evaluator(state)
             if self.writer:
                 self.writer.write(step, findings.numbers, findings.pictures)
 
@@ -227,7 +229,7 @@ def train_loop(
         # A run that stopped between a save and its evaluations catches up on them.
         for evaluator in parts.evaluators if step else ():
             if is_due(evaluator.every) and sharding.first_decides(functools.partial(is_missing, evaluator.name)):
-                log.evaluate(evaluator, step, state.ema_params)
+                log.evaluate(evaluator, step, state)
 
         while step < last:
             # Train: one dispatch of compiled steps, asynchronously.
@@ -251,7 +253,7 @@ def train_loop(
             # Evaluate.
             for evaluator in parts.evaluators:
                 if is_due(evaluator.every):
-                    log.evaluate(evaluator, step, state.ema_params)
+                    log.evaluate(evaluator, step, state)
 
         parts.checkpoints.wait()
         parts.check()
