@@ -13,9 +13,10 @@ from ddpm_jax import config as configs
 from ddpm_jax.core.files import DamagedFileError, read_json, remove_remnants, write_text
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import FOLDER, curves
-from ddpm_jax.evaluation.metrics import file_name, step_of
+from ddpm_jax.evaluation.metrics import file_name, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.parts import digest
+from ddpm_jax.training import ema
 from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import read_config
 
@@ -97,24 +98,30 @@ def _read_result(path: epath.Path) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     """Renders a result as the report does, to find out whether it can be rendered."""
-    texts = [f"{step_of(result):,d}", describe(result), _made_of(result["definition"]), result["metric"]]
+    texts = [f"{step_of(result):,d}", describe(result), _made_of(result), result["metric"]]
     texts += [f"{name} {version}" for name, version in result["definition"]["software"].items()]
     _table([""], [texts])
     if result["metric"] == "rate-distortion":
         _rate_distortion([result])
 
 
-def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
-    """The results of a step: the metric, its value in a line, and its provenance."""
+def results_of_step(workdir: epath.Path, step: int, weights: str) -> list[tuple[str, str, str]]:
+    """The results of a step and kind of parameters: the metric, its value in a line, and its provenance."""
     return [
-        (result["metric"], describe(result), _made_of(result["definition"]))
+        (result["metric"], describe(result), _made_of(result))
         for result in read_results(workdir)[0]
-        if step_of(result) == step
+        if (step_of(result), weights_of(result)) == (step, weights)
     ]
 
 
-def _made_of(definition: dict[str, Any]) -> str:
-    said = []
+def _ema_notes(config: configs.Config, results: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each step at which results are of an EMA that is of little use."""
+    steps = sorted({step_of(result) for result in results if weights_of(result) == "ema"})
+    return [f"Note: {note}." for step in steps if (note := ema.note(config.train, step))]
+
+
+def _made_of(result: dict[str, Any]) -> str:
+    definition, said = result["definition"], ["raw parameters"] if weights_of(result) == "raw" else []
     if sampling := definition.get("sampling"):
         said.append(
             f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"
@@ -162,7 +169,7 @@ def _fid_curve(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
-            lines.setdefault(_made_of(result["definition"]), {})[step_of(result)] = result["value"]
+            lines.setdefault(_made_of(result), {})[step_of(result)] = result["value"]
     for line in read_metrics(workdir):
         if isinstance(line.get("eval_fid"), float | int):
             lines.setdefault(f"while training ({line.get('eval_of')})", {})[line["step"]] = line["eval_fid"]
@@ -192,17 +199,18 @@ def _rate_distortion(results: list[dict[str, Any]]) -> str:
             (rate, distortion, "Distortion against rate"),
         )
     ]
-    of = f"<p><small>{html.escape(_made_of(newest['definition']))}</small></p>"
+    of = f"<p><small>{html.escape(_made_of(newest))}</small></p>"
     return "<h2>Rate and distortion</h2>" + of + _table([time, rate, distortion], rows) + "".join(figures)
 
 
 def _pictures(workdir: epath.Path) -> str:
     folder, said = workdir / EVALUATION / FOLDER, []
     for name, caption in CAPTIONS.items():
-        paths = sorted(folder.glob(f"{name}-{'[0-9]' * 8}.png")) if folder.exists() else []
-        if paths:
-            step = int(paths[-1].stem[-8:])
-            said.append(_figure(paths[-1].read_bytes(), "png", f"{caption} Step {step:,}."))
+        for end, parameters in (("", ""), ("-raw", ", raw parameters")):
+            paths = sorted(folder.glob(f"{name}-{'[0-9]' * 8}{end}.png")) if folder.exists() else []
+            if paths:
+                step = int(paths[-1].stem.removesuffix(end)[-8:])
+                said.append(_figure(paths[-1].read_bytes(), "png", f"{caption} Step {step:,}{parameters}."))
     return "<h2>Figures</h2>" + "".join(said) if said else ""
 
 
@@ -218,7 +226,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
             result["metric"],
             f"{step_of(result):,}",
             *([paper.get(result["metric"], "")] if paper else []),
-            f"{describe(result)}\n{_made_of(result['definition'])}",
+            f"{describe(result)}\n{_made_of(result)}",
         ]
         for result in results
     ]
@@ -230,6 +238,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(workdir.name)}</h1>"
         f"<h2>Results</h2>{_table(head, rows)}{of_paper if paper else ''}"
+        + "".join(f"<p>{html.escape(note)}</p>" for note in _ema_notes(config, results))
         + "".join(f"<p><small>{html.escape(note)}</small></p>" for note in notes)
         + f"<h2>Training</h2>{_training_curve(workdir)}{_fid_curve(workdir, results)}"
         + _rate_distortion([result for result in results if result["metric"] == "rate-distortion"])
