@@ -83,7 +83,9 @@ def nearest_grid(
 
 
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
-    """Draws the figures into a folder, each as a PNG named by the step, and "raw" if the parameters are. All processes compute; process 0 writes.
+    """Draws the figures into a folder, each as a PNG named by the step, and by "raw" for raw parameters.
+
+    All processes compute; process 0 writes.
 
     results: of the metrics; its `nearest` gives the nearest real images.
     """

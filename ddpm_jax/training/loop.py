@@ -28,6 +28,9 @@ from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.step import TrainState
 
 
+PACE_STEPS = 50  # from which the time of the whole run is foreseen
+
+
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """A signal stopped training, and the state is saved. Attributes: `signum` and `step`."""
 
@@ -128,6 +131,14 @@ class Stopwatch:
         self._start += time.perf_counter() - start
 
 
+def duration(seconds: float) -> str:
+    """A time in words: 40 minutes, 3.5 hours, 12.0 days."""
+    for length, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(1, round(seconds / 60))} minutes"
+
+
 class Losses:
     """Collects the metrics of steps: fetches them late, checks that they are finite, averages them for each log line."""
 
@@ -172,8 +183,20 @@ class Log:
     def __init__(self, options: TrainConfig, parts: LoopParts, step: int, since_log: dict[str, list[float]]):
         self.options, self.writer, self.learning_rate = options, parts.writer, parts.learning_rate
         self.losses, self.watch = Losses(step, since_log), Stopwatch(step)
+        self.pace, self.pace_from = Stopwatch(step), step + options.steps_per_dispatch
         hidden = parts.writer is None
         self.bar = tqdm(total=options.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def forecast(self, step: int) -> None:
+        """Says once how long the run will take, by the speed of PACE_STEPS after the first dispatch, which compiles."""
+        if step == self.pace_from:
+            self.losses.fetch_all()
+            self.pace.lap(step)
+        elif step >= self.pace_from + PACE_STEPS > step - self.options.steps_per_dispatch:
+            self.losses.fetch_all()
+            left = duration((self.options.steps - step) / self.pace.lap(step))
+            if self.writer:
+                tqdm.write(f"The other {self.options.steps - step:,} steps will take about {left}, without the grids.")
 
     def write(self, step: int) -> None:
         """Writes one line."""
@@ -189,7 +212,7 @@ class Log:
     def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
         """Runs an evaluator and writes its findings. Its time does not count as training; that of pending steps does."""
         self.losses.fetch_all()
-        with self.watch.stopped():
+        with self.watch.stopped(), self.pace.stopped():
             findings = evaluator(state)
             if self.writer:
                 self.writer.write(step, findings.numbers, findings.pictures)
@@ -237,6 +260,7 @@ def train_loop(
             step += options.steps_per_dispatch
             log.losses.add(metrics)
             log.bar.update(options.steps_per_dispatch)
+            log.forecast(step)
 
             # Log.
             if step % options.log_every == 0:
