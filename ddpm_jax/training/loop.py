@@ -27,7 +27,6 @@ from ddpm_jax.training.ema import initial_share
 from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.step import TrainState
 
-
 PACE_STEPS = 50  # from which the time of the whole run is foreseen
 
 
@@ -192,7 +191,7 @@ class Log:
         if step == self.pace_from:
             self.losses.fetch_all()
             self.pace.lap(step)
-        elif step >= self.pace_from + PACE_STEPS > step - self.options.steps_per_dispatch:
+        elif self.options.steps > step >= self.pace_from + PACE_STEPS > step - self.options.steps_per_dispatch:
             self.losses.fetch_all()
             left = duration((self.options.steps - step) / self.pace.lap(step))
             if self.writer:
