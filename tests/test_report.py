@@ -316,3 +316,20 @@ def test_a_browser_shows_table_and_pictures_without_an_error(reported, tmp_path,
     assert seen["rows"] == reported[3].count("<tr>") - reported[3].count("<thead>")
     assert seen["wider"] <= 0
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_an_ema_of_little_use_is_told_and_raw_results_are_labelled(alone, tmp_path):
+    workdir = epath.Path(shutil.copytree(alone, tmp_path / "run"))
+    values = json.loads((workdir / "config.json").read_text())
+    assert "of the EMA" not in write_report(workdir).read_text()
+    values["train"]["ema_decay"] = 0.9999
+    (workdir / "config.json").write_text(json.dumps(values))
+    [path] = (workdir / "evaluation").glob("kid-*.json")
+    result = json.loads(path.read_text())
+    del result["sha256"]  # as earlier versions wrote it
+    result["definition"]["sampling"]["weights"] = "raw"
+    path.write_text(json.dumps(result))
+    page = write_report(workdir).read_text()
+    assert "of the EMA at step 40 is still the initial parameters" in page
+    assert page.count("raw parameters;") == 1
+    assert [metric for metric, *_ in results_of_step(workdir, 40, "raw")] == ["kid"]

@@ -131,11 +131,11 @@ class Stopwatch:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: 40 minutes, 3.5 hours, 12.0 days."""
+    """A time in words: a minute, 40 minutes, 3.5 hours, 12.0 days."""
     for length, unit in ((86400, "days"), (3600, "hours")):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{max(1, round(seconds / 60))} minutes"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else "a minute"
 
 
 class Losses:
