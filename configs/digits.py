@@ -16,6 +16,7 @@ config = Config(
         lr=3e-3,
         warmup_steps=100,
         ema_decay=0.99,
+        ema_warmup=True,
         flip=False,
         steps_per_dispatch=10,
         log_every=100,

@@ -18,6 +18,7 @@ config = Config(
         lr=2e-4,
         warmup_steps=1000,
         ema_decay=0.999,
+        ema_warmup=True,
         flip=False,  # a mirrored digit is none
         steps_per_dispatch=10,
     ),

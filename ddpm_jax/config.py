@@ -175,6 +175,8 @@ class TrainConfig:
     """Largest global norm of the gradient."""
     ema_decay: Annotated[float, FRACTION] = 0.9999
     """Decay of the exponential moving average of the parameters, which samples are drawn from."""
+    ema_warmup: bool = False
+    """Lower that decay to (1 + n) / (10 + n) at early steps n, so that a short run's average forgets the initial parameters."""
     flip: bool = True
     """Mirror half of the images, drawn anew at every step."""
     steps_per_dispatch: Annotated[int, Bounds(1), MAY_CHANGE] = 1

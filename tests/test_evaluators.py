@@ -62,8 +62,8 @@ def at_the_start(tmp_path_factory, held_out):
     some = dataclasses.replace(held_out, images=spread(held_out, CONFIG.train.eval_images))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        params = init_sharded_state(experiment(CONFIG), mesh).params
-        return HeldOut(programs, source, some)(params).numbers, params, programs.generate
+        state = init_sharded_state(experiment(CONFIG), mesh)
+        return HeldOut(programs, source, some)(state).numbers, state.ema_params, programs.generate
 
 
 def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
@@ -123,7 +123,7 @@ class Told:
     def __init__(self, every, losses):
         self.every, self.losses = every, iter(losses)
 
-    def __call__(self, params):
+    def __call__(self, state):
         return Findings({"eval_loss": next(self.losses)}, {})
 
 

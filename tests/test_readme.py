@@ -57,5 +57,5 @@ def test_the_architecture_has_every_module_in_the_order_of_imports():
 
 
 def test_the_configs_of_the_table_exist():
-    for name in re.findall(r"python train.py (\S+)", README):
+    for name in re.findall(r"python train.py (configs/\S+)", README):
         assert (ROOT / name).is_file()

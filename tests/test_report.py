@@ -321,7 +321,7 @@ def test_a_damaged_result_is_left_out_with_a_note_and_the_others_are_reported(ho
     assert "evaluate again, or move it away" in page
     assert of_metric("fid", 40) in page
     assert of_metric("nll", 40) not in page
-    assert {metric for metric, *_ in results_of_step(workdir, 40)} == set(METRICS) - {"is", "nll"}
+    assert {metric for metric, *_ in results_of_step(workdir, 40, "ema")} == set(METRICS) - {"is", "nll"}
 
 
 def test_a_result_in_anothers_place_is_left_out(alone, tmp_path):
@@ -440,3 +440,20 @@ def test_a_browser_shows_table_and_pictures_without_an_error(reported, tmp_path,
     assert seen["samples"] < 200  # on the first screen
     assert seen["columns"] == (2 if width == 1000 else 1)
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_an_ema_of_little_use_is_told_and_raw_results_are_labelled(alone, tmp_path):
+    workdir = epath.Path(shutil.copytree(alone, tmp_path / "run"))
+    values = json.loads((workdir / "config.json").read_text())
+    assert "of the EMA" not in write_report(workdir).read_text()
+    values["train"]["ema_decay"] = 0.9999
+    (workdir / "config.json").write_text(json.dumps(values))
+    [path] = (workdir / "evaluation").glob("kid-*.json")
+    result = json.loads(path.read_text())
+    del result["sha256"]  # as earlier versions wrote it
+    result["definition"]["sampling"]["weights"] = "raw"
+    path.write_text(json.dumps(result))
+    page = write_report(workdir).read_text()
+    assert "of the EMA at step 40 is still the initial parameters" in page
+    assert page.count("raw parameters;") == 1
+    assert [metric for metric, *_ in results_of_step(workdir, 40, "raw")] == ["kid"]

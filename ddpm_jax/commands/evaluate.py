@@ -28,7 +28,7 @@ from ddpm_jax.training.workdir import load_run
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run on its EMA parameters."""
+    """Evaluate a run, on its EMA parameters unless told otherwise."""
 
     metrics: tuple[Annotated[str, Choices(METRICS)], ...] = ()
     """What is computed; default all that the features allow, and without Inception weights what needs no features."""
@@ -38,6 +38,8 @@ class Arguments:
     """Resizing and scaling for Inception: as in the original FID, or as in pytorch-fid."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters themselves."""
     step: int | Literal["best"] | None = None
     """The checkpoint's step, or best, by train.keep_best; default the newest."""
     figures: bool = True
@@ -61,7 +63,7 @@ def main() -> None:
     if arguments.distributed:
         sharding.start_processes()
     first = jax.process_index() == 0
-    run = load_run(workdir, step=arguments.step, unverified=arguments.unverified)
+    run = load_run(workdir, step=arguments.step, weights=arguments.weights, unverified=arguments.unverified)
     metrics: tuple[str, ...] = arguments.metrics
     features = PIXELS
     if arguments.features == "inception":
@@ -85,4 +87,6 @@ def main() -> None:
         elif any("sampling" in result["definition"] for result in results.values()):  # they are there already
             draw_samples(run, evaluation, epath.Path(workdir) / EVALUATION / FOLDER)
         if first:
+            if run.note:
+                print(f"Note: {run.note}.")
             print(f"The report: {write_report(workdir)}")

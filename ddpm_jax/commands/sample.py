@@ -97,4 +97,6 @@ def main() -> None:
             options=arguments.options,
             batch_size=arguments.batch_size,
         )
+    if run.note:
+        print(f"Note: {run.note}.")
     print(f"{len(indices)} images of step {run.step} are in {out}; the first ones side by side: {out}/grid.png")

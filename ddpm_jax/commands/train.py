@@ -1,6 +1,7 @@
 """Trains a diffusion model: python train.py configs/digits.py --workdir runs/digits [--any.field value]
 
-The same command resumes the run.
+A folder or a zip file of pictures may stand in the place of the config: a small config is chosen by them. The same command
+resumes the run.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.commands.own_pictures import are_pictures, config_of_pictures
 from ddpm_jax.config import Config, check
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
@@ -31,7 +33,9 @@ from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
 
-USAGE = "usage: train.py CONFIG --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
+USAGE = (
+    "usage: train.py CONFIG-or-PICTURES --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def main() -> None:
         Arguments,
         prog=f"train.py {name}",
         args=sys.argv[2:],
-        default=Arguments(load_config(name)),
+        default=Arguments(config_of_pictures(name, sys.argv[2:]) if are_pictures(name) else load_config(name)),
     )
     if not arguments.workdir:
         raise UsageError("no workdir was given; add --workdir runs/NAME")

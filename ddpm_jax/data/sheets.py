@@ -33,6 +33,15 @@ def grid(
     return sheet
 
 
+def beside(
+    left: UInt8[np.ndarray, "N H W C"], right: UInt8[np.ndarray, "N H W C"], *, gap: int = 4
+) -> UInt8[np.ndarray, "h w C"]:
+    """The grids of two sets of equally many images, side by side, with `gap` white columns between them."""
+    sheets = grid(left), grid(right)
+    between = np.full((sheets[0].shape[0], gap, sheets[0].shape[2]), 255, np.uint8)
+    return np.concatenate([sheets[0], between, sheets[1]], axis=1)
+
+
 def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[np.ndarray, "h w C"]:
     """Repeats pixels by a whole factor, so that the image is about `smallest` pixels high if it was smaller."""
     factor = max(1, smallest // image.shape[0])

@@ -1,29 +1,35 @@
 """Evaluations during training: a grid of samples, and losses, bits/dim and FID by the metrics of evaluate.py.
 
-They use the EMA parameters and the same draws each time, so two evaluations differ by the parameters alone. To add an evaluator,
-write a class with `name`, `every` and `__call__`, and add it to `EVALUATORS`.
+They use the EMA parameters and the same draws each time, so two evaluations differ by the parameters alone; the grid shows the
+raw parameters too, while the EMA is of little use. To add an evaluator, write a class with `name`, `every` and `__call__`, and
+add it to `EVALUATORS`.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
+from tqdm import tqdm
 
 from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source, open_source
+from ddpm_jax.data.sheets import beside
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.generation.generator import generate_batches, sample_key
+from ddpm_jax.training import ema
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.loop import Evaluator, Findings
+from ddpm_jax.training.step import TrainState
 
 TERMS = 16  # terms of the bound between L_T and L_0 for each held-out image
 
@@ -47,7 +53,10 @@ def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
 
 
 class SampleGrid:
-    """Draws the first train.num_samples images of the run's seed."""
+    """Draws the first train.num_samples images of the run's seed.
+
+    While the EMA still holds much of the initial parameters, the raw parameters draw them too, and a note says so.
+    """
 
     name = "samples"
 
@@ -55,8 +64,17 @@ class SampleGrid:
         self.every = programs.experiment.config.train.sample_every
         self._programs = programs
 
-    def __call__(self, params: Any) -> Findings:
-        """The images, as the picture `samples`."""
+    def __call__(self, state: TrainState) -> Findings:
+        """The images, as the picture `samples`; beside those of the raw parameters, where these are drawn too."""
+        images, step = self._draw(state.ema_params), int(state.step)
+        note = ema.note(self._programs.experiment.config.train, step)
+        if note:
+            if jax.process_index() == 0:
+                tqdm.write(f"Note: the grid shows EMA (left) and raw parameters (right), since {note}.")
+            images = beside(images, self._draw(state.params))[None]
+        return Findings({}, {self.name: images})
+
+    def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
         config, devices = self._programs.experiment.config, self._programs.mesh.devices.size
         count = config.train.num_samples
         batches = generate_batches(
@@ -67,7 +85,7 @@ class SampleGrid:
             batch_size=count,
             num_devices=devices,
         )
-        return Findings({}, {self.name: np.concatenate([images for _, images in batches])})
+        return np.concatenate([images for _, images in batches])
 
 
 class HeldOut:
@@ -96,8 +114,9 @@ class HeldOut:
         if options.eval_samples:
             self._of_samples({}).check_distance()
 
-    def __call__(self, params: Any) -> Findings:
+    def __call__(self, state: TrainState) -> Findings:
         """The numbers, by the names above."""
+        params = state.ema_params
         config = self._programs.experiment.config
         options = Options(seed=config.seed, batch_size=config.train.batch_size, bootstrap=0)
         held_out = self._evaluation(params, self._held_out, options)

@@ -92,7 +92,9 @@ def draw_samples(run: Run, evaluation: Evaluation, folder: epath.Path) -> None:
 
 
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
-    """Draws the figures into a folder, each as a PNG named by the step. All processes compute; process 0 writes.
+    """Draws the figures into a folder, each as a PNG named by the step, and by "raw" for raw parameters.
+
+    All processes compute; process 0 writes.
 
     results: of the metrics; its `nearest` gives the nearest real images.
     """
@@ -116,8 +118,9 @@ def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    end = "-raw" if run.weights == "raw" else ""
     for name, sheet in pictures.items():
-        with whole(folder / f"{name}-{run.step:08d}.png") as temporary:
+        with whole(folder / f"{name}-{run.step:08d}{end}.png") as temporary:
             temporary.write_bytes(png_bytes(enlarge(sheet)))
 
 

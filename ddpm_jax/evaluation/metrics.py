@@ -152,9 +152,17 @@ WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion")
 
 def step_of(result: dict[str, Any]) -> int:
     """The checkpoint's step of a result."""
+    return _model_of(result)["step"]
+
+
+def weights_of(result: dict[str, Any]) -> str:
+    """The parameters that a result is of: ema or raw."""
+    return _model_of(result).get("weights", "ema")
+
+
+def _model_of(result: dict[str, Any]) -> dict[str, Any]:
     definition = result["definition"]
-    made_of = definition.get("sampling") or definition.get("bound") or definition["losses"]
-    return made_of["step"]
+    return definition.get("sampling") or definition.get("bound") or definition["losses"]
 
 
 def file_name(result: dict[str, Any]) -> str:

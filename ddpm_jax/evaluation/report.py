@@ -18,9 +18,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.core.files import remove_remnants, write_text
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
-from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, step_of
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.results import PRDC, describe, made_of, number_of, plain, progressive_code, read_results
+from ddpm_jax.training import ema
 from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import read_config
 
@@ -137,16 +138,18 @@ def _title(workdir: epath.Path, config: Config, step: int) -> tuple[str, str]:
     return name, " · ".join(facts)
 
 
-def _newest(folder: epath.Path, pattern: str) -> tuple[int, epath.Path] | None:
-    """The picture of the greatest step, and that step. pattern: with {} where its 8 digits are."""
-    paths = sorted(folder.glob(pattern.format("[0-9]" * 8))) if folder.exists() else []
-    return (int(paths[-1].stem[-8:]), paths[-1]) if paths else None
+def _newest(folder: epath.Path, name: str, end: str = "") -> tuple[int, epath.Path] | None:
+    """The picture NAME, 8 digits, END of the greatest step, and that step."""
+    paths = sorted(folder.glob(f"{name}{'[0-9]' * 8}{end}.png")) if folder.exists() else []
+    return (int(paths[-1].stem.removesuffix(end)[-8:]), paths[-1]) if paths else None
 
 
 def _strip(workdir: epath.Path, config: Config) -> str:
     """Samples: those of the evaluation, else the training's grid, if that is newer or alone. A click shows all of the former."""
-    drawn = _newest(workdir / EVALUATION / FOLDER, "samples-{}.png")
-    logged = _newest(workdir / "samples", "step_{}.png")
+    drawn = _newest(workdir / EVALUATION / FOLDER, "samples-") or _newest(
+        workdir / EVALUATION / FOLDER, "samples-", "-raw"
+    )
+    logged = _newest(workdir / "samples", "step_")
     newest = max(
         ((*found, found is drawn) for found in (logged, drawn) if found), default=None, key=lambda f: (f[0], f[2])
     )
@@ -167,10 +170,13 @@ def _strip(workdir: epath.Path, config: Config) -> str:
 
 
 def _cards(results: list[dict[str, Any]], step: int, paper: dict[str, str]) -> str:
-    """The first four of HEADLINES at a step, each from the most samples that it was computed from."""
+    """The first four of HEADLINES at a step, each of the EMA and from the most samples, if there are several."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    by_size = sorted(results, key=lambda result: (result["definition"].get("sampling") or {}).get("images", 0))
-    for result in (result for result in by_size if step_of(result) == step):
+
+    def rank(result: dict[str, Any]) -> tuple[bool, int]:
+        return weights_of(result) == "ema", (result["definition"].get("sampling") or {}).get("images", 0)
+
+    for result in sorted((result for result in results if step_of(result) == step), key=rank):
         parts = {name: result[name] for name in PRDC} if result["metric"] == "prdc" else {result["metric"]: result}
         found |= {name: (estimate, result) for name, estimate in parts.items()}
     shown = [name for name in HEADLINES if name in found][:4]
@@ -181,7 +187,7 @@ def _cards(results: list[dict[str, Any]], step: int, paper: dict[str, str]) -> s
 def _card(name: str, estimate: dict[str, Any], result: dict[str, Any], paper: str | None) -> str:
     (value, spread), (title, better) = number_of(estimate), DESCRIPTIONS[name]
     arrow = {"lower": "↓", "higher": "↑"}[better]
-    notes = [f'<span aria-hidden="true">{arrow}</span> {better} is better', html.escape(_of(result["definition"]))]
+    notes = [f'<span aria-hidden="true">{arrow}</span> {better} is better', html.escape(_of(result))]
     if paper:
         notes.append(f"the paper's: {html.escape(paper)}")
     if "not_comparable" in result:
@@ -191,12 +197,23 @@ def _card(name: str, estimate: dict[str, Any], result: dict[str, Any], paper: st
     return f'<div class="card"><dt>{html.escape(title)}</dt><dd>{said}{lines}</dd></div>'
 
 
-def _of(definition: dict[str, Any]) -> str:
-    """The images that a number is of, in a few words."""
-    if sampling := definition.get("sampling"):
-        return f"{sampling['images']:,} samples" + (f", {definition['features']}" if definition.get("features") else "")
+def _of(result: dict[str, Any]) -> str:
+    """What a number is of, in a few words."""
+    definition, said = result["definition"], ["raw parameters"] if weights_of(result) == "raw" else []
     real = definition.get("reference") or {}
-    return f"{real['images']:,} real images" if "source" in real else ""
+    if sampling := definition.get("sampling"):
+        said.append(f"{sampling['images']:,} samples")
+        said += [definition["features"]] if definition.get("features") else []
+    elif "source" in real:
+        said.append(f"{real['images']:,} real images")
+    return ", ".join(said)
+
+
+def _ema_notes(config: Config, results: list[dict[str, Any]]) -> str:
+    """A sentence for each step at which results are of an EMA that is of little use."""
+    steps = sorted({step_of(result) for result in results if weights_of(result) == "ema"})
+    notes = (ema.note(config.train, step) for step in steps)
+    return "".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes if note)
 
 
 def _results(results: list[dict[str, Any]], paper: dict[str, str]) -> str:
@@ -209,7 +226,7 @@ def _results(results: list[dict[str, Any]], paper: dict[str, str]) -> str:
             f"{DESCRIPTIONS.get(result['metric'], (result['metric'], ''))[0]}\n{result['metric']}",
             f"{step_of(result):,}",
             *([paper.get(result["metric"], "")] if paper else []),
-            f"{describe(result)}\n{made_of(result['definition'])}",
+            f"{describe(result)}\n{made_of(result)}",
         ]
         for result in results
     ]
@@ -236,7 +253,7 @@ def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> list[str]:
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
-            lines.setdefault(made_of(result["definition"]), {})[step_of(result)] = result["value"]
+            lines.setdefault(made_of(result), {})[step_of(result)] = result["value"]
     for values in logged:
         if isinstance(values.get("eval_fid"), float | int):
             lines.setdefault(f"while training ({values.get('eval_of')})", {})[values["step"]] = values["eval_fid"]
@@ -263,7 +280,7 @@ def _rate_distortion(results: list[dict[str, Any]]) -> tuple[list[str], str]:
             (rate, distortion, "Distortion against rate"),
         )
     ]
-    of = f"<p><small>{html.escape(made_of(newest['definition']))}</small></p>"
+    of = f"<p><small>{html.escape(made_of(newest))}</small></p>"
     return figures, _folded("Rate and distortion at tenths of the reverse process", _table([*columns], rows) + of)
 
 
@@ -275,11 +292,12 @@ def _curves(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
 def _figures(workdir: epath.Path, config: Config) -> str:
     pixels, said = "pixels" if config.data.image_size <= PIXELATED else "", []
     for name, caption in CAPTIONS.items():
-        if found := _newest(workdir / EVALUATION / FOLDER, name + "-{}.png"):
-            step, path = found
-            text = f"{caption} Step {step:,}."
-            image = _image(path.read_bytes(), "png", text, classes=pixels)
-            said.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
+        for end, parameters in (("", ""), ("-raw", ", raw parameters")):
+            if found := _newest(workdir / EVALUATION / FOLDER, f"{name}-", end):
+                step, path = found
+                text = f"{caption} Step {step:,}{parameters}."
+                image = _image(path.read_bytes(), "png", text, classes=pixels)
+                said.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
     return "<h2>Figures</h2>" + _pair(said) if said else ""
 
 
@@ -310,7 +328,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(f'{name}, step {step:,}: {workdir.name}')}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p></header>"
-        f"{_strip(workdir, config)}{_cards(results, step, paper)}"
+        f"{_strip(workdir, config)}{_cards(results, step, paper)}{_ema_notes(config, results)}"
         + _curves(workdir, results)
         + _figures(workdir, config)
         + f"<h2>All results</h2>{_results(results, paper)}"

@@ -7,7 +7,7 @@ from etils import epath
 
 from ddpm_jax.core.files import DamagedFileError, read_json
 from ddpm_jax.evaluation.evaluation import EVALUATION
-from ddpm_jax.evaluation.metrics import file_name, step_of
+from ddpm_jax.evaluation.metrics import file_name, step_of, weights_of
 from ddpm_jax.evaluation.parts import digest
 
 SPREADS = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
@@ -78,9 +78,9 @@ def describe(result: dict[str, Any]) -> str:
     return _number(result) + (f" ({result['not_comparable']})" if "not_comparable" in result else "")
 
 
-def made_of(definition: dict[str, Any]) -> str:
+def made_of(result: dict[str, Any]) -> str:
     """What a result was computed from, in one line."""
-    said = []
+    definition, said = result["definition"], ["raw parameters"] if weights_of(result) == "raw" else []
     if sampling := definition.get("sampling"):
         said.append(
             f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"
@@ -141,7 +141,7 @@ def _read_result(path: epath.Path) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     """Says a result as the report does, to find out whether it can be said."""
-    texts = [f"{step_of(result):,d}", describe(result), made_of(result["definition"]), result["metric"]]
+    texts = [f"{step_of(result):,d}", describe(result), made_of(result), result["metric"]]
     texts += [f"{name} {version}" for name, version in result["definition"]["software"].items()]
     for text in texts:
         text.encode()
@@ -149,10 +149,10 @@ def _show(result: dict[str, Any]) -> None:
         progressive_code(result)
 
 
-def results_of_step(workdir: epath.Path, step: int) -> list[tuple[str, str, str]]:
-    """The results of a step: the metric, its value in a line, and its provenance."""
+def results_of_step(workdir: epath.Path, step: int, weights: str) -> list[tuple[str, str, str]]:
+    """The results of a step and kind of parameters: the metric, its value in a line, and its provenance."""
     return [
-        (result["metric"], describe(result), made_of(result["definition"]))
+        (result["metric"], describe(result), made_of(result))
         for result in read_results(workdir)[0]
-        if step_of(result) == step
+        if (step_of(result), weights_of(result)) == (step, weights)
     ]

@@ -37,8 +37,8 @@ images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference
 
 
 def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
-    """The card in Markdown. It lists the workdir's results if weights is "ema", since evaluations use the EMA."""
-    results = results_of_step(epath.Path(workdir), run.step) if weights == "ema" else []
+    """The card in Markdown. It lists the workdir's results of the same step and kind of parameters."""
+    results = results_of_step(epath.Path(workdir), run.step, weights)
     rows = [f"| {' | '.join(result)} |" for result in results]
     return _CARD.format(
         title=title,

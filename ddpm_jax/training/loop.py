@@ -23,8 +23,11 @@ from ddpm_jax.config import TrainConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.ema import initial_share
 from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.step import TrainState
+
+PACE_STEPS = 50  # from which the time of the whole run is foreseen
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -44,7 +47,7 @@ class Findings(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Evaluates the EMA parameters at an interval, with the same draws each time.
+    """Evaluates the state, mostly its EMA parameters, at an interval and with the same draws each time.
 
     name: a number or picture that every evaluation gives; if the log lacks it, the evaluation is repeated at a resume.
     every: steps between two evaluations; 0: never.
@@ -53,8 +56,8 @@ class Evaluator(Protocol):
     name: str
     every: int
 
-    def __call__(self, params: Any) -> Findings:
-        """Evaluates the parameters. All processes must call it."""
+    def __call__(self, state: TrainState) -> Findings:
+        """Evaluates the state. All processes must call it."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,14 @@ class Stopwatch:
         self._start += time.perf_counter() - start
 
 
+def duration(seconds: float) -> str:
+    """A time in words: a minute, 40 minutes, 3.5 hours, 12.0 days."""
+    for length, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else "a minute"
+
+
 class Losses:
     """Collects the metrics of steps: fetches them late, checks that they are finite, averages them for each log line."""
 
@@ -171,8 +182,20 @@ class Log:
     def __init__(self, options: TrainConfig, parts: LoopParts, step: int, since_log: dict[str, list[float]]):
         self.options, self.writer, self.learning_rate = options, parts.writer, parts.learning_rate
         self.losses, self.watch = Losses(step, since_log), Stopwatch(step)
+        self.pace, self.pace_from = Stopwatch(step), step + options.steps_per_dispatch
         hidden = parts.writer is None
         self.bar = tqdm(total=options.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def forecast(self, step: int) -> None:
+        """Says once how long the run will take, by the speed of PACE_STEPS after the first dispatch, which compiles."""
+        if step == self.pace_from:
+            self.losses.fetch_all()
+            self.pace.lap(step)
+        elif self.options.steps > step >= self.pace_from + PACE_STEPS > step - self.options.steps_per_dispatch:
+            self.losses.fetch_all()
+            left = duration((self.options.steps - step) / self.pace.lap(step))
+            if self.writer:
+                tqdm.write(f"The other {self.options.steps - step:,} steps will take about {left}, without the grids.")
 
     def write(self, step: int) -> None:
         """Writes one line."""
@@ -181,14 +204,15 @@ class Log:
         images = rate * self.options.batch_size
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {images:.0f} images/s")
         if self.writer:
-            lr = float(self.learning_rate(step - 1))
-            self.writer.write(step, values | {"lr": lr, "steps_per_s": rate, "images_per_s": images})
+            values |= {"lr": float(self.learning_rate(step - 1))}
+            values |= {"ema_initial_share": initial_share(self.options, step)}
+            self.writer.write(step, values | {"steps_per_s": rate, "images_per_s": images})
 
-    def evaluate(self, evaluator: Evaluator, step: int, params: Any) -> None:
+    def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
         """Runs an evaluator and writes its findings. Its time does not count as training; that of pending steps does."""
         self.losses.fetch_all()
-        with self.watch.stopped():
-            findings = evaluator(params)
+        with self.watch.stopped(), self.pace.stopped():
+            findings = evaluator(state)
             if self.writer:
                 self.writer.write(step, findings.numbers, findings.pictures)
 
@@ -227,7 +251,7 @@ def train_loop(
         # A run that stopped between a save and its evaluations catches up on them.
         for evaluator in parts.evaluators if step else ():
             if is_due(evaluator.every) and sharding.first_decides(functools.partial(is_missing, evaluator.name)):
-                log.evaluate(evaluator, step, state.ema_params)
+                log.evaluate(evaluator, step, state)
 
         while step < last:
             # Train: one dispatch of compiled steps, asynchronously.
@@ -235,6 +259,7 @@ def train_loop(
             step += options.steps_per_dispatch
             log.losses.add(metrics)
             log.bar.update(options.steps_per_dispatch)
+            log.forecast(step)
 
             # Log.
             if step % options.log_every == 0:
@@ -251,7 +276,7 @@ def train_loop(
             # Evaluate.
             for evaluator in parts.evaluators:
                 if is_due(evaluator.every):
-                    log.evaluate(evaluator, step, state.ema_params)
+                    log.evaluate(evaluator, step, state)
 
         parts.checkpoints.wait()
         parts.check()

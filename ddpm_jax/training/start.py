@@ -12,20 +12,31 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.ema import MOST_INITIAL, initial_share
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import TrainState, abstract_state, init_sharded_state
 from ddpm_jax.training.workdir import check_network, load_run, network_name
 
 
 def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState) -> str:
-    """One line about the network, the data and the devices, and one about the step a resume starts from."""
-    devices, batch_size = mesh.devices.size, experiment.config.train.batch_size
+    """One line about the network, the data and the devices, one about the run, and one about where a resume starts."""
+    train, step = experiment.config.train, int(state.step)
+    devices, batch_size = mesh.devices.size, train.batch_size
     params = sum(array.size for array in jax.tree.leaves(state.params))
     said = (
         f"{params:,} parameters, {len(source):,} images; {jax.process_count()} process(es), {devices} {jax.default_backend()} "
         f"device(s), batch {batch_size} = {batch_size // devices} per device"
     )
-    return said + (f"\nContinuing from step {int(state.step)}." if int(state.step) else "")
+    said += f"\n{train.steps:,} steps are {train.steps * batch_size / len(source):,.1f} epochs"
+    if train.sample_every and step < train.steps:
+        grid = min(train.steps, (step // train.sample_every + 1) * train.sample_every)
+        said += f"; the {'next' if step else 'first'} grid of samples comes at step {grid:,}"
+    if initial_share(train, train.steps) > MOST_INITIAL:
+        said += (
+            f"\nNote: {initial_share(train, train.steps):.0%} of the EMA will still be the initial parameters at the last "
+            "step; set --train.ema-warmup, or draw samples with --weights raw."
+        )
+    return said + (f"\nContinuing from step {step}." if step else "")
 
 
 def start_state(

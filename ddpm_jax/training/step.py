@@ -18,6 +18,7 @@ from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion import losses
+from ddpm_jax.training.ema import decay_at
 from ddpm_jax.training.experiment import Experiment, Params
 
 
@@ -169,7 +170,7 @@ def one_step(
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=optax.incremental_update(params, state.ema_params, 1.0 - options.ema_decay),
+            ema_params=optax.incremental_update(params, state.ema_params, 1.0 - decay_at(options, state.step)),
             opt_state=opt_state,
             loss_history=None if history is None else losses.update_loss_history(history, t, values),
         )

@@ -24,6 +24,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import LOCK, is_remnant, open_folder, read_json, remove_remnants, sole_writer, write_text
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.training import ema
 from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_steps
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
@@ -203,6 +204,11 @@ class Run:
     def config(self) -> Config:
         """The run's config."""
         return self.experiment.config
+
+    @property
+    def note(self) -> str:
+        """One sentence, with the remedy, if the parameters are an EMA that is of little use; else ""."""
+        return ema.note(self.config.train, self.step) if self.weights == "ema" else ""
 
     def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The network's output at (x_t, t), with the run's parameters and without dropout."""
