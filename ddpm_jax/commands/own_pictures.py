@@ -41,9 +41,9 @@ def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:
         )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", default="")
-    workdir = epath.Path(parser.parse_known_args(command_line)[0].workdir)
-    if saved_steps(workdir / CHECKPOINTS):
-        config = read_config(workdir)
+    workdir = parser.parse_known_args(command_line)[0].workdir
+    if workdir and saved_steps(epath.Path(workdir) / CHECKPOINTS):
+        config = read_config(epath.Path(workdir))
         return dataclasses.replace(config, data=dataclasses.replace(config.data, source=name))
     config, pictures = load_config(str(SMALL)), open_pictures(name)
     side, channels = look_at(pictures)
