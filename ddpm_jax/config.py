@@ -46,8 +46,8 @@ class DataConfig:
     """Which images, and what they become."""
 
     source: Annotated[str, MAY_CHANGE] = "digits"
-    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a file `x.npy`
-    or `x.npz` of uint8 images, or `digits` (embedded)."""
+    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a
+    file `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
     image_size: Annotated[int, Bounds(1)] = 32
     """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
     channels: Literal[1, 3] = 3

@@ -77,9 +77,9 @@ class Sample:
 
     workdir: Annotated[Positional, shown("WORKDIR")]
     """Folder of the run."""
-    num_images: Annotated[int, Bounds(1)] = 64
+    num_images: Annotated[int, Bounds(1, LAST_IMAGE)] = 64
     """Number of images; image i of a seed does not depend on it."""
-    first_image: Annotated[int, Bounds(0)] = 0
+    first_image: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
     """Index of the first image, to make a set in several pieces."""
     seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
     """Seed of every draw, 0 to 4294967295."""
