@@ -50,7 +50,7 @@ def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
 class SampleGrid:
     """Draws the first train.num_samples images of the run's seed."""
 
-    name = "samples"
+    name, doing = "samples", "drawing the grid"
 
     def __init__(self, programs: Programs):
         self.every = programs.experiment.config.train.sample_every
@@ -83,7 +83,7 @@ class HeldOut:
     Raises UsageError if the Inception weights are needed but missing.
     """
 
-    name = "eval_loss"
+    name, doing = "eval_loss", "evaluating held-out images"
 
     def __init__(self, programs: Programs, source: Source, held_out: Source):
         options = programs.experiment.config.train
