@@ -5,7 +5,9 @@ Nothing heavy is imported here, so that the signal handlers are installed at onc
 
 import atexit
 import contextlib
+import difflib
 import errno
+import functools
 import importlib
 import os
 import select
@@ -13,19 +15,29 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ddpm_jax.core import peers
 from ddpm_jax.core.errors import RunError, UsageError, first_line, say
 
-# What an interrupted command leaves, and how to resume.
+
+class Command(NamedTuple):
+    """What a command does, for `ddpm-jax --help`, and what an interrupt leaves of it."""
+
+    does: str
+    left: str
+
+
+# Each is a module of `ddpm_jax.commands`, and has a function in `commands.arguments.PARSERS`.
 COMMANDS = {
-    "train": "checkpoints are intact, and the same command continues from the newest",
-    "sample": "finished images are kept, and the same command continues",
-    "evaluate": "finished parts are kept, and the same command continues",
-    "convert": "nothing is left half-written, and the same command starts again",
-    "benchmark": "nothing is kept but what --json has; the same command starts again",
-    "prepare_data": "what was fetched is kept, and the same command continues",
+    "train": Command(
+        "train a diffusion model", "checkpoints are intact, and the same command continues from the newest"
+    ),
+    "sample": Command("sample images from a run", "finished images are kept, and the same command continues"),
+    "evaluate": Command("evaluate a run", "finished parts are kept, and the same command continues"),
+    "convert": Command("weights in and out", "nothing is left half-written, and the same command starts again"),
+    "benchmark": Command("measure speed", "nothing is kept but what --json has; the same command starts again"),
+    "prepare_data": Command("prepare or check a data set", "what was fetched is kept, and the same command continues"),
 }
 GRACE_SECONDS = 5.0  # for cleaning up after an interrupt
 
@@ -105,6 +117,28 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def prepare(name: str) -> Callable[[], None]:
+    """Parses the command line, and imports the command only after that, since JAX takes seconds. Returns what runs it."""
+    arguments = importlib.import_module("ddpm_jax.commands.arguments").PARSERS[name](sys.argv[1:])
+    return functools.partial(importlib.import_module(f"ddpm_jax.commands.{name}").main, arguments)
+
+
+def main() -> None:
+    """The console command: `ddpm-jax NAME ...` is what `NAME.py ...` is."""
+    names = {name.replace("_", "-"): name for name in COMMANDS}
+    program, name = os.path.basename(sys.argv[0]), sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        rows = "\n".join(f"  {shown:14}{COMMANDS[name].does}" for shown, name in names.items())
+        print(f"usage: {program} COMMAND ...\n\n{rows}\n\n{program} COMMAND --help lists the options of a command")
+        return
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"perhaps you meant {near[0]}" if near else f"there are {', '.join(names)}"
+        fail(f"the command {name} does not exist; {hint}", 2)
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    run(names[name])
+
+
 def run(command: str | Callable[[], None]) -> None:
     """Runs a command of `ddpm_jax.commands`, or a function. A failure ends in one sentence and an exit code.
 
@@ -113,13 +147,13 @@ def run(command: str | Callable[[], None]) -> None:
     """
     global _interrupts
     _interrupts = interrupts = _interrupts or _Interrupts()
-    interrupts.install(COMMANDS[command] if isinstance(command, str) else "the same command starts again")
+    interrupts.install(COMMANDS[command].left if isinstance(command, str) else "the same command starts again")
     try:
         try:
             _quiet()
-            main = command if callable(command) else importlib.import_module(f"ddpm_jax.commands.{command}").main
+            ready = command if callable(command) else prepare(command)
             interrupts.command_runs = True
-            main()
+            ready()
             sys.stdout.flush()
         finally:
             interrupts.command_runs = False

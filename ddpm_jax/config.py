@@ -7,75 +7,33 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from tyro.constructors import PrimitiveConstructorSpec
 
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.core.rng import LAST_SEED
-from ddpm_jax.diffusion.losses import LOSSES
-from ddpm_jax.diffusion.process import Prediction, Variance
-from ddpm_jax.diffusion.schedules import BETAS, Schedule, make_schedule
+from ddpm_jax.core.options import FRACTION, LAST_SEED, POSITIVE, Bounds, Choices, beside
+from ddpm_jax.diffusion.words import Prediction, Variance
 
-MOST = 2**31 - 1  # the devices count in 32 bits
+if TYPE_CHECKING:
+    from ddpm_jax.diffusion.schedules import Schedule
 
-
-@dataclass(frozen=True)
-class Bounds:
-    """The range of a field, or of each number of a tuple: low to high. above, below: the end itself is excluded."""
-
-    low: float
-    high: float = MOST
-    above: bool = False
-    below: bool = False
-
-    def refusal(self, value: float) -> str | None:
-        """What is wrong with a value, and what to do; None if it is inside."""
-        inside = self.low < value if self.above else self.low <= value
-        if inside and (value < self.high if self.below else value <= self.high):
-            return None
-        if self.above:
-            return "is not a positive number"
-        if self.below:
-            return f"is outside of [{self.low}, {self.high}); choose a value inside"
-        if value < self.low:
-            return f"is too small; use {self.low} or more"
-        return f"is too large; use {self.high} or less"
-
-
-class Choices(PrimitiveConstructorSpec[str]):
-    """The names that a text field takes: those of a table, at the time of asking, so that an entry added later counts.
-
-    It is also what the command line shows, and takes, for such a field.
-    """
-
-    table: Mapping[str, Any]
-
-    def __init__(self, table: Mapping[str, Any]):
-        vars(self).update(
-            table=table,
-            nargs=1,
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: value in table,
-            str_from_instance=lambda name: [name],
-        )
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The names; a property, so that they follow the table."""
-        return tuple(self.table)
-
-    @property
-    def metavar(self) -> str:
-        """The names as `--help` shows them."""
-        return "{" + ",".join(self.choices) + "}"
-
-
-FRACTION = Bounds(0, 1, below=True)
-POSITIVE = Bounds(0, float("inf"), above=True, below=True)
+SCHEDULE = Choices(
+    *(
+        "ddpm_jax.diffusion.schedules:BETAS",
+        "linear",
+        "quad",
+        "const",
+        "jsd",
+        "warmup10",
+        "warmup50",
+        "cosine",
+        "sigmoid",
+    )
+)
+LOSS = Choices("ddpm_jax.diffusion.losses:LOSSES", "simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid")
 LONGEST = 31  # of a tuple: levels that halve an image so often leave nothing
 
 # Marks fields that may change when a run resumes: its length, its speed and its outputs, not what it computes. The source of
@@ -88,11 +46,11 @@ class DataConfig:
     """Which images, and what they become."""
 
     source: Annotated[str, MAY_CHANGE] = "digits"
-    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a file
-    `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
+    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a
+    file `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
     image_size: Annotated[int, Bounds(1)] = 32
     """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
-    channels: int = 3
+    channels: Literal[1, 3] = 3
     """1 for grey images, 3 for RGB."""
     cache: Annotated[Literal["auto", "device", "host", "none"], MAY_CHANGE] = "auto"
     """Decode pictures once and keep them on the devices or in a file that the host maps; none: decode them at every step.
@@ -131,7 +89,7 @@ class DiffusionConfig:
 
     T: Annotated[int, Bounds(2, 1_000_000)] = 1000
     """Number of diffusion steps."""
-    schedule: Annotated[str, Choices(BETAS)] = "linear"
+    schedule: Annotated[str, SCHEDULE] = "linear"
     """Variance schedule."""
     beta_start: float = 1e-4
     """First beta (linear, quad, warmup10, warmup50, sigmoid)."""
@@ -141,7 +99,7 @@ class DiffusionConfig:
     """What the network's output stands for."""
     variance: Variance = "fixed_large"
     """Variance of p(x_{t-1} | x_t); the learned ones double the output channels."""
-    loss: Annotated[str, Choices(LOSSES)] = "simple"
+    loss: Annotated[str, LOSS] = "simple"
     """L_simple, the variational bound's term, or both (the hybrid ones need a learned variance)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each t in the simple loss."""
@@ -265,6 +223,8 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
 
 def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
     """The warning for a schedule whose last alpha-bar is far from 0."""
+    from ddpm_jax.diffusion.schedules import make_schedule  # it imports JAX
+
     remedies = ["diffusion.schedule=cosine"]
     if diffusion.schedule not in ("cosine", "jsd"):  # these have no betas of their own
         start, end = (beta * 1000 / diffusion.T for beta in (1e-4, 0.02))  # the paper's, of T = 1000
@@ -293,17 +253,12 @@ def check_types(section: Any, prefix: str = "") -> None:
             check_types(value, name + ".")
 
 
-def _marks(hint: Any) -> tuple[Any, ...]:
-    """What is said beside a field's type."""
-    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-
-
 def _type_of(hint: Any) -> Any:
     """A field's bare type; its choices, where it has some."""
-    choices = [mark for mark in _marks(hint) if isinstance(mark, Choices)]
+    choices = [mark for mark in beside(hint) if isinstance(mark, Choices)]
     if choices:
         return choices[0]
-    return typing.get_args(hint)[0] if _marks(hint) else hint
+    return typing.get_args(hint)[0] if beside(hint) else hint
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -315,7 +270,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _matches(value: Any, hint: Any) -> bool:
     if choices := _choices(hint):
-        return value in choices
+        return any(value == choice and type(value) is type(choice) for choice in choices)  # True is not 1
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
@@ -342,7 +297,7 @@ def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, A
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            yield prefix + name, hint, _marks(hint)
+            yield prefix + name, hint, beside(hint)
 
 
 def changeable() -> frozenset[str]:
@@ -361,8 +316,6 @@ def _check_numbers(config: Config) -> None:
             for number in value if several else (value,):
                 if refusal := bounds.refusal(number):
                     raise ConfigError(f"{name}={number} {refusal}")
-    if config.data.channels not in (1, 3):
-        raise ConfigError(f"data.channels={config.data.channels} is neither 1 (grey) nor 3 (RGB)")
 
 
 def _check_network(config: Config) -> None:
@@ -389,7 +342,9 @@ def _check_network(config: Config) -> None:
         raise ConfigError(f"model.groups={model.groups} does not divide model.ch={model.ch}; change one of them")
 
 
-def _check_diffusion(diffusion: DiffusionConfig) -> Schedule:
+def _check_diffusion(diffusion: DiffusionConfig) -> "Schedule":
+    from ddpm_jax.diffusion.schedules import make_schedule  # it imports JAX
+
     try:
         schedule = make_schedule(
             diffusion.schedule, T=diffusion.T, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end

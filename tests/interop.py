@@ -1,7 +1,6 @@
 """What the tests of weights in and out share: the script, runs with drawn parameters, and networks of diffusers."""
 
 import functools
-import importlib
 import math
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import experiment
 
+from ddpm_jax import cli
 from ddpm_jax.interop.names import parameters, unflatten
 from ddpm_jax.training.step import state_from_params
 from ddpm_jax.training.workdir import write_run
@@ -21,10 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 def run_script(name, *arguments):
     """Runs a script of the root in this process; its errors come out as they are."""
-    module = importlib.import_module(f"ddpm_jax.commands.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        module.main()
+        cli.prepare(name)()
 
 
 def convert(*arguments):

@@ -20,10 +20,17 @@ from etils import epath
 
 from ddpm_jax import cli
 from ddpm_jax import config as configs
-from ddpm_jax.commands import sample, train
+from ddpm_jax.benchmark.options import Plan
+from ddpm_jax.commands import arguments, train
 from ddpm_jax.commands.config_file import load_config
-from ddpm_jax.config import Config, changeable
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, changeable
 from ddpm_jax.core.errors import RunError, UsageError
+from ddpm_jax.diffusion.losses import LOSSES
+from ddpm_jax.diffusion.schedules import BETAS
+from ddpm_jax.evaluation.metrics import METRICS
+from ddpm_jax.evaluation.options import Options as EvaluationOptions
+from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.sampling import SAMPLERS, SPACINGS
 from ddpm_jax.training.loop import Interrupted
 from ddpm_jax.training.workdir import enter, read_config
 
@@ -104,7 +111,7 @@ def boxed(run):
         ("--train.batchsize", "--train.batch-size INT Images per step"),
         ("--batch-size", "--train.batch-size INT Images per step"),
         ("--train.stesp", "--train.steps INT Last step"),
-        ("--workdri", "--workdir STR Folder that the run is written to"),
+        ("--workdri", "--workdir FOLDER Folder that the run is written to"),
         ("--diffusion.shedule", "--diffusion.schedule {linear,quad,"),
     ],
 )
@@ -168,7 +175,7 @@ def test_any_field_can_be_overridden(run, monkeypatch, tmp_path):
 
 def helps(*classes):
     """The help of every field: the text under it."""
-    for section in classes:
+    for section in (base for each in classes for base in each.__mro__[:-1]):
         for node in ast.walk(ast.parse(inspect.getsource(section))):
             if isinstance(node, ast.ClassDef):
                 for field, text in zip(node.body, node.body[1:], strict=False):
@@ -188,29 +195,51 @@ def test_help_shows_every_field_with_its_text_and_this_configs_default(run):
         assert entry, name
         assert entry.group(1) in (shown, f"'{shown}'"), name
     sections = [type(getattr(Config(), name)) for name in ("data", "model", "diffusion", "train")]
-    texts = [*helps(Config, *sections, train.Arguments)]
+    texts = [*helps(Config, *sections, arguments.Train)]
     assert len(texts) == len(values) + 4
     for _, name, text in texts:
         assert " ".join(text.split()) in out, name
 
 
-def test_help_of_sample_shows_every_option(run):
-    for arguments in (["--help"], ["runs/digits", "--help"]):
-        code, out, err = run("sample", *arguments)
-        assert (code, err) == (0, "")
-        out = plain(out)
-        texts = [*helps(sample.Arguments)]
-        assert len(texts) >= 7
-        for _, name, text in texts:
-            assert f"--{name.replace('_', '-')}" in out
-            assert " ".join(text.split()) in out
+SECTIONS = {
+    "train": [arguments.Train, DataConfig, ModelConfig, DiffusionConfig, TrainConfig],
+    "sample": [arguments.Sample, SamplerOptions, arguments.Parameters],
+    "evaluate": [arguments.Evaluate, EvaluationOptions, SamplerOptions, arguments.Checkpoint],
+    "benchmark": [arguments.Benchmark, Plan, DataConfig, TrainConfig],
+    "prepare_data": [arguments.PrepareData],
+    "convert from-diffusers": [arguments.FromDiffusers],
+    "convert from-tensorflow": [arguments.FromTensorflow],
+    "convert to-diffusers": [arguments.ToDiffusers, arguments.Parameters],
+    "convert export": [arguments.Export, arguments.Parameters],
+    "convert inception": [arguments.Inception],
+}
+HIDDEN = "The run, if one is measured."
 
 
-def test_train_without_a_config_says_how_it_is_called(run):
-    for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0), (["--workdir", "runs/x"], 2)):
-        got, out, err = run("train", *arguments)
-        assert (got, err) == (code, "")
-        assert "usage: train.py CONFIG --workdir WORKDIR" in out
+@pytest.mark.parametrize("command", SECTIONS)
+def test_help_without_anything_else_shows_every_option_in_readable_groups(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # one column of boxes
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert not re.search(r"None|options options|\[INT \[INT \.\.\.\]\]}", out)
+    words = plain(out)
+    texts = [text for _, _, text in helps(*SECTIONS[command]) if text != HIDDEN]
+    assert texts
+    for text in texts:
+        assert " ".join(text.split()) in words, text
+
+
+def test_help_offers_what_the_tables_have(run):
+    names = {"--sampler": SAMPLERS, "--spacing": SPACINGS, "--metrics": METRICS}
+    names |= {"--diffusion.schedule": BETAS, "--diffusion.loss": LOSSES, "--data.channels": (1, 3)}
+    helps = plain(" ".join(run(name, "--help")[1] for name in ("sample", "evaluate", "train")))
+    for option, table in names.items():
+        assert re.search(re.escape(option) + r" \[?\{" + re.escape(",".join(map(str, table))) + r"\}", helps), option
+
+
+def test_train_without_a_config_says_how_it_is_called(refused):
+    for words in ([], ["--workdir", "runs/x"]):
+        refused("no config was given; run train.py CONFIG, and train.py --help for the options", "train", *words)
 
 
 # ---- Config files
@@ -443,18 +472,10 @@ def test_a_workdir_on_a_storage_that_cannot_be_reached_is_refused(path, remedy, 
 def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
     refused("--num-images 0 is too small; use 1 or more", "sample", tmp_path, "--num-images", 0)
     refused("--batch-size -1 is too small; use 1 or more", "sample", tmp_path, "--batch-size", -1)
-    refused(
-        "got seed -1, expected a whole number from 0 to 4294967295; choose another", "sample", tmp_path, "--seed", -1
-    )
-    refused(
-        "got seed 4294967296, expected a whole number from 0 to 4294967295; choose another",
-        "sample",
-        tmp_path,
-        "--seed",
-        2**32,
-    )
+    refused("--seed -1 is too small; use 0 or more", "sample", tmp_path, "--seed", -1)
+    refused("--seed 4294967296 is too large; use 4294967295 or less", "sample", tmp_path, "--seed", 2**32)
     beyond = "--first-image and --num-images go beyond image 2000000000; choose smaller ones"
-    refused(beyond, "sample", tmp_path, "--first-image", 3 * 10**9)
+    refused(beyond, "sample", tmp_path, "--first-image", 2 * 10**9)
     assert "--num-images INT Number of images" in boxed("sample", tmp_path, "--num-image", 3)
     assert "'ema', 'raw'" in boxed("sample", tmp_path, "--weights", "best")
 
@@ -470,29 +491,29 @@ def test_failures_end_with_their_code_and_one_sentence(run, monkeypatch):
         (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), 1, full),
     ):
 
-        def fail(error=error):
+        def fail(_, error=error):
             raise error
 
         monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
-        assert run("train") == (code, "", f"train.py: {message}\n")
+        assert run("train", DIGITS, "--workdir", "w") == (code, "", f"train.py: {message}\n")
 
 
 def test_what_nobody_foresaw_keeps_its_stack(run, monkeypatch):
-    def fail():
+    def fail(_):
         raise ZeroDivisionError
 
     monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
     with pytest.raises(ZeroDivisionError):
-        run("train")
+        run("train", DIGITS, "--workdir", "w")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR])
 def test_what_the_system_refuses_is_told_with_its_path(number, run, monkeypatch):
-    def fail():
+    def fail(_):
         raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
 
     monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
-    code, out, err = run("train")
+    code, out, err = run("train", DIGITS, "--workdir", "w")
     assert (code, out) == (1, "")
     assert f"runs/a/metrics.jsonl: {os.strerror(number)}" in err
     assert "Traceback" not in err
@@ -502,11 +523,11 @@ def test_what_the_system_refuses_is_told_with_its_path(number, run, monkeypatch)
     "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nstack")]
 )
 def test_memory_that_is_full_is_told_with_what_to_do(error, run, monkeypatch):
-    def fail():
+    def fail(_):
         raise error
 
     monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
-    code, out, err = run("train")
+    code, out, err = run("train", DIGITS, "--workdir", "w")
     assert (code, out) == (1, "")
     assert "memory is full" in err
     assert "use a smaller batch" in err
@@ -538,6 +559,41 @@ def test_script_ends_so_as_a_process():
     done = subprocess.run([sys.executable, "train.py", "configs/digist.py"], capture_output=True, text=True, cwd=ROOT)
     message = "train.py: the config configs/digist.py does not exist; perhaps you meant configs/digits.py\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+# ---- The console command
+
+
+def console(*words):
+    """What `ddpm-jax` does with these words: (exit code, standard output, standard error)."""
+    code = "import sys; sys.argv[0] = 'bin/ddpm-jax'; from ddpm_jax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_console_command_lists_the_commands():
+    for words in ([], ["--help"]):
+        code, out, err = console(*words)
+        assert (code, err) == (0, "")
+        for name, command in cli.COMMANDS.items():
+            assert re.search(rf"^  {name.replace('_', '-')} +{command.does}$", out, re.M)
+
+
+def test_console_command_runs_each_command_as_its_script_does():
+    script = subprocess.run([sys.executable, "prepare_data.py", "cifar10"], capture_output=True, text=True, cwd=ROOT)
+    code, out, err = console("prepare-data", "cifar10")
+    assert (code, out) == (script.returncode, script.stdout) == (2, "")
+    assert err == script.stderr.replace("prepare_data.py", "ddpm-jax prepare-data", 1)
+    code, out, _ = console("sample", "--help")
+    assert code == 0
+    assert out.startswith("usage: ddpm-jax sample [-h]")
+
+
+def test_unknown_command_is_answered_with_the_nearest():
+    assert console("smaple") == (2, "", "ddpm-jax: the command smaple does not exist; perhaps you meant sample\n")
+    code, _, err = console("x" * 20)
+    assert code == 2
+    assert ", ".join(name.replace("_", "-") for name in cli.COMMANDS) in err
 
 
 def test_resolved_config_of_a_workdir_is_json(tmp_path):

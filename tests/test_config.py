@@ -77,7 +77,7 @@ MISTAKES = {
     "model.ch_mult is empty; give at least one number": {"model": {"ch_mult": ()}},
     "model.attn_resolutions is empty; give at least one number": {"model": {"attn_resolutions": ()}},
     "model.ch_mult=0 is too small; use 1 or more": {"model": {"ch_mult": (1, 0)}},
-    "data.channels=2 is neither 1 (grey) nor 3 (RGB)": {"data": {"channels": 2}},
+    "data.channels=2 is not one of 1, 3": {"data": {"channels": 2}},
     "diffusion.T=1 is too small; use 2 or more": {"diffusion": {"T": 1}},
     "diffusion: got beta_start = 0, expected above 0 and at most 1": {"diffusion": {"beta_start": 0.0}},
     "diffusion: got beta_start = nan, expected above 0 and at most 1": {"diffusion": {"beta_start": math.nan}},

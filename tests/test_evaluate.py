@@ -20,7 +20,7 @@ from evaluated import CONFIG, make_workdir
 from scipy.spatial.distance import cdist
 from tiny import experiment, tiny
 
-from ddpm_jax.commands import evaluate as commands_evaluate
+from ddpm_jax import cli
 from ddpm_jax.config import to_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import open_source
@@ -586,7 +586,7 @@ def command(monkeypatch, capsys):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         try:
-            commands_evaluate.main()
+            cli.prepare("evaluate")()
             code = 0
         except UsageError as error:
             return 2, "", str(error)
@@ -620,8 +620,6 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options"),
-        (["--metrics", "fid"], "no workdir was given"),
         (["nowhere"], "nowhere does not exist; give the folder of a run that train.py made"),
         (
             ["nowhere", "--metrics"],
@@ -633,6 +631,14 @@ def test_a_wrong_command_line_is_told_in_one_sentence(command, arguments, messag
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(message)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--metrics", "fid"]])
+def test_a_missing_workdir_is_told(command, arguments):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "WORKDIR" in err
+    assert "evaluate.py --help" in err
 
 
 def test_a_wrong_metric_is_answered_with_the_choices(command):

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 from tiny import read_images, tiny
 
-from ddpm_jax import Experiment, load_run, make_sampler, make_schedule, sample, train
-from ddpm_jax.commands import evaluate as evaluate_command
-from ddpm_jax.commands import sample as sample_command
-from ddpm_jax.commands import train as train_command
+from ddpm_jax import Experiment, cli, load_run, make_sampler, make_schedule, sample, train
 from ddpm_jax.config import ConfigError, check
 from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.data import SOURCES, open_source
@@ -60,11 +57,11 @@ def extended():
         table.update(before[heading])
 
 
-def command(module, *arguments):
-    """Runs a command's `main` with a command line."""
+def command(name, *arguments):
+    """Runs a command with a command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
-        module.main()
+        cli.prepare(name)()
 
 
 CONFIG_FILE = """
@@ -81,7 +78,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extended")
     (folder / "mine.py").write_text(BLOCKS["An evaluator"] + CONFIG_FILE)
     options = ("--diffusion.schedule", "cubic", "--diffusion.loss", "huber")
-    command(train_command, folder / "mine.py", "--workdir", folder / "run", *options)
+    command("train", folder / "mine.py", "--workdir", folder / "run", *options)
     return folder / "run"
 
 
@@ -140,13 +137,13 @@ def test_the_sampler_is_taken_by_the_generator_and_by_the_command_line(workdir, 
     run, options = load_run(workdir), SamplerOptions(sampler="posterior", steps=(5,))
     images = make_generator(run.experiment, make_mesh(), options)(run.params, sample_key(3), np.arange(8))
     arguments = ("--num-images", 8, "--batch-size", 8, "--seed", 3, "--format", "npz", "--out", tmp_path / "out")
-    command(sample_command, workdir, "--sampler", "posterior", "--steps", 5, *arguments)
+    command("sample", workdir, "--sampler", "posterior", "--steps", 5, *arguments)
     np.testing.assert_array_equal(read_images(tmp_path / "out" / "images.npz"), images)
 
 
 def test_the_metric_is_evaluated_by_the_command_line_and_reported(workdir):
     few = ("--num-images", 8, "--num-real", 8, "--batch-size", 8, "--no-figures")
-    command(evaluate_command, workdir, "--features", "pixels", "--metrics", "spread", *few)
+    command("evaluate", workdir, "--features", "pixels", "--metrics", "spread", *few)
     (path,) = (workdir / "evaluation").glob("spread-*.json")
     result = json.loads(path.read_text())
     assert 0 < result["value"] < 1
@@ -155,23 +152,23 @@ def test_the_metric_is_evaluated_by_the_command_line_and_reported(workdir):
 
 
 @pytest.mark.parametrize(
-    ("module", "option", "name", "arguments"),
+    ("script", "option", "name", "arguments"),
     [
-        (sample_command, "--sampler", "posterior", ["runs/x"]),
-        (evaluate_command, "--metrics", "spread", ["runs/x"]),
-        (evaluate_command, "--sampler", "posterior", ["runs/x"]),
-        (train_command, "--diffusion.schedule", "cubic", [ROOT / "configs/digits.py"]),
-        (train_command, "--diffusion.loss", "huber", [ROOT / "configs/digits.py"]),
+        ("sample", "--sampler", "posterior", ["runs/x"]),
+        ("evaluate", "--metrics", "spread", ["runs/x"]),
+        ("evaluate", "--sampler", "posterior", ["runs/x"]),
+        ("train", "--diffusion.schedule", "cubic", [ROOT / "configs/digits.py"]),
+        ("train", "--diffusion.loss", "huber", [ROOT / "configs/digits.py"]),
     ],
 )
-def test_the_command_line_offers_it(module, option, name, arguments, capsys, monkeypatch):
+def test_the_command_line_offers_it(script, option, name, arguments, capsys, monkeypatch):
     """In its help, and where another name is refused."""
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit):
-        command(module, *arguments, "--help")
+        command(script, *arguments, "--help")
     assert re.search(rf"{option} \S*\{{[\w,+-]*\b{name}\b", capsys.readouterr().out)
     with pytest.raises(SystemExit) as refused:
-        command(module, *arguments, option, "unknown")
+        command(script, *arguments, option, "unknown")
     assert refused.value.code == 2
     assert f"'{name}'" in capsys.readouterr().err
 

@@ -17,13 +17,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import tyro
 from etils import epath
 from interop import run_script
 from PIL import Image
 from tiny import experiment, read_images, tiny
 
-from ddpm_jax.commands import sample
+from ddpm_jax.commands import arguments, sample
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import sole_writer
@@ -576,8 +575,8 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_bytes(run, tmp_path):
     ],
 )
 def test_a_sets_default_folder_is_named_by_all_that_defines_its_images(options, name):
-    arguments = tyro.cli(sample.Arguments, args=options)
-    assert sample.default_name(0, arguments) == name
+    parsed = arguments.sample(["run", *options])
+    assert sample.default_name(0, parsed) == name
 
 
 @pytest.mark.slow

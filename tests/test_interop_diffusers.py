@@ -120,8 +120,8 @@ import resource, sys, time
 sys.argv = ["convert.py", "from-diffusers", {str(tmp_path / "model")!r}, {str(tmp_path / "run")!r}]
 sys.path.insert(0, {str(ROOT)!r})
 start = time.perf_counter()
-from ddpm_jax.commands import convert
-convert.main()
+from ddpm_jax import cli
+cli.prepare("convert")()
 gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(time.perf_counter() - start, time.process_time(), gigabytes)
 """

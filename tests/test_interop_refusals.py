@@ -18,7 +18,6 @@ from interop import ROOT, convert, drawn, write_drawn_run
 from tiny import TINY, experiment, tiny
 
 from ddpm_jax import cli
-from ddpm_jax.commands import convert as convert_command
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.interop.diffusers import read_model
@@ -288,7 +287,7 @@ def test_a_disk_that_refuses_leaves_nothing_and_is_told_in_one_sentence(
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
     monkeypatch.setattr(sys, "argv", ["convert.py", arguments[0], str(tmp_path / "run"), str(tmp_path / arguments[1])])
     with pytest.raises(SystemExit) as end:
-        cli.run(convert_command.main)
+        cli.run("convert")
     assert end.value.code == 1
     assert written
     said = capsys.readouterr().err

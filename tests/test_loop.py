@@ -1,10 +1,12 @@
 """The training loop in one process: what it refuses, what it stops at, what it goes on from."""
 
+import contextlib
 import dataclasses
 import errno
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, open_held_out
 from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.training import step as training
 from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.loop import Losses
+from ddpm_jax.training.loop import Log, Losses
 from ddpm_jax.training.metric_writer import MetricWriter, read_metrics
 from ddpm_jax.training.start import start_state
 from ddpm_jax.training.workdir import held, load_run
@@ -304,3 +306,36 @@ def test_logged_values_are_means_since_the_last_line():
     losses.add({"loss": jnp.asarray([4.0])})
     assert losses.means() == {"loss": 4.0}
     assert losses.step == 3
+
+
+# ---- The progress bar
+
+
+def test_the_bar_says_what_is_done_while_no_step_is_taken(tmp_path, capsys):
+    train(experiment(CONFIG), tmp_path / "w")
+    shown = capsys.readouterr().err
+    places = [shown.find(what) for what in ("compiling the step", "drawing the grid", "evaluating held-out images")]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert shown.count("compiling the step") == 1
+    assert "loss " in shown[shown.rfind("\r") :]  # what it said before is there again
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_the_bar_names_is_left_out_of_the_time_left(told, monkeypatch):
+    """A second for each step, and once 1000 s for something else: the bar still expects a second for each step."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    parts = SimpleNamespace(writer=object(), learning_rate=None)
+    log = Log(changed(steps=100).train, parts, 0, {})
+    for step in range(30):
+        if step == 20:
+            with log.doing("drawing the grid") if told else contextlib.nullcontext():
+                now[0] += 1000
+        now[0] += 1
+        log.bar.update(1)
+        log.bar.refresh()
+    rate = log.bar.format_dict["rate"]
+    assert (rate == pytest.approx(1, rel=0.05)) is told
+    log.bar.close()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
 
-from ddpm_jax.commands import prepare_data as command
+from ddpm_jax import cli
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.data import cache, open_source, sources
@@ -34,7 +34,7 @@ def prepare_data(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
         code = 0
         try:
-            command.main()
+            cli.prepare("prepare_data")()
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().out

@@ -3,50 +3,23 @@
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 from etils import epath
 
 from ddpm_jax.benchmark import programs, topology, torch_peer
+from ddpm_jax.benchmark.options import Plan, check_plan
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import environment
-from ddpm_jax.config import Choices, Config, check, to_json
+from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import write_text
 from ddpm_jax.core.room import check_memory
-from ddpm_jax.generation.generator import SamplerOptions, build_sampler
-from ddpm_jax.sampling import SAMPLERS
+from ddpm_jax.generation.generator import build_sampler
+from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
-
-MOST = {"steps": 10**6, "batch_sizes": 10**6, "repeats": 10**4}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every combination of samplers, steps, batch sizes and dtypes, and other measurements."""
-
-    samplers: tuple[Annotated[str, Choices(SAMPLERS)], ...] = ("ancestral", "ddim")
-    """Samplers to take; with no name after it: none."""
-    steps: tuple[int, ...] = (50,)
-    """How many of the T steps they visit."""
-    batch_sizes: tuple[int, ...] = (1, 16)
-    """Images sampled together."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """What the network computes in."""
-    repeats: int = 5
-    """Timed runs of each program, after the one that warms it up."""
-    train: bool = False
-    """Also measure the train step, at train.batch_size."""
-    data: bool = False
-    """Also measure the feed of batches, beside a bare NumPy gather or, of pictures decoded at every step, Pillow alone."""
-    peer: Literal["none", "torch"] = "none"
-    """Run the same in PyTorch with diffusers, in turn with ours (extra `parity`)."""
-    peak_tflops: float | None = None
-    """Peak of one device, where it is not known here."""
 
 
 def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
@@ -55,22 +28,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
     compiling: the plan is for `compile_for`, so options of running are refused.
     """
     check(config)
-    for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
-        if getattr(plan, name) != getattr(Plan(), name):
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
-    for name, values in (("steps", plan.steps), ("batch_sizes", plan.batch_sizes), ("repeats", (plan.repeats,))):
-        option = f"--{name.replace('_', '-')}"
-        for value in values:
-            if value < 1:
-                raise UsageError(f"{option} {value} is too small; use 1 or more")
-            if value > MOST[name]:
-                raise UsageError(f"{option} {value} is too large; use {MOST[name]} or less")
-    if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
-        raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
-    if not (plan.samplers or plan.train or plan.data):
-        raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
-    if plan.peak_tflops is not None and not 0 < plan.peak_tflops < math.inf:
-        raise UsageError(f"--peak-tflops {plan.peak_tflops:g} is not a positive number")
+    check_plan(plan, compiling=compiling)
     for options, _, batch in _sampling(plan):
         build_sampler(Experiment.from_config(config).process, options)
         if not compiling and jax.default_backend() == "cpu":

@@ -1,1 +1,1 @@
-"""The commands, one module each: `Arguments`, the command line's options, and `main`, which parses and runs."""
+"""The commands: their command lines in `arguments.py`, and one module each with `main`, which is given what was parsed."""

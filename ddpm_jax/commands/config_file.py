@@ -29,3 +29,8 @@ def load_config(name: str) -> Config:
         raise UsageError(f"the config {name} does not define `config = Config(...)`")
     check_types(config)
     return config
+
+
+def are_pictures(name: str) -> bool:
+    """Whether what stands in the config's place is pictures: a folder or a zip file."""
+    return Path(name).is_dir() or Path(name).suffix.lower() == ".zip"

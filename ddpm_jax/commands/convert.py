@@ -1,26 +1,22 @@
 """Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
 
 import jax
-import tyro
 
+from ddpm_jax.commands.arguments import Export, FromDiffusers, FromTensorflow, Inception, Parameters, ToDiffusers
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.files import check_place
 from ddpm_jax.evaluation.inception_weights import convert_inception
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
+from ddpm_jax.training.config_json import CONFIG
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import state_from_params
-from ddpm_jax.training.workdir import CONFIG, Run, check_empty, load_run, write_run
-
-Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
-Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER-OR-ID")]
-File = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+from ddpm_jax.training.workdir import Run, check_empty, load_run, write_run
 
 
 def check_workdir(workdir: str) -> None:
@@ -29,14 +25,8 @@ def check_workdir(workdir: str) -> None:
     check_empty(workdir)
 
 
-def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
-    """Import a model of diffusers (UNet2DModel or DDPMPipeline) as a run at step 0.
-
-    Args:
-        source: Folder, or id on the hub such as google/ddpm-cifar10-32.
-        workdir: New folder that the run is written to.
-        config: configs/NAME.py of the same model, for the run's data and training options.
-    """
+def from_diffusers(source: str, workdir: str, config: str) -> None:
+    """Writes a model of diffusers as a run at step 0."""
     check_workdir(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
     experiment = Experiment.from_config(run_config)
@@ -45,14 +35,8 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     print(f"{source} is now the run {workdir} (T={d.T}, {d.schedule} schedule, predicts {d.prediction}, {d.variance})")
 
 
-def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
-    """Import a checkpoint of the authors' code: parameters, their moving averages, Adam's moments and the step.
-
-    Args:
-        checkpoint: Path of the checkpoint's files without .index or .data, such as model.ckpt-790000.
-        workdir: New folder that the run is written to.
-        config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
-    """
+def from_tensorflow(checkpoint: str, workdir: str, config: str) -> None:
+    """Writes a checkpoint of the authors' code as a run."""
     check_workdir(workdir)
     experiment = Experiment.from_config(load_config(config))
     state, unused = tensorflow.read_checkpoint(checkpoint, experiment)
@@ -61,50 +45,39 @@ def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
     print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: python sample.py {workdir}")
 
 
-@dataclass(frozen=True)
-class Which:
-    """Which parameters of a run."""
-
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the parameters, or the parameters themselves."""
-    step: int | Literal["best"] | None = None
-    """The checkpoint's step, or best, by train.keep_best; default the newest."""
-    unverified: bool = False
-    """Use the checkpoint even if its manifest is missing or does not match."""
-
-    def load(self, workdir: str) -> Run:
-        """Loads the run onto one device, since nothing is computed."""
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        return load_run(workdir, step=self.step, weights=self.weights, unverified=self.unverified, mesh=mesh)
+def load(workdir: str, parameters: Parameters) -> Run:
+    """Loads a run onto one device, since nothing is computed."""
+    return load_run(workdir, **dataclasses.asdict(parameters), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-Chosen = Annotated[Which, tyro.conf.arg(name="")]
-
-
-def to_diffusers(workdir: Workdir, folder: Folder, which: Chosen) -> None:
-    """Write the run in WORKDIR as a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
+def to_diffusers(workdir: str, folder: Path, parameters: Parameters) -> None:
+    """Writes a run as a model of diffusers."""
     diffusers.check_new(folder)
-    run = which.load(workdir)
-    diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=which.weights, title=folder.name))
+    run = load(workdir, parameters)
+    diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=parameters.weights, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")
 
 
-def export_file(workdir: Workdir, file: File, which: Chosen) -> None:
-    """Write a run's parameters (FILE.safetensors) or whole sampler (FILE.jax_export) for programs without this package."""
+def export_file(workdir: str, file: str, parameters: Parameters) -> None:
+    """Writes a run's parameters or sampler as one file."""
     export.check_file(file)
-    run = which.load(workdir)
-    export.export_run(run, file, weights=which.weights)
+    run = load(workdir, parameters)
+    export.export_run(run, file, weights=parameters.weights)
     print(f"Step {run.step} of {workdir} is now in {file}")
 
 
-def inception(file: File) -> None:
-    """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate.py."""
+def inception(file: str) -> None:
+    """Converts the weights of Inception-v3 into the cache."""
     print(f"The weights of Inception-v3 are now in {convert_inception(file)}")
 
 
-def main() -> None:
-    """Parses the command line and converts."""
-    commands = {f.__name__.replace("_", "-"): f for f in (from_diffusers, from_tensorflow, to_diffusers, inception)}
-    tyro.extras.subcommand_cli_from_dict(
-        commands | {"export": export_file}, prog="convert.py", description=__doc__, sort_subcommands=False
-    )
+def main(arguments: FromDiffusers | FromTensorflow | ToDiffusers | Export | Inception) -> None:
+    """Converts."""
+    convert: dict[type, Callable[..., None]] = {
+        FromDiffusers: from_diffusers,
+        FromTensorflow: from_tensorflow,
+        ToDiffusers: to_diffusers,
+        Export: export_file,
+        Inception: inception,
+    }
+    convert[type(arguments)](**vars(arguments))

@@ -3,67 +3,30 @@
 After a kill, the same command resumes. Results, figures and report.html are written into the workdir.
 """
 
-import sys
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+import dataclasses
 
 import jax
-import tyro
 from etils import epath
 
-from ddpm_jax.config import Choices
+from ddpm_jax.commands.arguments import Evaluate
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import UsageError
-from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
+from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
-from ddpm_jax.evaluation.inception import Preprocessing
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
 from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe
-from ddpm_jax.generation.generator import SamplerOptions
 from ddpm_jax.training.workdir import load_run
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Evaluate a run, on its EMA parameters unless told otherwise."""
-
-    metrics: tuple[Annotated[str, Choices(METRICS)], ...] = ()
-    """What is computed; default all that the features allow, and without Inception weights what needs no features."""
-    features: Literal["inception", "pixels"] = "inception"
-    """Features that compare images: those of Inception-v3, as in papers, or raw pixels."""
-    preprocessing: Preprocessing = "tensorflow"
-    """Resizing and scaling for Inception: as in the original FID, or as in pytorch-fid."""
-    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
-    sampler: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the parameters, or the parameters themselves."""
-    step: int | Literal["best"] | None = None
-    """The checkpoint's step, or best, by train.keep_best; default the newest."""
-    figures: bool = True
-    """Draw the figures of the report as well; without them it shows the samples that a metric took."""
-    distributed: bool = False
-    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
-    unverified: bool = False
-    """Use the checkpoint even if its manifest is missing or does not match."""
-
-
-def main() -> None:
-    """Parses the command line, computes the metrics and writes the report."""
-    if {"-h", "--help"} & set(sys.argv):
-        tyro.cli(Arguments, prog="evaluate.py WORKDIR", args=["--help"])
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UsageError("no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options")
-    workdir = sys.argv[1]
-    arguments = tyro.cli(Arguments, prog=f"evaluate.py {workdir}", args=sys.argv[2:])
-    if "--metrics" in sys.argv and not arguments.metrics:
-        raise UsageError(f"--metrics is empty; give some of {', '.join(METRICS)}")
+def main(arguments: Evaluate) -> None:
+    """Computes the metrics and writes the report."""
+    workdir = arguments.workdir
     if arguments.distributed:
         sharding.start_processes()
     first = jax.process_index() == 0
-    run = load_run(workdir, step=arguments.step, weights=arguments.weights, unverified=arguments.unverified)
+    run = load_run(workdir, **dataclasses.asdict(arguments.parameters))
     metrics: tuple[str, ...] = arguments.metrics
     features = PIXELS
     if arguments.features == "inception":

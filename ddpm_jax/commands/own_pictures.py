@@ -17,16 +17,12 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.pictures import FORMATS, Pictures
 from ddpm_jax.data.sources import open_pictures
 from ddpm_jax.training.checkpoint import saved_steps
-from ddpm_jax.training.workdir import CHECKPOINTS, CONFIG, read_config
+from ddpm_jax.training.config_json import CONFIG, read_config
+from ddpm_jax.training.workdir import CHECKPOINTS
 
 SMALL = Path(__file__).parents[2] / "configs" / "folder_small.py"
 LOOKED_AT = 256  # pictures whose size and mode are read
 GREY = ("1", "L", "LA", "I", "I;16")  # Pillow's modes
-
-
-def are_pictures(name: str) -> bool:
-    """Whether a command line's name is of pictures: a folder or a zip file."""
-    return Path(name).is_dir() or Path(name).suffix.lower() == ".zip"
 
 
 def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:

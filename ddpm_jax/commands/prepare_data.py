@@ -3,36 +3,15 @@
 SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NAME[:split].
 """
 
-import sys
-from dataclasses import dataclass
-
-import tyro
-
+from ddpm_jax.commands.arguments import PrepareData
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import cache, sources, tfds
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Download a data set of tensorflow-datasets and write it as array_record, or check the pictures of any source."""
-
-    check: bool = False
-    """Decode every picture, and list those that cannot be, for --data.on-bad-image skip."""
-    workers: int = 0
-    """Threads that decode pictures; 0: one for each CPU core."""
-
-
-def main() -> None:
-    """Parses the command line, and prepares or checks the source."""
-    if {"-h", "--help"} & set(sys.argv):
-        tyro.cli(Arguments, prog="prepare_data.py SOURCE", args=["--help"])
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UsageError("no source was given; run prepare_data.py SOURCE, and prepare_data.py --help for the options")
-    source = sys.argv[1]
-    arguments = tyro.cli(Arguments, prog=f"prepare_data.py {source}", args=sys.argv[2:])
-    if arguments.workers < 0:
-        raise UsageError(f"--workers {arguments.workers} is too small; use 0 or more")
+def main(arguments: PrepareData) -> None:
+    """Prepares or checks the source."""
+    source = arguments.source
     if arguments.check:
         check(source, arguments.workers)
     elif source.startswith(tfds.PREFIX):

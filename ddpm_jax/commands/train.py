@@ -8,17 +8,13 @@ import contextlib
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
-from typing import Annotated
 
 import jax
-import tyro
 from etils import epath
 from tqdm import tqdm
 
-from ddpm_jax.commands.config_file import load_config
-from ddpm_jax.commands.own_pictures import are_pictures, config_of_pictures
-from ddpm_jax.config import Config, check
+from ddpm_jax.commands.arguments import Train
+from ddpm_jax.config import check
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
@@ -32,25 +28,6 @@ from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
-
-USAGE = (
-    "usage: train.py CONFIG-or-PICTURES --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
-)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Train a diffusion model. The same command resumes the run."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    workdir: str = ""
-    """Folder that the run is written to."""
-    distributed: bool = False
-    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
-    unverified: bool = False
-    """Resume from the newest checkpoint even if its manifest is missing or does not match."""
-    changed_data: bool = False
-    """Resume although the data set has changed since the checkpoint, e.g. after a bad picture was replaced or skipped."""
 
 
 def train(
@@ -116,20 +93,8 @@ def train(
             return train_loop(config.train, parts, state, meta, stop)
 
 
-def main() -> None:
-    """Parses the command line and trains."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(f"{__doc__}\n{USAGE}")
-        raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
-    name = sys.argv[1]
-    arguments = tyro.cli(
-        Arguments,
-        prog=f"train.py {name}",
-        args=sys.argv[2:],
-        default=Arguments(config_of_pictures(name, sys.argv[2:]) if are_pictures(name) else load_config(name)),
-    )
-    if not arguments.workdir:
-        raise UsageError("no workdir was given; add --workdir runs/NAME")
+def main(arguments: Train) -> None:
+    """Trains, and says at which step a signal stopped it."""
     if arguments.distributed:
         sharding.start_processes()
     try:

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, UInt32
 
 from ddpm_jax.core.errors import UsageError
-
-LAST_SEED = 2**32 - 1
+from ddpm_jax.core.options import LAST_SEED
 
 
 class Purpose(enum.IntEnum):

@@ -15,7 +15,7 @@ channels.
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddpm_jax.diffusion.schedules import Schedule
-
-Prediction = Literal["eps", "x_0", "x_prev", "v"]
-Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+from ddpm_jax.diffusion.words import Prediction, Variance
 
 # Treatment of a predicted x_0: clip to [-1, 1] (True), leave (False), or threshold at this quantile (a float).
 Clip = bool | float

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -24,52 +23,29 @@ from jax.sharding import Mesh
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
-from ddpm_jax.core.rng import check_seed
 from ddpm_jax.core.room import check_disk, check_memory
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
+from ddpm_jax.evaluation.options import Options, check_options
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.evaluation.scores import Statistics
 from ddpm_jax.generation.generator import (
-    LAST_IMAGE,
-    SamplerOptions,
     check_batch,
     generate_batches,
     make_generator,
     sample_key,
 )
+from ddpm_jax.generation.options import LAST_IMAGE, SamplerOptions
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 
 Result = TypeVar("Result")
 EVALUATION = "evaluation"
 MOST_IMAGES = 50_000  # the number that papers use for FID
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much is computed, and from which images."""
-
-    num_images: int = 0
-    """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
-    num_real: int = 0
-    """Real images: the first of the source; 0: all."""
-    terms: int = 0
-    """Terms of the bound between the prior's and the decoder's that each image is given, at random times; 0: all T - 1."""
-    bootstrap: int = 10
-    """Resampled sets that the Fréchet distance's standard error is taken from; 0: none."""
-    seed: int = 0
-    """Seed of the samples and of the bound's noise, 0 to 4294967295."""
-    batch_size: int = 64
-    """Images computed together, and kept as one part if the process is killed."""
-    source: str = ""
-    """The real images, as data.source names them (a test split, say); default the run's own."""
-    statistics: str = ""
-    """An .npz file of mu and sigma of real images' features that the Fréchet distance is taken from, instead of the source."""
 
 
 class Programs:
@@ -322,17 +298,6 @@ class Evaluation:
 
         parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
-
-
-def check_options(options: Options) -> None:
-    """Raises UsageError for numbers that are too small, or an invalid seed."""
-    for name, low in (("num_images", 0), ("num_real", 0), ("terms", 0), ("bootstrap", 0), ("batch_size", 1)):
-        if getattr(options, name) < low:
-            shown = name.replace("_", "-")
-            raise UsageError(f"--{shown} {getattr(options, name)} is too small; use {low} or more")
-    if options.bootstrap == 1:
-        raise UsageError("--bootstrap 1 has no spread; use 0 for none, or 2 or more")
-    check_seed(options.seed)
 
 
 def software(mesh: Mesh) -> dict[str, str]:

@@ -21,9 +21,10 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.sheets import beside
 from ddpm_jax.evaluation import metrics
-from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs
+from ddpm_jax.evaluation.evaluation import Evaluation, Programs
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import inception_features
+from ddpm_jax.evaluation.options import Options
 from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.generation.generator import generate_batches, sample_key
 from ddpm_jax.training import ema
@@ -58,7 +59,7 @@ class SampleGrid:
     While the EMA still holds much of the initial parameters, the raw parameters draw them too, and a note says so.
     """
 
-    name = "samples"
+    name, doing = "samples", "drawing the grid"
 
     def __init__(self, programs: Programs):
         self.every = programs.experiment.config.train.sample_every
@@ -100,7 +101,7 @@ class HeldOut:
     Raises UsageError if the Inception weights are needed but missing, or as `Evaluation.check_distance`.
     """
 
-    name = "eval_loss"
+    name, doing = "eval_loss", "evaluating held-out images"
 
     def __init__(self, programs: Programs, source: Source, held_out: Source):
         options = programs.experiment.config.train

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-Preprocessing = Literal["tensorflow", "pytorch-fid"]
+from ddpm_jax.evaluation.options import Preprocessing
 
 SIZE = 299
 

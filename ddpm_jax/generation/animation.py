@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from ddpm_jax.core import sharding
 from ddpm_jax.core.files import sole_writer, write_bytes
 from ddpm_jax.data.sheets import enlarge, grid, to_pil
-from ddpm_jax.generation.generator import SamplerOptions, build_sampler, make_generator, sample_key
+from ddpm_jax.generation.generator import build_sampler, make_generator, sample_key
+from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.generation.set_mark import add_to_list, is_listed
 from ddpm_jax.training.workdir import Run
 

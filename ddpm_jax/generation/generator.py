@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,35 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
-from ddpm_jax.config import Choices
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.core.room import check_devices
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.sampling import SAMPLERS, SPACINGS, Sampler, draw_x_T, make_sampler, reverse
+from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
 from ddpm_jax.training.experiment import Experiment
 
-LAST_IMAGE = 2 * 10**9  # indices are int32; this leaves room for a batch
-
 Generate = Callable[..., Any]  # (params, key, indices) -> images
-
-
-@dataclass(frozen=True)
-class SamplerOptions:
-    """How images are drawn; the defaults are the paper's Algorithm 2 over all T steps."""
-
-    sampler: Annotated[str, Choices(SAMPLERS)] = "ancestral"
-    """Method; ancestral is the paper's Algorithm 2."""
-    steps: tuple[int, ...] | None = None
-    """How many of the T steps to visit (default all), or so many in each of equal sections, e.g. 10 15 25."""
-    spacing: Annotated[str, Choices(SPACINGS)] = "linspace"
-    """Which steps are visited, where not all are."""
-    eta: float | None = None
-    """DDIM's noise, from 0 (none, its default) to 1 (ancestral)."""
-    clip: Literal["static", "dynamic", "none"] = "static"
-    """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
 
 
 def build_sampler(process: Process, options: SamplerOptions) -> Sampler:

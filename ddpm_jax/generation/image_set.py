@@ -20,7 +20,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -51,17 +51,16 @@ from ddpm_jax.data.arrays import parse_arrays, write_arrays
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.generation.generator import (
     Batches,
-    SamplerOptions,
     batch_ranges,
     check_batch,
     generate_batches,
     make_generator,
     sample_key,
 )
+from ddpm_jax.generation.options import Format, SamplerOptions
 from ddpm_jax.generation.set_mark import SET, Mark, read_mark, tell
 from ddpm_jax.training.workdir import Run
 
-Format = Literal["both", "png", "npz", "shards"]
 IMAGES, GRID = "images.npz", "grid.png"
 GRID_IMAGES = 64
 BYTES_OF_A_LINE = 200  # of set.json for each file and batch; an upper bound

@@ -51,6 +51,7 @@ class Evaluator(Protocol):
 
     name: a number or picture that every evaluation gives; if the log lacks it, the evaluation is repeated at a resume.
     every: steps between two evaluations; 0: never.
+    doing: optional; what the progress bar says meanwhile.
     """
 
     name: str
@@ -197,6 +198,16 @@ class Log:
             if self.writer:
                 tqdm.write(f"The other {self.options.steps - step:,} steps will take about {left}, without the grids.")
 
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says in the bar what is done while no step is taken, and leaves its time out of the time left."""
+        before, start = getattr(self.bar, "postfix", None), time.perf_counter()
+        self.bar.set_postfix_str(what)
+        yield
+        self.bar.set_postfix_str(before or "", refresh=False)
+        if not self.bar.disable:
+            self.bar.last_print_t += time.perf_counter() - start  # tqdm takes the speed from the time since then
+
     def write(self, step: int) -> None:
         """Writes one line."""
         values = self.losses.means()
@@ -211,7 +222,8 @@ class Log:
     def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
         """Runs an evaluator and writes its findings. Its time does not count as training; that of pending steps does."""
         self.losses.fetch_all()
-        with self.watch.stopped(), self.pace.stopped():
+        doing = getattr(evaluator, "doing", f"evaluating {evaluator.name}")
+        with self.watch.stopped(), self.pace.stopped(), self.doing(doing):
             findings = evaluator(state)
             if self.writer:
                 self.writer.write(step, findings.numbers, findings.pictures)
@@ -239,7 +251,7 @@ def train_loop(
         RunError: If a loss is not finite, a save fails or the workdir is gone.
         Interrupted: After a signal, once the state is saved.
     """
-    step, last = int(state.step), options.steps
+    step, first, last = int(state.step), int(state.step), options.steps
     with contextlib.closing(Log(options, parts, step, meta["since_log"])) as log:
 
         def is_due(every: int) -> bool:
@@ -254,8 +266,9 @@ def train_loop(
                 log.evaluate(evaluator, step, state)
 
         while step < last:
-            # Train: one dispatch of compiled steps, asynchronously.
-            state, metrics = parts.train_steps(state, *parts.feed(step, options.steps_per_dispatch))
+            # Train: one dispatch of compiled steps, asynchronously. Only the first one compiles.
+            with log.doing("compiling the step") if step == first else contextlib.nullcontext():
+                state, metrics = parts.train_steps(state, *parts.feed(step, options.steps_per_dispatch))
             step += options.steps_per_dispatch
             log.losses.add(metrics)
             log.bar.update(options.steps_per_dispatch)

@@ -22,36 +22,16 @@ from ddpm_jax import config as configs
 from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.core.files import LOCK, is_remnant, open_folder, read_json, remove_remnants, sole_writer, write_text
+from ddpm_jax.core.files import LOCK, is_remnant, open_folder, remove_remnants, sole_writer, write_text
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training import ema
 from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_steps
+from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
 from ddpm_jax.training.step import TrainState, abstract_state
 
-CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-
-
-def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
-    """The config of a workdir. Raises UsageError if the folder is no workdir, or its config cannot be read or used.
-
-    own_network: the run's network is not the U-Net of the config.
-    """
-    path = workdir / CONFIG
-    if not path.exists():
-        why = "does not exist" if not workdir.exists() else f"has no {CONFIG}" if workdir.is_dir() else "is a file"
-        raise UsageError(f"{workdir} {why}; give the folder of a run that train.py made")
-    values = read_json(path)
-    try:
-        config = configs.from_json(values)
-        configs.check(config, num_devices=None, own_network=own_network)
-    except configs.ConfigError as error:
-        raise UsageError(
-            f"{path} cannot be used ({error}); restore it from a copy, or write what the run had there"
-        ) from None
-    return config
 
 
 @contextlib.contextmanager

@@ -1,0 +1,51 @@
+"""What is measured: options, which are known before JAX is imported."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.options import POSITIVE, Bounds, Flag, check_bounds
+from ddpm_jax.generation.options import SAMPLER
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every combination of samplers, steps, batch sizes and dtypes, and other measurements."""
+
+    samplers: tuple[Annotated[str, SAMPLER], ...] = ("ancestral", "ddim")
+    """Samplers to take; with no name after it: none."""
+    steps: Annotated[tuple[int, ...], Bounds(1, 10**6)] = (50,)
+    """How many of the T steps they visit."""
+    batch_sizes: Annotated[tuple[int, ...], Bounds(1, 10**6)] = (1, 16)
+    """Images sampled together."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """What the network computes in."""
+    repeats: Annotated[int, Bounds(1, 10**4)] = 5
+    """Timed runs of each program, after the one that warms it up."""
+    train: Flag = False
+    """Also measure the train step, at train.batch_size."""
+    data: Flag = False
+    """Also measure the feed of batches, beside a bare NumPy gather or, of pictures decoded at every step, Pillow alone."""
+    peer: Literal["none", "torch"] = "none"
+    """Run the same in PyTorch with diffusers, in turn with ours (extra `parity`)."""
+    peak_tflops: Annotated[
+        float | None, POSITIVE, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: that of the device)")
+    ] = None
+    """Peak of one device, where it is not known here."""
+
+
+def check_plan(plan: Plan, *, compiling: bool) -> None:
+    """Raises UsageError for a plan that cannot be carried out, whatever the config.
+
+    compiling: the plan is for `compile_for`, so options of running are refused.
+    """
+    for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
+        if getattr(plan, name) != getattr(Plan(), name):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
+    check_bounds(plan)
+    if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
+        raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
+    if not (plan.samplers or plan.train or plan.data):
+        raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")

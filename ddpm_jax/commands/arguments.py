@@ -1,0 +1,303 @@
+"""The command line of each command. Nothing here imports JAX before the line is read, so that help and refusals come at once.
+
+`PARSERS` has a function for each command: the words after its name -> what its `main` is given.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from etils import epath
+
+from ddpm_jax import config as configs
+from ddpm_jax.benchmark.options import Plan, check_plan
+from ddpm_jax.commands.config_file import are_pictures, load_config
+from ddpm_jax.config import Config
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
+from ddpm_jax.evaluation.options import METRIC, Options, Preprocessing, check_options
+from ddpm_jax.generation.options import ANIMATION, LAST_IMAGE, Format, SamplerOptions
+from ddpm_jax.training.config_json import read_config
+
+
+def shown(metavar: str, default: str = "") -> Any:
+    """How an option's value is called in the help, and its default where words say it better than the value."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else None)
+
+
+Positional = tyro.conf.Positional[str]
+Step = Annotated[int | Literal["best"] | None, shown("STEP|best", "the newest")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a diffusion model. The same command resumes the run."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    workdir: Annotated[str, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(required)")] = ""
+    """Folder that the run is written to."""
+    distributed: Flag = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    unverified: Flag = False
+    """Resume from the newest checkpoint even if its manifest is missing or does not match."""
+    changed_data: Flag = False
+    """Resume although the data set has changed since the checkpoint, e.g. after a bad picture was replaced or skipped."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which parameters of the run."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters themselves."""
+    step: Step = None
+    """The checkpoint's step, or best, by train.keep_best."""
+    unverified: Flag = False
+    """Use the checkpoint even if its manifest is missing or does not match."""
+
+
+ParametersGroup = Annotated[Parameters, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="parameter")]
+SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler")]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample images from a run. The same command resumes an incomplete set."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run."""
+    num_images: Annotated[int, Bounds(1, LAST_IMAGE)] = 64
+    """Number of images; image i of a seed does not depend on it."""
+    first_image: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
+    """Index of the first image, to make a set in several pieces."""
+    seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
+    """Seed of every draw, 0 to 4294967295."""
+    out: Annotated[str, shown("FOLDER", "WORKDIR/generated/ and a name by step and options")] = ""
+    """Folder that the images are written to."""
+    format: Format = "both"
+    """Single PNGs, one images.npz, both, or one npz shard per batch, for sets too large for one file."""
+    animation: Annotated[str, ANIMATION] = "none"
+    """Also write the reverse process of the first images, 64 or --batch-size: OUT/process.webp or, several times as large,
+    process.gif."""
+    batch_size: Annotated[int, Bounds(1)] = 64
+    """Images computed together; changes speed only."""
+    distributed: Flag = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    sampler: SamplerGroup = field(default_factory=SamplerOptions)
+    parameters: ParametersGroup = field(default_factory=Parameters)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run, on its EMA parameters unless told otherwise. The same command resumes an evaluation that was stopped."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run; results, figures and report.html are written into it."""
+    metrics: Annotated[
+        tuple[Annotated[str, METRIC], ...],
+        tyro.conf.arg(help_behavior_hint="(default: all that the features allow)"),
+    ] = ()
+    """What is computed. Without Inception weights the default is what needs no features."""
+    features: Literal["inception", "pixels"] = "inception"
+    """Features that compare images: those of Inception-v3, as in papers, or raw pixels."""
+    preprocessing: Preprocessing = "tensorflow"
+    """Resizing and scaling for Inception: as in the original FID, or as in pytorch-fid."""
+    figures: bool = True
+    """Draw the figures of the report as well; without them it shows the samples that a metric took."""
+    distributed: Flag = False
+    """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="image")] = field(default_factory=Options)
+    sampler: SamplerGroup = field(default_factory=SamplerOptions)
+    parameters: ParametersGroup = field(default_factory=Parameters)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Measure samplers, the train step and the data feed of a config, or of a run with its parameters."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    plan: Annotated[Plan, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="measurement")] = field(default_factory=Plan)
+    compile_for: Annotated[str, shown("TOPOLOGY", "none")] = ""
+    """A TPU topology such as v5e:16x16: compile the programs for it, and run nothing (extra `tpu`)."""
+    json: Annotated[str, shown("FILE", "none")] = ""
+    """JSON file to write the results to as well."""
+    workdir: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
+    """The run, if one is measured."""
+
+
+@dataclass(frozen=True)
+class PrepareData:
+    """Download a data set of tensorflow-datasets and write it as array_record, or check the pictures of any source."""
+
+    source: Annotated[Positional, shown("SOURCE")]
+    """What data.source takes: tfds:NAME[:split], or with --check a folder or a zip file of pictures."""
+    check: Flag = False
+    """Decode every picture, and list those that cannot be, for --data.on-bad-image skip."""
+    workers: Annotated[int, Bounds(0)] = 0
+    """Threads that decode pictures; 0: one for each CPU core."""
+
+
+NewWorkdir = Annotated[Positional, shown("WORKDIR")]
+ConfigFile = Annotated[str, shown("configs/NAME.py", "none")]
+
+
+@dataclass(frozen=True)
+class FromDiffusers:
+    """Import a model of diffusers (UNet2DModel or DDPMPipeline) as a run at step 0."""
+
+    source: Annotated[Positional, shown("FOLDER-OR-ID")]
+    """Folder, or id on the hub such as google/ddpm-cifar10-32."""
+    workdir: NewWorkdir
+    """New folder that the run is written to."""
+    config: ConfigFile = ""
+    """Config of the same model, for the run's data and training options."""
+
+
+@dataclass(frozen=True)
+class FromTensorflow:
+    """Import a checkpoint of the authors' code: parameters, their moving averages, Adam's moments and the step."""
+
+    checkpoint: Annotated[Positional, shown("FILE")]
+    """Path of the checkpoint's files without .index or .data, such as model.ckpt-790000."""
+    workdir: NewWorkdir
+    """New folder that the run is written to."""
+    config: Annotated[str, shown("configs/NAME.py")]
+    """Config of the checkpoint's model, such as configs/cifar10.py."""
+
+
+@dataclass(frozen=True)
+class ToDiffusers:
+    """Write the run in WORKDIR as a new FOLDER that diffusers' DDPMPipeline.from_pretrained loads, with a model card."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run."""
+    folder: Annotated[tyro.conf.Positional[Path], shown("FOLDER")]
+    """New folder that the model is written to."""
+    parameters: ParametersGroup = field(default_factory=Parameters)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's parameters (FILE.safetensors) or whole sampler (FILE.jax_export) for programs without this package."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run."""
+    file: Annotated[Positional, shown("FILE")]
+    """New file; its ending says what is written."""
+    parameters: ParametersGroup = field(default_factory=Parameters)
+
+
+@dataclass(frozen=True)
+class Inception:
+    """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate.py."""
+
+    file: Annotated[Positional, shown("FILE")]
+    """The weights, as they were downloaded (docs/evaluation.md)."""
+
+
+CONVERSIONS: dict[str, Callable[..., Any]] = {
+    "from-diffusers": FromDiffusers,
+    "from-tensorflow": FromTensorflow,
+    "to-diffusers": ToDiffusers,
+    "export": Export,
+    "inception": Inception,
+}
+
+
+def _script() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _of_config(
+    options: type, words: Sequence[str], load: Callable[[str], Config], about: str
+) -> tuple[str, Config, Any]:
+    """The first word, the config that it names, and the options, whose defaults are this config's."""
+    if not words or words[0].startswith("-"):
+        if {"-h", "--help"} & set(words):
+            note = f"The defaults below are the paper's; {_script()} configs/NAME.py --help shows those of a config."
+            description = f"{options.__doc__} {note}"
+            prog = f"{_script()} {about}"
+            tyro.cli(options, prog=prog, args=["--help"], default=options(Config()), description=description)
+        raise UsageError(f"no config was given; run {_script()} {about}, and {_script()} --help for the options")
+    given = load(words[0])
+    prog = f"{_script()} {words[0]}"
+    return words[0], given, tyro.cli(options, prog=prog, args=words[1:], default=options(given))
+
+
+def train(words: Sequence[str]) -> Train:
+    """The command line of train.py: CONFIG-or-PICTURES and options."""
+
+    def load(name: str) -> Config:
+        if not are_pictures(name):
+            return load_config(name)
+        from ddpm_jax.commands.own_pictures import config_of_pictures  # looking at pictures imports JAX
+
+        return config_of_pictures(name, words[1:])
+
+    _, _, arguments = _of_config(Train, words, load, "CONFIG-or-PICTURES")
+    if not arguments.workdir:
+        raise UsageError("no workdir was given; add --workdir runs/NAME")
+    configs.check(arguments.config, num_devices=None)
+    return arguments
+
+
+def sample(words: Sequence[str]) -> Sample:
+    """The command line of sample.py."""
+    arguments = tyro.cli(Sample, prog=_script(), args=words)
+    check_bounds(arguments)
+    if arguments.first_image + arguments.num_images > LAST_IMAGE:
+        raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
+    return arguments
+
+
+def evaluate(words: Sequence[str]) -> Evaluate:
+    """The command line of evaluate.py."""
+    arguments = tyro.cli(Evaluate, prog=_script(), args=words)
+    if "--metrics" in words and not arguments.metrics:
+        raise UsageError(f"--metrics is empty; give some of {', '.join(METRIC.choices)}")
+    check_options(arguments.options)
+    return arguments
+
+
+def benchmark(words: Sequence[str]) -> Benchmark:
+    """The command line of benchmark.py: CONFIG-or-WORKDIR and options."""
+
+    def is_run(name: str) -> bool:
+        return "://" in name or Path(name).is_dir()
+
+    def load(name: str) -> Config:
+        return read_config(epath.Path(name)) if is_run(name) else load_config(name)
+
+    name, given, arguments = _of_config(Benchmark, words, load, "CONFIG-or-WORKDIR")
+    if is_run(name):
+        config, fixed = arguments.config, "--model, --data and --diffusion options"
+        if (config.model, config.data, config.diffusion) != (given.model, given.data, given.diffusion):
+            raise UsageError(f"{name} is a run, whose network, images and process are fixed; leave out {fixed}")
+        arguments = dataclasses.replace(arguments, workdir=name)
+    check_plan(arguments.plan, compiling=bool(arguments.compile_for))
+    return arguments
+
+
+def convert(words: Sequence[str]) -> Any:
+    """The command line of convert.py: one of CONVERSIONS."""
+    about = "Weights in and out."
+    return tyro.extras.subcommand_cli_from_dict(
+        CONVERSIONS, prog=_script(), args=words, description=about, sort_subcommands=False
+    )
+
+
+def prepare_data(words: Sequence[str]) -> PrepareData:
+    """The command line of prepare_data.py."""
+    arguments = tyro.cli(PrepareData, prog=_script(), args=words)
+    check_bounds(arguments)
+    return arguments
+
+
+PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
+    f.__name__: f for f in (train, sample, evaluate, convert, benchmark, prepare_data)
+}

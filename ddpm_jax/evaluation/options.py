@@ -1,0 +1,43 @@
+"""What is evaluated: options, which are known before JAX is imported."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.options import LAST_SEED, Bounds, Choices, check_bounds
+
+METRIC = Choices(
+    "ddpm_jax.evaluation.metrics:METRICS", "fid", "is", "kid", "prdc", "losses", "nll", "rate-distortion", "nearest"
+)
+Preprocessing = Literal["tensorflow", "pytorch-fid"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is computed, and from which images."""
+
+    num_images: Annotated[int, Bounds(0)] = 0
+    """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
+    num_real: Annotated[int, Bounds(0)] = 0
+    """Real images: the first of the source; 0: all."""
+    terms: Annotated[int, Bounds(0)] = 0
+    """Terms of the bound between the prior's and the decoder's that each image is given, at random times; 0: all T - 1."""
+    bootstrap: Annotated[int, Bounds(0)] = 10
+    """Resampled sets that the Fréchet distance's standard error is taken from; 0: none."""
+    seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
+    """Seed of the samples and of the bound's noise, 0 to 4294967295."""
+    batch_size: Annotated[int, Bounds(1)] = 64
+    """Images computed together, and kept as one part if the process is killed."""
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: the run's own)")] = ""
+    """The real images, as data.source names them: a test split, say."""
+    statistics: Annotated[str, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = ""
+    """An .npz file of mu and sigma of real images' features that the Fréchet distance is taken from, instead of the source."""
+
+
+def check_options(options: Options) -> None:
+    """Raises UsageError for numbers that are too small or too large."""
+    check_bounds(options)
+    if options.bootstrap == 1:
+        raise UsageError("--bootstrap 1 has no spread; use 0 for none, or 2 or more")

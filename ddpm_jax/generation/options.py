@@ -1,0 +1,40 @@
+"""How images are drawn and written: options, which are known before JAX is imported."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ddpm_jax.core.options import Choices
+
+LAST_IMAGE = 2 * 10**9  # indices are int32; this leaves room for a batch
+Format = Literal["both", "png", "npz", "shards"]
+SAMPLER = Choices("ddpm_jax.sampling:SAMPLERS", "ancestral", "ddim", "dpm++1s", "dpm++2m", "dpm++3m", "heun")
+SPACING = Choices("ddpm_jax.sampling.spacing:SPACINGS", "linspace", "leading", "trailing", "quadratic", "logsnr")
+ANIMATION = PrimitiveConstructorSpec[str](  # --animation alone is WebP
+    nargs=(0, 1),
+    metavar="[{webp,gif}]",
+    choices=("none", "webp", "gif"),
+    instance_from_str=lambda words: words[0] if words else "webp",
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+)
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How images are drawn; the defaults are the paper's Algorithm 2 over all T steps."""
+
+    sampler: Annotated[str, SAMPLER] = "ancestral"
+    """Method; ancestral is the paper's Algorithm 2."""
+    steps: Annotated[
+        tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: all)")
+    ] = None
+    """How many of the T steps to visit, or so many in each of equal sections, e.g. 10 15 25."""
+    spacing: Annotated[str, SPACING] = "linspace"
+    """Which steps are visited, where not all are."""
+    eta: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 0)")] = None
+    """Noise of ddim, from 0 (none) to 1 (ancestral)."""
+    clip: Literal["static", "dynamic", "none"] = "static"
+    """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
