@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.commands import train
-from ddpm_jax.commands.own_pictures import are_pictures, config_of_pictures
+from ddpm_jax.commands.config_file import are_pictures
+from ddpm_jax.commands.own_pictures import config_of_pictures
 from ddpm_jax.core.errors import UsageError
 
 TINY = (

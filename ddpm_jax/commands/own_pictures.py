@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from etils import epath
 from PIL import Image
@@ -54,7 +55,7 @@ def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def look_at(pictures: Pictures) -> tuple[int, int]:
+def look_at(pictures: Pictures) -> tuple[int, Literal[1, 3]]:
     """The median of the shorter sides, and the channels: 1 if all are grey. Of some of the pictures, equally spaced."""
     count, sides, modes = len(pictures.names), [], set()
     for i in range(0, count, -(-count // LOOKED_AT)):
