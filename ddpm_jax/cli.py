@@ -26,6 +26,8 @@ COMMANDS = {
     "convert": "nothing is left half-written, and the same command starts again",
     "benchmark": "nothing is kept but what --json has; the same command starts again",
     "prepare_data": "what was fetched is kept, and the same command continues",
+    "configs": "nothing was written",
+    "env": "nothing was written",
 }
 GRACE_SECONDS = 5.0  # for cleaning up after an interrupt
 

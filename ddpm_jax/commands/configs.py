@@ -1,0 +1,31 @@
+"""Lists the configs that come with the package: ddpm-jax configs
+
+Their folder lies beside the package in the repository, and inside of it once it is installed.
+"""
+
+import ast
+from pathlib import Path
+
+import tyro
+
+PACKAGE = Path(__file__).parent.parent
+FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+
+
+def shipped() -> dict[str, Path]:
+    """The shipped config files by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
+
+
+def show() -> None:
+    """List the configs that come with the package, which train and benchmark take by name from any folder."""
+    width = max(map(len, shipped()))
+    for name, path in shipped().items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        print(f"{name:{width}}  {next(iter(text.splitlines()), '')}")
+    print(f"For a config of your own, copy one of them from {FOLDER} and give the path of the copy.")
+
+
+def main() -> None:
+    """Parses the command line, which has no options, and lists the configs."""
+    tyro.cli(show, prog="ddpm-jax configs")
