@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ddpm_jax.core import peers
-from ddpm_jax.core.errors import RunError, UsageError, first_line, say
+from ddpm_jax.core.errors import RunError, UsageError, first_line, program, say
 
 # What an interrupted command leaves, and how to resume.
 COMMANDS = {
@@ -102,7 +102,7 @@ def _ignore_signals() -> None:
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with one sentence on standard error."""
     with contextlib.suppress(OSError):  # standard error is closed
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        print(f"{program()}: {message}", file=sys.stderr)
     peers.leave(code)
     raise SystemExit(code)
 

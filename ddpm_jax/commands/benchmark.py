@@ -1,4 +1,4 @@
-"""Measures samplers, the train step and the data feed: python benchmark.py CONFIG-or-WORKDIR --samplers ddim --steps 50"""
+"""Measures samplers, the train step and the data feed: ddpm-jax benchmark CONFIG-or-WORKDIR --samplers ddim --steps 50"""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from ddpm_jax.benchmark.plan import Plan, compile_for, measure, refuse, write_js
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config
 from ddpm_jax.core import rng
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import load_run, read_config
 
@@ -36,12 +36,12 @@ class Arguments:
 def main() -> None:
     """Parses the command line, measures and prints a table."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(f"{__doc__}\nbenchmark.py CONFIG --help lists the options")
+        print(f"{__doc__}\n{program()} CONFIG --help lists the options")
         raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     name = sys.argv[1]
     is_run = "://" in name or Path(name).is_dir()
     given = read_config(epath.Path(name)) if is_run else load_config(name)
-    arguments = tyro.cli(Arguments, prog=f"benchmark.py {name}", args=sys.argv[2:], default=Arguments(given))
+    arguments = tyro.cli(Arguments, prog=f"{program()} {name}", args=sys.argv[2:], default=Arguments(given))
     config, columns = arguments.config, programs.COLUMNS
     # Before JAX starts: no compilation cache, so compile times are real; no preallocation, so a peer on the GPU has memory.
     jax.config.update("jax_enable_compilation_cache", False)

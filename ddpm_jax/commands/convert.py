@@ -1,4 +1,4 @@
-"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
+"""Weights in and out: ddpm-jax convert {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import tyro
 
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import program
 from ddpm_jax.core.files import check_place
 from ddpm_jax.evaluation.inception_weights import convert_inception
 from ddpm_jax.interop import diffusers, export, tensorflow
@@ -35,7 +36,7 @@ def from_diffusers(source: Source, workdir: Workdir, config: str = "") -> None:
     Args:
         source: Folder, or id on the hub such as google/ddpm-cifar10-32.
         workdir: New folder that the run is written to.
-        config: configs/NAME.py of the same model, for the run's data and training options.
+        config: Name or file of a config of the same model, for the run's data and training options.
     """
     check_workdir(workdir)
     run_config, params = diffusers.read_model(source, load_config(config) if config else None)
@@ -51,14 +52,14 @@ def from_tensorflow(checkpoint: File, workdir: Workdir, config: str) -> None:
     Args:
         checkpoint: Path of the checkpoint's files without .index or .data, such as model.ckpt-790000.
         workdir: New folder that the run is written to.
-        config: configs/NAME.py of the checkpoint's model, such as configs/cifar10.py.
+        config: Name or file of the config of the checkpoint's model, such as cifar10.
     """
     check_workdir(workdir)
     experiment = Experiment.from_config(load_config(config))
     state, unused = tensorflow.read_checkpoint(checkpoint, experiment)
     write_run(workdir, experiment, state)
     print(f"Not used: {', '.join(unused) or 'nothing'}.")
-    print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: python sample.py {workdir}")
+    print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: ddpm-jax sample {workdir}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def export_file(workdir: Workdir, file: File, which: Chosen) -> None:
 
 
 def inception(file: File) -> None:
-    """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate.py."""
+    """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate."""
     print(f"The weights of Inception-v3 are now in {convert_inception(file)}")
 
 
@@ -106,5 +107,5 @@ def main() -> None:
     """Parses the command line and converts."""
     commands = {f.__name__.replace("_", "-"): f for f in (from_diffusers, from_tensorflow, to_diffusers, inception)}
     tyro.extras.subcommand_cli_from_dict(
-        commands | {"export": export_file}, prog="convert.py", description=__doc__, sort_subcommands=False
+        commands | {"export": export_file}, prog=program(), description=__doc__, sort_subcommands=False
     )

@@ -1,4 +1,4 @@
-"""Evaluates a run: python evaluate.py WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
+"""Evaluates a run: ddpm-jax evaluate WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
 
 After a kill, the same command resumes. Results, figures and report.html are written into the workdir.
 """
@@ -13,7 +13,7 @@ from etils import epath
 
 from ddpm_jax.config import Choices
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, import_extra, program
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures
@@ -50,13 +50,15 @@ class Arguments:
 def main() -> None:
     """Parses the command line, computes the metrics and writes the report."""
     if {"-h", "--help"} & set(sys.argv):
-        tyro.cli(Arguments, prog="evaluate.py WORKDIR", args=["--help"])
+        tyro.cli(Arguments, prog=f"{program()} WORKDIR", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UsageError("no workdir was given; run evaluate.py WORKDIR, and evaluate.py --help for the options")
+        raise UsageError(f"no workdir was given; run {program()} WORKDIR, and {program()} --help for the options")
     workdir = sys.argv[1]
-    arguments = tyro.cli(Arguments, prog=f"evaluate.py {workdir}", args=sys.argv[2:])
+    arguments = tyro.cli(Arguments, prog=f"{program()} {workdir}", args=sys.argv[2:])
     if "--metrics" in sys.argv and not arguments.metrics:
         raise UsageError(f"--metrics is empty; give some of {', '.join(METRICS)}")
+    for module in ("matplotlib", "sklearn"):
+        import_extra(module, "evaluation", program())
     if arguments.distributed:
         sharding.start_processes()
     first = jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""Prepares or checks a data set: python prepare_data.py tfds:cifar10; python prepare_data.py SOURCE --check
+"""Prepares or checks a data set: ddpm-jax prepare-data tfds:cifar10; ddpm-jax prepare-data SOURCE --check
 
 SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NAME[:split].
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.data import cache, sources, tfds
 
 
@@ -26,11 +26,11 @@ class Arguments:
 def main() -> None:
     """Parses the command line, and prepares or checks the source."""
     if {"-h", "--help"} & set(sys.argv):
-        tyro.cli(Arguments, prog="prepare_data.py SOURCE", args=["--help"])
+        tyro.cli(Arguments, prog=f"{program()} SOURCE", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UsageError("no source was given; run prepare_data.py SOURCE, and prepare_data.py --help for the options")
+        raise UsageError(f"no source was given; run {program()} SOURCE, and {program()} --help for the options")
     source = sys.argv[1]
-    arguments = tyro.cli(Arguments, prog=f"prepare_data.py {source}", args=sys.argv[2:])
+    arguments = tyro.cli(Arguments, prog=f"{program()} {source}", args=sys.argv[2:])
     if arguments.workers < 0:
         raise UsageError(f"--workers {arguments.workers} is too small; use 0 or more")
     if arguments.check:

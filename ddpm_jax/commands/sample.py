@@ -1,4 +1,4 @@
-"""Samples images from a run: python sample.py WORKDIR --num-images 64 --seed 0 --out samples"""
+"""Samples images from a run: ddpm-jax sample WORKDIR --num-images 64 --seed 0 --out samples"""
 
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import tyro
 from etils import epath
 
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.rng import check_seed
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import LAST_IMAGE, SamplerOptions
@@ -62,11 +62,11 @@ def default_name(step: int, arguments: Arguments) -> str:
 def main() -> None:
     """Parses the command line, samples and writes the images."""
     if {"-h", "--help"} & set(sys.argv):
-        tyro.cli(Arguments, prog="sample.py WORKDIR", args=["--help"])
+        tyro.cli(Arguments, prog=f"{program()} WORKDIR", args=["--help"])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UsageError("no workdir was given; run sample.py WORKDIR, and sample.py --help for the options")
+        raise UsageError(f"no workdir was given; run {program()} WORKDIR, and {program()} --help for the options")
     workdir = sys.argv[1]
-    arguments = tyro.cli(Arguments, prog=f"sample.py {workdir}", args=sys.argv[2:])
+    arguments = tyro.cli(Arguments, prog=f"{program()} {workdir}", args=sys.argv[2:])
     for name, smallest in (("num_images", 1), ("batch_size", 1), ("first_image", 0)):
         if getattr(arguments, name) < smallest:
             option = f"--{name.replace('_', '-')}"

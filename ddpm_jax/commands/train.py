@@ -1,4 +1,4 @@
-"""Trains a diffusion model: python train.py configs/digits.py --workdir runs/digits [--any.field value]
+"""Trains a diffusion model: ddpm-jax train digits --workdir runs/digits [--any.field value]
 
 The same command resumes the run.
 """
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, check
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.files import open_folder
 from ddpm_jax.data import make_feed, open_source
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
@@ -30,7 +30,7 @@ from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
 
-USAGE = "usage: train.py CONFIG --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
+USAGE = "usage: {0} CONFIG --workdir WORKDIR [--any.field value]; {0} CONFIG --help lists the fields"
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ def train(
 def main() -> None:
     """Parses the command line and trains."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(f"{__doc__}\n{USAGE}")
+        print(f"{__doc__}\n{USAGE.format(program())}")
         raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     name = sys.argv[1]
     arguments = tyro.cli(
         Arguments,
-        prog=f"train.py {name}",
+        prog=f"{program()} {name}",
         args=sys.argv[2:],
         default=Arguments(load_config(name)),
     )

@@ -164,7 +164,7 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
     first = ", ".join(f"{picture.name} ({picture.reason})" for picture in bad[:NAMED])
     return UsageError(
         f"{len(bad)} of {total} pictures cannot be decoded: {first}{', ...' if len(bad) > NAMED else ''}; mend or remove "
-        "them, or list them all with prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+        "them, or list them all with ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
     )
 
 
@@ -199,13 +199,13 @@ def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
 def without_bad(pictures: Pictures, source: str) -> Pictures:
     """The pictures without those of the list; their identity records the list. Raises UsageError if there is no list."""
     path = bad_list(pictures)
-    again = f"write it again with prepare_data.py {source} --check"
+    again = f"write it again with ddpm-jax prepare-data {source} --check"
     try:
         bad = read_json(epath.Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-            f"write it with prepare_data.py {source} --check"
+            f"write it with ddpm-jax prepare-data {source} --check"
         ) from None
     except DamagedFileError as error:
         raise DamagedFileError(path, error.reason, again) from None
