@@ -273,7 +273,9 @@ def test_file_with_a_syntax_error_is_refused(run, tmp_path):
 def test_file_that_is_not_python_is_refused(refused, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("{}")
-    refused(f"the config {path} is not a Python file; give NAME.py, or a name that ddpm-jax configs lists", "train", path)
+    refused(
+        f"the config {path} is not a Python file; give NAME.py, or a name that ddpm-jax configs lists", "train", path
+    )
 
 
 @pytest.mark.parametrize(
