@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 PACKAGE = Path(__file__).parent.parent
-FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+FOLDER = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
 
 def shipped() -> dict[str, Path]:
