@@ -6,6 +6,8 @@ Names are imported when they are first asked for, so that importing the package 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from ddpm_jax.commands.train import train
     from ddpm_jax.config import Config

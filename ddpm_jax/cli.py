@@ -17,8 +17,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from ddpm_jax import __version__
 from ddpm_jax.core import peers
-from ddpm_jax.core.errors import RunError, UsageError, first_line, say
+from ddpm_jax.core.errors import RunError, UsageError, first_line, program, say
 
 
 class Command(NamedTuple):
@@ -31,13 +32,26 @@ class Command(NamedTuple):
 # Each is a module of `ddpm_jax.commands`, and has a function in `commands.arguments.PARSERS`.
 COMMANDS = {
     "train": Command(
-        "train a diffusion model", "checkpoints are intact, and the same command continues from the newest"
+        "train a diffusion model; the same command continues",
+        "checkpoints are intact, and the same command continues from the newest",
     ),
     "sample": Command("sample images from a run", "finished images are kept, and the same command continues"),
-    "evaluate": Command("evaluate a run", "finished parts are kept, and the same command continues"),
-    "convert": Command("weights in and out", "nothing is left half-written, and the same command starts again"),
-    "benchmark": Command("measure speed", "nothing is kept but what --json has; the same command starts again"),
-    "prepare_data": Command("prepare or check a data set", "what was fetched is kept, and the same command continues"),
+    "evaluate": Command(
+        "FID and other metrics of a run, and its report", "finished parts are kept, and the same command continues"
+    ),
+    "convert": Command(
+        "weights in and out: diffusers, the authors' checkpoints, one file",
+        "nothing is left half-written, and the same command starts again",
+    ),
+    "benchmark": Command(
+        "speed of sampling, training and the data feed",
+        "nothing is kept but what --json has; the same command starts again",
+    ),
+    "prepare_data": Command(
+        "fetch a data set, or check pictures", "what was fetched is kept, and the same command continues"
+    ),
+    "configs": Command("list the configs that come with the package", "nothing was written"),
+    "env": Command("versions, devices and settings, for a bug report", "nothing was written"),
 }
 GRACE_SECONDS = 5.0  # for cleaning up after an interrupt
 
@@ -112,7 +126,7 @@ def _ignore_signals() -> None:
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with one sentence on standard error."""
     with contextlib.suppress(OSError):  # standard error is closed
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        print(f"{program()}: {message}", file=sys.stderr)
     peers.leave(code)
     raise SystemExit(code)
 
@@ -124,19 +138,29 @@ def prepare(name: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    """The console command: `ddpm-jax NAME ...` is what `NAME.py ...` is."""
-    names = {name.replace("_", "-"): name for name in COMMANDS}
-    program, name = os.path.basename(sys.argv[0]), sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        rows = "\n".join(f"  {shown:14}{COMMANDS[name].does}" for shown, name in names.items())
-        print(f"usage: {program} COMMAND ...\n\n{rows}\n\n{program} COMMAND --help lists the options of a command")
-        return
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"perhaps you meant {near[0]}" if near else f"there are {', '.join(names)}"
-        fail(f"the command {name} does not exist; {hint}", 2)
-    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    run(names[name])
+    """The console command: `ddpm-jax train ...` is what `train.py ...` of the repository is, in any folder."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    command = name.replace("-", "_")
+    if command in COMMANDS and "_" not in name:
+        sys.argv[:2] = [f"ddpm-jax {name}"]
+        return run(command)
+    sys.argv[0] = "ddpm-jax"
+    run(functools.partial(_answer, name))
+
+
+def _answer(name: str) -> None:
+    """Answers a command line that names no command."""
+    shown = {command.replace("_", "-"): what.does for command, what in COMMANDS.items()}
+    if name == "--version":
+        print(f"ddpm-jax {__version__}")
+    elif name in ("", "-h", "--help"):
+        print("usage: ddpm-jax COMMAND ...; ddpm-jax COMMAND --help shows its options\n")
+        print("\n".join(f"  {command:12}  {does}" for command, does in shown.items()))
+        raise SystemExit(0 if name else 2)
+    else:
+        near = difflib.get_close_matches(name, shown, n=1)
+        hint = f"perhaps you meant {near[0]}" if near else f"give one of {', '.join(shown)}"
+        raise UsageError(f"{name} is not a command; {hint}")
 
 
 def run(command: str | Callable[[], None]) -> None:

@@ -46,8 +46,8 @@ class DataConfig:
     """Which images, and what they become."""
 
     source: Annotated[str, MAY_CHANGE] = "digits"
-    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see prepare_data.py), a
-    file `x.npy` or `x.npz` of uint8 images, or `digits` (embedded)."""
+    """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see ddpm-jax prepare-data), a file
+    `x.npy` or `x.npz` of uint8 images, or `digits` (scikit-learn's)."""
     image_size: Annotated[int, Bounds(1)] = 32
     """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
     channels: Literal[1, 3] = 3
@@ -58,7 +58,7 @@ class DataConfig:
     workers: Annotated[int, Bounds(0, 1024), MAY_CHANGE] = 0
     """Threads that decode pictures; 0: one for each CPU core. Changes speed only."""
     on_bad_image: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
-    """What a picture that cannot be decoded does: stop the run, or be left out, if prepare_data.py --check listed it."""
+    """What a picture that cannot be decoded does: stop the run, or be left out, if ddpm-jax prepare-data --check listed it."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ CONTENT = {
     for i, name in enumerate(NAMES)
 }
 BAD = NAMES[batch_indices(0, 5, 1, 4, 32)[0, 2]]  # what the sixth step takes, after the save of the fourth
-ADVICE = "list all such pictures with prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+ADVICE = (
+    "list all such pictures with ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
+)
 
 
 @pytest.fixture

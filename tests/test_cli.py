@@ -249,11 +249,22 @@ def test_missing_config_is_answered_with_the_nearest(refused, tmp_path, monkeypa
     refused(
         "the config configs/digit.py does not exist; perhaps you meant configs/digits.py", "train", "configs/digit.py"
     )
-    refused("the config digits.py does not exist; perhaps you meant configs/digits.py", "train", "digits.py")
-    there = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
-    refused(f"the config /0/1 does not exist; there are {there}", "train", "/0/1", "--help")
+    refused("the config digits.py does not exist; perhaps you meant digits", "train", "digits.py")
+    there = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+    refused(f"the config /0/1 does not exist; give a file, or one of {there}", "train", "/0/1", "--help")
     monkeypatch.chdir(tmp_path)
-    refused("the config configs/digits.py does not exist; there are none in configs/", "train", DIGITS)
+    refused("the config configs/digits.py does not exist; perhaps you meant digits", "train", DIGITS)
+    (tmp_path / "mine.py").write_text("")
+    refused("the config mime.py does not exist; perhaps you meant mine.py", "train", "mime.py")
+
+
+def test_shipped_config_is_found_by_its_name_in_every_folder(tmp_path, monkeypatch):
+    shipped = load_config(DIGITS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.py").write_text(WITH + "config = Config(seed=7)")
+    (tmp_path / "digits").mkdir()
+    assert load_config("digits") == shipped
+    assert load_config("digits.py").seed == 7
 
 
 WITH = "from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig\n"
@@ -291,7 +302,9 @@ def test_file_with_a_syntax_error_is_refused(run, tmp_path):
 def test_file_that_is_not_python_is_refused(refused, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("{}")
-    refused(f"the config {path} is not a Python file; give configs/NAME.py", "train", path)
+    refused(
+        f"the config {path} is not a Python file; give NAME.py, or a name that ddpm-jax configs lists", "train", path
+    )
 
 
 @pytest.mark.parametrize(

@@ -552,7 +552,7 @@ def test_batches_without_room_are_refused_with_their_bytes(make):
 
 # ---- Bad pictures
 
-ADVICE = "with prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+ADVICE = "with ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
 CUT = encoded(RNG.integers(0, 256, (64, 64, 3), np.uint8), "JPEG")
 CUT = CUT[: len(CUT) // 2]
 
@@ -615,7 +615,7 @@ def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
     identity = sources.open_pictures(str(path)).identity
     with refuses(
         "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-        f"write it with prepare_data.py {path} --check"
+        f"write it with ddpm-jax prepare-data {path} --check"
     ):
         opened(path, on_bad_image="skip")
     bad = list_bad(path)
@@ -660,7 +660,7 @@ def test_a_damaged_list_of_bad_pictures_is_told_with_the_remedy(content, make):
     with pytest.raises(UsageError) as caught:
         opened(path, on_bad_image="skip")
     assert str(caught.value).startswith(f"{file} is damaged (")
-    assert str(caught.value).endswith(f"; write it again with prepare_data.py {path} --check")
+    assert str(caught.value).endswith(f"; write it again with ddpm-jax prepare-data {path} --check")
     assert "\n" not in str(caught.value)
     list_bad(path)
     assert len(opened(path, on_bad_image="skip")) == 6

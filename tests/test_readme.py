@@ -37,7 +37,7 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_every_file_that_a_document_names_exists():
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         text = document.read_text()
         for name in re.findall(r"`((?:ddpm_jax|tests|configs|docs)/[\w/]+\.\w+)`", text):
             assert (ROOT / name).exists(), f"{document.name}: {name}"
@@ -57,5 +57,7 @@ def test_the_architecture_has_every_module_in_the_order_of_imports():
 
 
 def test_the_configs_of_the_table_exist():
-    for name in re.findall(r"python train.py (configs/\S+)", README):
+    for name in re.findall(r"train\.py (configs/\w+\.py)", README):
         assert (ROOT / name).is_file()
+    for name in re.findall(r"ddpm-jax train (\w+) ", README):
+        assert (ROOT / "configs" / f"{name}.py").is_file()

@@ -128,14 +128,14 @@ print(source.images[[0, 1]].shape, source.labels.shape, "tensorflow" in sys.modu
 def test_missing_data_is_told_at_once_with_the_command_that_prepares_it(prepared):
     start = time.perf_counter()
     with refuses(
-        f"the data set 'cifar10' is not prepared in {prepared}; prepare it with: python prepare_data.py tfds:cifar10"
+        f"the data set 'cifar10' is not prepared in {prepared}; prepare it with: ddpm-jax prepare-data tfds:cifar10"
     ):
         opened("tfds:cifar10")
     assert time.perf_counter() - start < 1
     (prepared / "begun" / "incomplete.XYZ_1.0.0").mkdir(parents=True, exist_ok=True)
     (prepared / "begun" / "incomplete.XYZ_1.0.0" / "dataset_info.json").write_text("{}")
     with refuses(
-        f"the data set 'begun' is not prepared in {prepared}; prepare it with: python prepare_data.py tfds:begun"
+        f"the data set 'begun' is not prepared in {prepared}; prepare it with: ddpm-jax prepare-data tfds:begun"
     ):
         opened("tfds:begun:test")
 
@@ -147,7 +147,7 @@ def test_another_file_format_is_told(prepared):
     (folder / "old-train.tfrecord-00000-of-00001").write_bytes(b"")
     with refuses(
         f"the data set 'old' is prepared in {folder}, but not as array_record; prepare it with: "
-        "python prepare_data.py tfds:old"
+        "ddpm-jax prepare-data tfds:old"
     ):
         opened("tfds:old")
 

@@ -89,14 +89,15 @@ def environment() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -4,8 +4,6 @@
 """
 
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from etils import epath
 
-from ddpm_jax import config as configs
 from ddpm_jax.benchmark.options import Plan, check_plan
 from ddpm_jax.commands.config_file import are_pictures, load_config
-from ddpm_jax.config import Config
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.config import Config, check
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
 from ddpm_jax.evaluation.options import METRIC, Options, Preprocessing, check_options
 from ddpm_jax.generation.options import ANIMATION, LAST_IMAGE, Format, SamplerOptions
@@ -142,8 +139,18 @@ class PrepareData:
     """Threads that decode pictures; 0: one for each CPU core."""
 
 
+@dataclass(frozen=True)
+class Configs:
+    """List the configs that come with the package, which train and benchmark take by name from any folder."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """Print versions, devices, settings and the system, for a bug report."""
+
+
 NewWorkdir = Annotated[Positional, shown("WORKDIR")]
-ConfigFile = Annotated[str, shown("configs/NAME.py", "none")]
+ConfigFile = Annotated[str, shown("CONFIG", "none")]
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class FromDiffusers:
     workdir: NewWorkdir
     """New folder that the run is written to."""
     config: ConfigFile = ""
-    """Config of the same model, for the run's data and training options."""
+    """Name or file of a config of the same model, for the run's data and training options."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,8 @@ class FromTensorflow:
     """Path of the checkpoint's files without .index or .data, such as model.ckpt-790000."""
     workdir: NewWorkdir
     """New folder that the run is written to."""
-    config: Annotated[str, shown("configs/NAME.py")]
-    """Config of the checkpoint's model, such as configs/cifar10.py."""
+    config: Annotated[str, shown("CONFIG")]
+    """Name or file of the config of the checkpoint's model, such as cifar10."""
 
 
 @dataclass(frozen=True)
@@ -209,23 +216,19 @@ CONVERSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _script() -> str:
-    return os.path.basename(sys.argv[0])
-
-
 def _of_config(
     options: type, words: Sequence[str], load: Callable[[str], Config], about: str
 ) -> tuple[str, Config, Any]:
     """The first word, the config that it names, and the options, whose defaults are this config's."""
     if not words or words[0].startswith("-"):
         if {"-h", "--help"} & set(words):
-            note = f"The defaults below are the paper's; {_script()} configs/NAME.py --help shows those of a config."
+            note = f"The defaults below are the paper's; {program()} CONFIG --help shows those of a config."
             description = f"{options.__doc__} {note}"
-            prog = f"{_script()} {about}"
+            prog = f"{program()} {about}"
             tyro.cli(options, prog=prog, args=["--help"], default=options(Config()), description=description)
-        raise UsageError(f"no config was given; run {_script()} {about}, and {_script()} --help for the options")
+        raise UsageError(f"no config was given; run {program()} {about}, and {program()} --help for the options")
     given = load(words[0])
-    prog = f"{_script()} {words[0]}"
+    prog = f"{program()} {words[0]}"
     return words[0], given, tyro.cli(options, prog=prog, args=words[1:], default=options(given))
 
 
@@ -242,13 +245,13 @@ def train(words: Sequence[str]) -> Train:
     _, _, arguments = _of_config(Train, words, load, "CONFIG-or-PICTURES")
     if not arguments.workdir:
         raise UsageError("no workdir was given; add --workdir runs/NAME")
-    configs.check(arguments.config, num_devices=None)
+    check(arguments.config, num_devices=None)
     return arguments
 
 
 def sample(words: Sequence[str]) -> Sample:
     """The command line of sample.py."""
-    arguments = tyro.cli(Sample, prog=_script(), args=words)
+    arguments = tyro.cli(Sample, prog=program(), args=words)
     check_bounds(arguments)
     if arguments.first_image + arguments.num_images > LAST_IMAGE:
         raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
@@ -257,7 +260,7 @@ def sample(words: Sequence[str]) -> Sample:
 
 def evaluate(words: Sequence[str]) -> Evaluate:
     """The command line of evaluate.py."""
-    arguments = tyro.cli(Evaluate, prog=_script(), args=words)
+    arguments = tyro.cli(Evaluate, prog=program(), args=words)
     if "--metrics" in words and not arguments.metrics:
         raise UsageError(f"--metrics is empty; give some of {', '.join(METRIC.choices)}")
     check_options(arguments.options)
@@ -287,17 +290,27 @@ def convert(words: Sequence[str]) -> Any:
     """The command line of convert.py: one of CONVERSIONS."""
     about = "Weights in and out."
     return tyro.extras.subcommand_cli_from_dict(
-        CONVERSIONS, prog=_script(), args=words, description=about, sort_subcommands=False
+        CONVERSIONS, prog=program(), args=words, description=about, sort_subcommands=False
     )
 
 
 def prepare_data(words: Sequence[str]) -> PrepareData:
     """The command line of prepare_data.py."""
-    arguments = tyro.cli(PrepareData, prog=_script(), args=words)
+    arguments = tyro.cli(PrepareData, prog=program(), args=words)
     check_bounds(arguments)
     return arguments
 
 
+def configs(words: Sequence[str]) -> Configs:
+    """The command line of configs, which has no options."""
+    return tyro.cli(Configs, prog=program(), args=words)
+
+
+def env(words: Sequence[str]) -> Env:
+    """The command line of env, which has no options."""
+    return tyro.cli(Env, prog=program(), args=words)
+
+
 PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
-    f.__name__: f for f in (train, sample, evaluate, convert, benchmark, prepare_data)
+    f.__name__: f for f in (train, sample, evaluate, convert, benchmark, prepare_data, configs, env)
 }

@@ -1,4 +1,4 @@
-"""Measures samplers, the train step and the data feed: python benchmark.py CONFIG-or-WORKDIR --samplers ddim --steps 50"""
+"""Measures samplers, the train step and the data feed: ddpm-jax benchmark CONFIG-or-WORKDIR --samplers ddim --steps 50"""
 
 import os
 

@@ -1,24 +1,31 @@
-"""Loads a config file, configs/NAME.py. No other file is executed: a config file is the user's own program."""
+"""Loads a config: a shipped one by its name, or a file by its path.
+
+No other file is executed: a config file is the user's own program.
+"""
 
 import difflib
 import importlib.util
 from pathlib import Path
 
+from ddpm_jax.commands.configs import shipped
 from ddpm_jax.config import Config, check_types
 from ddpm_jax.core.errors import UsageError
 
 
 def load_config(name: str) -> Config:
-    """The `config` of a config file. Raises UsageError if there is none, with the name of the most similar file."""
-    path = Path(name)
+    """The config of a name such as cifar10, in every folder the shipped one, or of a path such as mine.py.
+
+    Raises UsageError if there is none, with what is named most alike.
+    """
+    path = shipped().get(name, Path(name))
     if not path.is_file():
-        there = sorted(str(p) for p in Path("configs").glob("*.py"))
-        near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
-        hint = f"perhaps you meant {near[0]}" if near else f"there are {', '.join(there) or 'none in configs/'}"
+        there = {name: name for name in shipped()} | {near.stem: str(near) for near in path.parent.glob("*.py")}
+        near = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.5)
+        hint = f"perhaps you meant {there[near[0]]}" if near else f"give a file, or one of {', '.join(shipped())}"
         raise UsageError(f"the config {name} does not exist; {hint}")
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"the config {name} is not a Python file; give configs/NAME.py")
+        raise UsageError(f"the config {name} is not a Python file; give NAME.py, or a name that ddpm-jax configs lists")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -32,5 +39,5 @@ def load_config(name: str) -> Config:
 
 
 def are_pictures(name: str) -> bool:
-    """Whether what stands in the config's place is pictures: a folder or a zip file."""
-    return Path(name).is_dir() or Path(name).suffix.lower() == ".zip"
+    """Whether what stands in the config's place is pictures: a folder or a zip file, and no shipped config's name."""
+    return name not in shipped() and (Path(name).is_dir() or Path(name).suffix.lower() == ".zip")

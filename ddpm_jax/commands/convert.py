@@ -1,4 +1,4 @@
-"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
+"""Weights in and out: ddpm-jax convert {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def from_tensorflow(checkpoint: str, workdir: str, config: str) -> None:
     state, unused = tensorflow.read_checkpoint(checkpoint, experiment)
     write_run(workdir, experiment, state)
     print(f"Not used: {', '.join(unused) or 'nothing'}.")
-    print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: python sample.py {workdir}")
+    print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: ddpm-jax sample {workdir}")
 
 
 def load(workdir: str, parameters: Parameters) -> Run:

@@ -1,4 +1,4 @@
-"""Evaluates a run: python evaluate.py WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
+"""Evaluates a run: ddpm-jax evaluate WORKDIR --metrics fid is kid prdc nll rate-distortion nearest
 
 After a kill, the same command resumes. Results, figures and report.html are written into the workdir.
 """
@@ -10,6 +10,7 @@ from etils import epath
 
 from ddpm_jax.commands.arguments import Evaluate
 from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import import_extra, program
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
@@ -23,6 +24,8 @@ from ddpm_jax.training.workdir import load_run
 def main(arguments: Evaluate) -> None:
     """Computes the metrics and writes the report."""
     workdir = arguments.workdir
+    for module in ("matplotlib", "sklearn"):
+        import_extra(module, "evaluation", program())
     if arguments.distributed:
         sharding.start_processes()
     first = jax.process_index() == 0

@@ -21,7 +21,7 @@ from ddpm_jax.training.checkpoint import saved_steps
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.workdir import CHECKPOINTS
 
-SMALL = Path(__file__).parents[2] / "configs" / "folder_small.py"
+SMALL = "folder_small"
 LOOKED_AT = 256  # pictures whose size and mode are read
 GREY = ("1", "L", "LA", "I", "I;16")  # Pillow's modes
 
@@ -42,13 +42,13 @@ def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:
     if workdir and saved_steps(epath.Path(workdir) / CHECKPOINTS):
         config = read_config(epath.Path(workdir))
         return dataclasses.replace(config, data=dataclasses.replace(config.data, source=name))
-    config, pictures = load_config(str(SMALL)), open_pictures(name)
+    config, pictures = load_config(SMALL), open_pictures(name)
     side, channels = look_at(pictures)
     # Never enlarge most of them: that would cost time and show nothing.
     size = config.data.image_size if side >= config.data.image_size else config.data.image_size // 2
     tqdm.write(
         f"{len(pictures.names):,} pictures, half of them at least {side} pixels on the shorter side: trained at {size} x {size}, "
-        f"{'grey' if channels == 1 else 'in colour'}, with the small network of configs/{SMALL.name} for "
+        f"{'grey' if channels == 1 else 'in colour'}, with the small network of {SMALL} for "
         f"{config.train.steps:,} steps. WORKDIR/{CONFIG} says it all, and each field is an option: --train.steps, --data.channels"
     )
     data = dataclasses.replace(config.data, source=name, image_size=size, channels=channels)

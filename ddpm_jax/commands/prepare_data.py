@@ -1,4 +1,4 @@
-"""Prepares or checks a data set: python prepare_data.py tfds:cifar10; python prepare_data.py SOURCE --check
+"""Prepares or checks a data set: ddpm-jax prepare-data tfds:cifar10; ddpm-jax prepare-data SOURCE --check
 
 SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NAME[:split].
 """

@@ -1,4 +1,4 @@
-"""Samples images from a run: python sample.py WORKDIR --num-images 64 --seed 0 --out samples"""
+"""Samples images from a run: ddpm-jax sample WORKDIR --num-images 64 --seed 0 --out samples"""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Trains a diffusion model: python train.py configs/digits.py --workdir runs/digits [--any.field value]
+"""Trains a diffusion model: ddpm-jax train digits --workdir runs/digits [--any.field value]
 
 A folder or a zip file of pictures may stand in the place of the config: a small config is chosen by them. The same command
 resumes the run.

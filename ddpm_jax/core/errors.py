@@ -34,10 +34,15 @@ def import_extra(module: str, extra: str, what: str, otherwise: str = "") -> Any
         ) from None
 
 
+def program() -> str:
+    """What was called, for messages and help: train.py, or ddpm-jax train."""
+    return os.path.basename(sys.argv[0])
+
+
 def say(message: str, *, before: str = "\n") -> None:
     """Writes a line to standard error, bypassing Python's buffers, whose lock an interrupted thread may hold.
 
     before: written first; the default ends the line of a progress bar.
     """
     with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), f"{before}{os.path.basename(sys.argv[0])}: {message}.\n".encode())
+        os.write(sys.stderr.fileno(), f"{before}{program()}: {message}.\n".encode())

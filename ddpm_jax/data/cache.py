@@ -153,7 +153,7 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
     first = ", ".join(f"{picture.name} ({picture.reason})" for picture in bad[:NAMED])
     return UsageError(
         f"{len(bad)} of {total} pictures cannot be decoded: {first}{', ...' if len(bad) > NAMED else ''}; mend or remove "
-        "them, or list them all with prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+        "them, or list them all with ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
     )
 
 
@@ -188,14 +188,14 @@ def without_bad(pictures: Pictures, source: str) -> Pictures:
     """The pictures without those of the list; their identity records the list. Raises UsageError if there is no list."""
     path = bad_list(pictures)
     try:
-        with files.advising(f"write it again with prepare_data.py {source} --check"):
+        with files.advising(f"write it again with ddpm-jax prepare-data {source} --check"):
             bad = files.read_json(epath.Path(path))
             if unknown := bad.keys() - set(pictures.names):
                 raise DamagedFileError(path, f"it lists {min(unknown)}, which is not among the pictures")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-            f"write it with prepare_data.py {source} --check"
+            f"write it with ddpm-jax prepare-data {source} --check"
         ) from None
     kept = [i for i, name in enumerate(pictures.names) if name not in bad]
     if len(kept) == len(pictures.names):

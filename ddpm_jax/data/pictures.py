@@ -31,7 +31,7 @@ class PictureError(UsageError):
     def __init__(self, name: str, reason: str):
         super().__init__(
             f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
-            "prepare_data.py SOURCE --check and leave them out with --data.on-bad-image skip"
+            "ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
         )
         self.name = name
         self.reason = reason

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core import room
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.core.files import digest
 from ddpm_jax.data import tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
@@ -72,9 +72,7 @@ class Arrays(NamedTuple):
 
 def digits(name: str) -> Arrays:
     """The 1,797 handwritten 8x8 digits of scikit-learn, grey, with 0..16 scaled to 0..255; labels 0 to 9."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = import_extra("sklearn.datasets", "evaluation", "data.source=digits").load_digits()
     return Arrays(np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target)
 
 

@@ -113,7 +113,7 @@ def _prepared(name: str) -> Path:
     found = [
         info.parent for info in infos if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
     ]  # other names are incomplete downloads
-    how = f"prepare it with: python prepare_data.py {PREFIX}{name}"
+    how = f"prepare it with: ddpm-jax prepare-data {PREFIX}{name}"
     if not found:
         raise UsageError(f"the data set {name!r} is not prepared in {data_folder()}; {how}")
     newest = max(found, key=lambda folder: [int(part) for part in folder.name.split(".")])

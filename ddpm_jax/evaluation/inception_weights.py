@@ -28,7 +28,7 @@ SOURCE_SHA256 = "6726825d"  # its first digits, as in the file's name
 BN_EPSILON = 1e-3
 HOW_TO_GET = (
     f"download {SOURCE} from the releases of pytorch-fid (or torch-fidelity's file of that date) and convert it with "
-    "`python convert.py inception PATH`"
+    "`ddpm-jax convert inception PATH`"
 )
 
 

@@ -6,14 +6,13 @@ package's.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import log_softmax
-from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, import_extra
 
 SEED = 2020
 MOST_RANK = 4096  # of a covariance in a Fréchet distance: its singular values take a minute, and grow with the cube
@@ -205,17 +204,21 @@ def neighbourhoods(
         balls.append(inside.sum(axis=1))
         return balls[-1]
 
-    for _ in pairwise_distances_chunked(generated, real, reduce_func=count):
+    for _ in _metrics().pairwise_distances_chunked(generated, real, reduce_func=count):
         pass
     around = np.concatenate(balls)
     return Neighbourhoods(_mean(around > 0), _mean(recalled), _mean(around / neighbour), _mean(covered))
+
+
+def _metrics() -> Any:
+    return import_extra("sklearn.metrics", "evaluation", "comparing features one by one")
 
 
 def _radii(features: Float[np.ndarray, "N D"], neighbour: int) -> Float[np.ndarray, " N"]:
     def to_kth(block, start):
         return np.partition(block, neighbour, axis=1)[:, neighbour]  # place 0 is the image itself
 
-    return np.concatenate(list(pairwise_distances_chunked(features, reduce_func=to_kth)))
+    return np.concatenate(list(_metrics().pairwise_distances_chunked(features, reduce_func=to_kth)))
 
 
 def _mean(values: np.ndarray) -> Estimate:
@@ -245,7 +248,9 @@ def nearest(
     queries = np.asarray(queries, np.float64)
     for block in blocks:
         here = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
-        distances = np.concatenate([distances, pairwise_distances(queries, np.asarray(block, np.float64))], axis=1)
+        distances = np.concatenate(
+            [distances, _metrics().pairwise_distances(queries, np.asarray(block, np.float64))], axis=1
+        )
         places, start = np.concatenate([places, here], axis=1), start + len(block)
         order = np.argsort(distances, axis=1, kind="stable")[:, :count]
         places, distances = (np.take_along_axis(a, order, axis=1) for a in (places, distances))

@@ -1,0 +1,5 @@
+"""python -m ddpm_jax is the console command ddpm-jax."""
+
+from ddpm_jax.cli import main
+
+main()
