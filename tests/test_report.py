@@ -255,7 +255,7 @@ def test_while_the_ema_is_of_little_use_the_raw_parameters_come_first(reported, 
 
     def shown():
         page = write_report(workdir).read_text()
-        return next(alt for alt in pictures(page) if alt.startswith("Samples of")), "<strong>7.000</strong>" in page
+        return next(alt for alt in pictures(page) if alt.startswith("Samples of")), "<strong>7</strong>" in page
 
     assert shown() == ("Samples of step 40", False)
     values = json.loads((workdir / "config.json").read_text())
@@ -284,14 +284,14 @@ def test_the_strip_ends_between_two_rows_of_samples(tmp_path):
         (1.2523898, 0.0896, ("1.25", "0.09")),
         (5.403824, 0.01411, ("5.404", "0.014")),
         (0.0, 0.0, ("0", "")),
-        (1.0, 0.0, ("1.000", "")),
+        (1.0, 0.0, ("1", "")),
         (12345.6, 120.0, ("12,346", "120")),
         (-0.0001, 0.02, ("0.00", "0.02")),
-        (3.0, 1e-9, ("3.000", "")),
-        (3.0, 5e-324, ("3.000", "")),
+        (3.1, 1e-9, ("3.100", "")),
+        (3.1, 5e-324, ("3.100", "")),
         (float("inf"), 1.0, ("inf", "")),
-        (2.0, float("nan"), ("2.000", "")),
-        (2.0, None, ("2.000", "")),
+        (2.0, float("nan"), ("2", "")),
+        (2.0, None, ("2", "")),
     ],
 )
 def test_numbers_have_the_digits_that_their_spread_allows(value, spread, said):
