@@ -30,6 +30,7 @@ from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statisti
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
+from ddpm_jax.evaluation.results import describe
 from ddpm_jax.generation.generator import SamplerOptions, generate_batches, make_generator, sample_key
 from ddpm_jax.training.workdir import load_run
 
@@ -613,8 +614,10 @@ def test_without_weights_the_default_is_what_can_be_computed_without(command, ev
     code, out, _ = command(run, *options)
     assert code == 0
     assert "Without Inception weights only losses, nearest, nll, rate-distortion are computed; download" in out
-    assert f"nll: {evaluated[1]['nll']['value']:.4g} ±" in out
+    assert f"nll: {describe(evaluated[1]['nll'])}\n" in out
     assert "The report: " in out
+    [drawn] = (run / "evaluation" / "figures").iterdir()  # for the report's top; nothing else is drawn
+    assert drawn.name == "samples-00000040.png"
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,33 @@ def test_without_figures_the_samples_are_shown_and_without_those_the_grid_of_the
     assert "Samples of step 90" in write_report(tmp_path / "drawn").read_text()
 
 
+def test_while_the_ema_is_of_little_use_the_raw_parameters_come_first(reported, tmp_path):
+    workdir = epath.Path(shutil.copytree(reported[0], tmp_path / "run"))
+    [fid] = (workdir / EVALUATION).glob("fid-00000080-0*.json")
+    result = json.loads(fid.read_text())
+    result["definition"]["sampling"]["weights"], result["value"] = "raw", 7.0
+    (workdir / EVALUATION / "fid-00000080-22222222.json").write_text(json.dumps(result))
+    drawn, grid_of_training = (
+        workdir / EVALUATION / FOLDER / "samples-00000040.png",
+        workdir / "samples/step_00000040.png",
+    )
+    shutil.copy(drawn, drawn.with_name("samples-00000040-raw.png"))
+    grid_of_training.parent.mkdir()
+    shutil.copy(drawn, grid_of_training)
+
+    def shown():
+        page = write_report(workdir).read_text()
+        return next(alt for alt in pictures(page) if alt.startswith("Samples of")), "<strong>7</strong>" in page
+
+    assert shown() == ("Samples of step 40", False)
+    values = json.loads((workdir / "config.json").read_text())
+    values["train"]["ema_decay"] = 0.9999
+    (workdir / "config.json").write_text(json.dumps(values))
+    assert shown() == ("Samples of step 40, raw parameters", True)
+    drawn.with_name("samples-00000040-raw.png").unlink()
+    assert shown() == ("Samples of step 40, EMA (left) and raw parameters (right)", True)
+
+
 def test_the_strip_ends_between_two_rows_of_samples(tmp_path):
     workdir = make_workdir(tmp_path / "run")
     folder = workdir / EVALUATION / FOLDER
@@ -257,14 +284,14 @@ def test_the_strip_ends_between_two_rows_of_samples(tmp_path):
         (1.2523898, 0.0896, ("1.25", "0.09")),
         (5.403824, 0.01411, ("5.404", "0.014")),
         (0.0, 0.0, ("0", "")),
-        (1.0, 0.0, ("1.000", "")),
+        (1.0, 0.0, ("1", "")),
         (12345.6, 120.0, ("12,346", "120")),
         (-0.0001, 0.02, ("0.00", "0.02")),
-        (3.0, 1e-9, ("3.000", "")),
-        (3.0, 5e-324, ("3.000", "")),
+        (3.1, 1e-9, ("3.100", "")),
+        (3.1, 5e-324, ("3.100", "")),
         (float("inf"), 1.0, ("inf", "")),
-        (2.0, float("nan"), ("2.000", "")),
-        (2.0, None, ("2.000", "")),
+        (2.0, float("nan"), ("2", "")),
+        (2.0, None, ("2", "")),
     ],
 )
 def test_numbers_have_the_digits_that_their_spread_allows(value, spread, said):

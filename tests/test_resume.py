@@ -134,6 +134,7 @@ def test_the_finished_run_says_so_and_longer_training_is_allowed(uninterrupted, 
     code, output = finish(start(uninterrupted, environment))
     assert code == 0
     assert "Continuing from step 120" in output
+    assert f"tensorboard --logdir {uninterrupted} " in output
     longer = tmp_path / "longer"
     shutil.copytree(uninterrupted, longer)
     code, output = finish(start(longer, environment, "--train.steps", "140"))

@@ -5,7 +5,6 @@ resumes the run.
 """
 
 import contextlib
-import shlex
 import signal
 import sys
 
@@ -77,10 +76,7 @@ def train(
                     f"the run stands at step {step}, which is not a multiple of "
                     f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
                 )
-            tqdm.write(describe(experiment, source, mesh, state))
-            tqdm.write(
-                f"Curves and samples: tensorboard --logdir {shlex.quote(str(workdir))} (pip install tensorboard)"
-            )
+            tqdm.write(describe(experiment, source, mesh, state, workdir))
             parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),

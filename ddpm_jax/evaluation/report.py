@@ -144,37 +144,56 @@ def _newest(folder: epath.Path, name: str, end: str = "") -> tuple[int, epath.Pa
     return (int(paths[-1].stem.removesuffix(end)[-8:]), paths[-1]) if paths else None
 
 
+def _better(config: Config, step: int) -> str:
+    """The parameters that are looked at first: the EMA, or the raw ones while it is of little use."""
+    return "raw" if ema.note(config.train, step) else "ema"
+
+
+def _samples(workdir: epath.Path, config: Config) -> tuple[str, epath.Path, bool] | None:
+    """Samples of the newest step: what they are, their picture, and whether it is an evaluation's, in rows of COLUMNS.
+
+    Of one step the better parameters' come first; the training's grid, which shows both while the EMA is of little use, second.
+    """
+    folder, found = workdir / EVALUATION / FOLDER, []
+    for weights, picture in (
+        ("ema", _newest(folder, "samples-")),
+        ("raw", _newest(folder, "samples-", "-raw")),
+        ("", _newest(workdir / "samples", "step_")),
+    ):
+        if picture:
+            step, path = picture
+            better = _better(config, step)
+            both = "EMA (left) and raw parameters (right)" if better == "raw" else ""
+            of = {"ema": "", "raw": "raw parameters", "": both}[weights]
+            said = f"Samples of step {step:,}" + (f", {of}" if of else "")
+            found.append(((step, 2 if weights == better else 0 if weights else 1), said, path, bool(weights)))
+    return max(found, key=lambda one: one[0])[1:] if found else None
+
+
 def _strip(workdir: epath.Path, config: Config) -> str:
-    """Samples: those of the evaluation, else the training's grid, if that is newer or alone. A click shows all of the former."""
-    drawn = _newest(workdir / EVALUATION / FOLDER, "samples-") or _newest(
-        workdir / EVALUATION / FOLDER, "samples-", "-raw"
-    )
-    logged = _newest(workdir / "samples", "step_")
-    newest = max(
-        ((*found, found is drawn) for found in (logged, drawn) if found), default=None, key=lambda f: (f[0], f[2])
-    )
-    if newest is None:
+    """The first rows of samples; a click shows all. A training's grid is shown whole."""
+    found = _samples(workdir, config)
+    if found is None:
         return ""
-    step, path, is_drawn = newest
+    alt, path, in_rows = found
     content, size = path.read_bytes(), config.data.image_size
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))  # of a PNG
     pixels = "pixels" if size <= PIXELATED else ""
     scale = width // (COLUMNS * (size + 1) - 1)
     top = scale * (STRIP_ROWS * (size + 1) - 1)
-    alt = f"Samples of step {step:,}"
-    if not is_drawn or height <= top:
+    if not in_rows or height <= top:
         image = _image(content, "png", alt, classes=f"whole {pixels}")
         return f'<figure class="strip">{image}<figcaption>{alt}.</figcaption></figure>'
     image = _image(content, "png", alt, classes=pixels, style=f"aspect-ratio: {width} / {top}")
     return f'<details class="strip"><summary>{image}<small>{alt}; a click shows all, or the first.</small></summary></details>'
 
 
-def _cards(results: list[dict[str, Any]], step: int, paper: dict[str, str]) -> str:
-    """The first four of HEADLINES at a step, each of the EMA and from the most samples, if there are several."""
+def _cards(results: list[dict[str, Any]], step: int, better: str, paper: dict[str, str]) -> str:
+    """The first four of HEADLINES at a step, each of the better parameters and from the most samples, if there are several."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def rank(result: dict[str, Any]) -> tuple[bool, int]:
-        return weights_of(result) == "ema", (result["definition"].get("sampling") or {}).get("images", 0)
+        return weights_of(result) == better, (result["definition"].get("sampling") or {}).get("images", 0)
 
     for result in sorted((result for result in results if step_of(result) == step), key=rank):
         parts = {name: result[name] for name in PRDC} if result["metric"] == "prdc" else {result["metric"]: result}
@@ -328,7 +347,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(f'{name}, step {step:,}: {workdir.name}')}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p></header>"
-        f"{_strip(workdir, config)}{_cards(results, step, paper)}{_ema_notes(config, results)}"
+        f"{_strip(workdir, config)}{_cards(results, step, _better(config, step), paper)}{_ema_notes(config, results)}"
         + _curves(workdir, results)
         + _figures(workdir, config)
         + f"<h2>All results</h2>{_results(results, paper)}"

@@ -22,7 +22,7 @@ def plain(value: float, *, decimals: int | None = None) -> str:
     if not math.isfinite(value):
         return f"{value}"
     if decimals is None:
-        places = DIGITS - 1 - _magnitude(value) if value else 0
+        places = 0 if float(value).is_integer() else DIGITS - 1 - _magnitude(value)
         decimals = min(max(places, 0), MOST_DECIMALS)
     least = 10.0**-decimals
     if 0 < value < least / 2:

@@ -1,10 +1,12 @@
 """The first state of a training: the newest intact checkpoint, another run's parameters, or random ones."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -18,8 +20,8 @@ from ddpm_jax.training.step import TrainState, abstract_state, init_sharded_stat
 from ddpm_jax.training.workdir import check_network, load_run, network_name
 
 
-def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState) -> str:
-    """One line about the network, the data and the devices, one about the run, and one about where a resume starts."""
+def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState, workdir: epath.Path) -> str:
+    """Lines about the network, the data and the devices, the run, how to watch it, and where a resume starts."""
     train, step = experiment.config.train, int(state.step)
     devices, batch_size = mesh.devices.size, train.batch_size
     params = sum(array.size for array in jax.tree.leaves(state.params))
@@ -36,6 +38,7 @@ def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainSta
             f"\nNote: {initial_share(train, train.steps):.0%} of the EMA will still be the initial parameters at the last "
             "step; set --train.ema-warmup, or draw samples with --weights raw."
         )
+    said += f"\nCurves and samples: tensorboard --logdir {shlex.quote(str(workdir))} (pip install tensorboard)"
     return said + (f"\nContinuing from step {step}." if step else "")
 
 
