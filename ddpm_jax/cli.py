@@ -218,7 +218,7 @@ def _of_system(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     what = f"{where}{error.strerror or error}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{what}; earlier saves are intact: make the place writable or readable, or give another"
+        return f"{what}; earlier saves are intact: make the place writable or readable, or give another path"
     return f"{what}; earlier saves are intact: check that path, and run the same command again"
 
 

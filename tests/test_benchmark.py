@@ -215,7 +215,7 @@ def params_of(config):
         ({"repeats": 0}, "--repeats 0 is too small"),
         ({"dtypes": ()}, "--dtypes has no value"),
         ({"samplers": ()}, "there is nothing to measure"),
-        ({"peak_tflops": -1.0}, "--peak-tflops -1 is not a positive number"),
+        ({"peak_tflops": -1.0}, "--peak-tflops -1.0 is not a positive number"),
         ({"peak_tflops": float("nan")}, "--peak-tflops nan is not a positive number"),
         ({"repeats": 10**9}, "--repeats 1000000000 is too large; use 10000 or less"),
         ({"batch_sizes": (4, 10**9)}, "--batch-sizes 1000000000 is too large; use 1000000 or less"),

@@ -237,6 +237,11 @@ def test_help_offers_what_the_tables_have(run):
         assert re.search(re.escape(option) + r" \[?\{" + re.escape(",".join(map(str, table))) + r"\}", helps), option
 
 
+def test_an_animation_is_webp_unless_gif_is_asked_for():
+    for words, expected in (([], "none"), (["--animation"], "webp"), (["--animation", "gif"], "gif")):
+        assert arguments.sample(["runs/digits", *words]).animation == expected
+
+
 def test_train_without_a_config_says_how_it_is_called(refused):
     for words in ([], ["--workdir", "runs/x"]):
         refused("no config was given; run train.py CONFIG, and train.py --help for the options", "train", *words)

@@ -6,6 +6,7 @@ from pathlib import Path
 from test_architecture import WINGS
 
 import ddpm_jax
+from ddpm_jax.commands.arguments import PARSERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,6 +55,17 @@ def test_the_architecture_has_every_module_in_the_order_of_imports():
     wings = [name.split("/")[0].removesuffix(".py") for name in named]
     places = [WINGS.index(wing) for wing in wings]
     assert places == sorted(places)
+
+
+def test_every_command_line_can_be_parsed(monkeypatch):
+    """As far as that does not need the run, the pictures or the weights."""
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^python (\w+)\.py (.*?)(?: +#.*)?$|`python (\w+)\.py ([^`]*)`", README, re.MULTILINE)
+    commands = [(line[0] or line[2], (line[1] or line[3]).split()) for line in lines]
+    assert {name for name, _ in commands} == set(PARSERS)
+    for name, words in commands:
+        if "--help" not in words:
+            PARSERS[name](words)
 
 
 def test_the_configs_of_the_table_exist():

@@ -79,8 +79,8 @@ class Sample:
     format: Format = "both"
     """Single PNGs, one images.npz, both, or one npz shard per batch, for sets too large for one file."""
     animation: Annotated[str, ANIMATION] = "none"
-    """Also write the reverse process of the first images, 64 or --batch-size: OUT/process.webp or, several times as large,
-    process.gif."""
+    """Also write the reverse process of the first images, 64 or --batch-size, as OUT/process.webp, or as process.gif, which is
+    larger and has 256 colours."""
     batch_size: Annotated[int, Bounds(1)] = 64
     """Images computed together; changes speed only."""
     distributed: Flag = False
@@ -262,7 +262,9 @@ def evaluate(words: Sequence[str]) -> Evaluate:
     """The command line of evaluate.py."""
     arguments = tyro.cli(Evaluate, prog=program(), args=words)
     if "--metrics" in words and not arguments.metrics:
-        raise UsageError(f"--metrics is empty; give some of {', '.join(METRIC.choices)}")
+        raise UsageError(
+            f"--metrics is empty, and WORKDIR is {arguments.workdir}; give some of {', '.join(METRIC.choices)}"
+        )
     check_options(arguments.options)
     return arguments
 

@@ -39,7 +39,7 @@ from ddpm_jax.generation.generator import (
     make_generator,
     sample_key,
 )
-from ddpm_jax.generation.options import LAST_IMAGE, SamplerOptions
+from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 
@@ -135,8 +135,6 @@ class Evaluation:
         check_batch(self.experiment, self.mesh, self.batch_size)
         if count := self.options.num_images:
             what, remedy = f"--num-images {count}", "use fewer"
-            if count > LAST_IMAGE:
-                raise UsageError(f"{what} goes beyond image {LAST_IMAGE}; {remedy}")
             image = int(np.prod(self.source.images.shape[1:]))
             number = self._least_width()
             check_memory(4 * number * count, f"{what} (their features)", remedy)

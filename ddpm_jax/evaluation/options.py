@@ -7,9 +7,10 @@ import tyro
 
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import LAST_SEED, Bounds, Choices, check_bounds
+from ddpm_jax.generation.options import LAST_IMAGE
 
 METRIC = Choices(
-    "ddpm_jax.evaluation.metrics:METRICS", "fid", "is", "kid", "prdc", "losses", "nll", "rate-distortion", "nearest"
+    "ddpm_jax.evaluation.metrics:METRICS", "losses", "nearest", "is", "kid", "fid", "prdc", "nll", "rate-distortion"
 )
 Preprocessing = Literal["tensorflow", "pytorch-fid"]
 
@@ -18,7 +19,7 @@ Preprocessing = Literal["tensorflow", "pytorch-fid"]
 class Options:
     """How much is computed, and from which images."""
 
-    num_images: Annotated[int, Bounds(0)] = 0
+    num_images: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
     """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
     num_real: Annotated[int, Bounds(0)] = 0
     """Real images: the first of the source; 0: all."""
