@@ -35,8 +35,6 @@ from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
 USAGE = """\
 usage: train.py CONFIG --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields
        train.py PICTURES --workdir WORKDIR [--any.field value], with a folder or a zip file of pictures"""
-    "usage: train.py CONFIG-or-PICTURES --workdir WORKDIR [--any.field value]; train.py CONFIG --help lists the fields"
-)
 
 
 @dataclass(frozen=True)
