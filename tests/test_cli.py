@@ -204,7 +204,7 @@ def test_help_shows_every_field_with_its_text_and_this_configs_default(run):
 SECTIONS = {
     "train": [arguments.Train, DataConfig, ModelConfig, DiffusionConfig, TrainConfig],
     "sample": [arguments.Sample, SamplerOptions, arguments.Parameters],
-    "evaluate": [arguments.Evaluate, EvaluationOptions, SamplerOptions, arguments.Checkpoint],
+    "evaluate": [arguments.Evaluate, EvaluationOptions, SamplerOptions, arguments.Parameters],
     "benchmark": [arguments.Benchmark, Plan, DataConfig, TrainConfig],
     "prepare_data": [arguments.PrepareData],
     "convert from-diffusers": [arguments.FromDiffusers],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.commands import train
+from ddpm_jax.commands import arguments, train
 from ddpm_jax.commands.config_file import are_pictures
 from ddpm_jax.commands.own_pictures import config_of_pictures
 from ddpm_jax.core.errors import UsageError
@@ -65,13 +65,12 @@ def test_the_folder_of_a_run_is_no_folder_of_pictures(tmp_path):
         config_of_pictures(str(tmp_path), [])
 
 
-def test_the_same_command_trains_and_continues(tmp_path, monkeypatch, capsys):
+def test_the_same_command_trains_and_continues(tmp_path, capsys):
     """What a resume does not name is as the run has it, whatever would be chosen now."""
     name, workdir = pictures(tmp_path / "p", (16, 16), (16, 16)), str(tmp_path / "w")
 
     def command(*options):
-        monkeypatch.setattr("sys.argv", ["train.py", name, f"--workdir={workdir}", *options])
-        train.main()
+        train.main(arguments.train([name, f"--workdir={workdir}", *options]))
         return capsys.readouterr().out
 
     assert "trained at 16 x 16" in command(*TINY.split(), *SHORT.split(), "--train.steps", "1")
