@@ -208,6 +208,11 @@ class Log:
         if not self.bar.disable:
             self.bar.last_print_t += time.perf_counter() - start  # tqdm takes the speed from the time since then
 
+    def dispatching(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Says in the bar that the first dispatch compiles."""
+        first = step + self.options.steps_per_dispatch == self.pace_from
+        return self.doing("compiling the step") if first else contextlib.nullcontext()
+
     def write(self, step: int) -> None:
         """Writes one line."""
         values = self.losses.means()
@@ -251,7 +256,7 @@ def train_loop(
         RunError: If a loss is not finite, a save fails or the workdir is gone.
         Interrupted: After a signal, once the state is saved.
     """
-    step, first, last = int(state.step), int(state.step), options.steps
+    step, last = int(state.step), options.steps
     with contextlib.closing(Log(options, parts, step, meta["since_log"])) as log:
 
         def is_due(every: int) -> bool:
@@ -266,8 +271,8 @@ def train_loop(
                 log.evaluate(evaluator, step, state)
 
         while step < last:
-            # Train: one dispatch of compiled steps, asynchronously. Only the first one compiles.
-            with log.doing("compiling the step") if step == first else contextlib.nullcontext():
+            # Train: one dispatch of compiled steps, asynchronously.
+            with log.dispatching(step):
                 state, metrics = parts.train_steps(state, *parts.feed(step, options.steps_per_dispatch))
             step += options.steps_per_dispatch
             log.losses.add(metrics)
