@@ -171,7 +171,7 @@ def test_durations(seconds, words):
 
 @pytest.mark.slow
 def test_200_steps_of_digits_show_noise_without_the_warmup_and_digits_with_it(tmp_path, capsys):
-    """Precision, of pixels: real digits 0.91, noise 0. The demo's bar for 1,000 steps is 0.50; SHORT is that of 200."""
+    """Precision of pixels. Noise has 0, a Gaussian fitted to the pixels 0.22, 200 steps 0.30, and the demo's 1,000 steps 0.60."""
     digits = load_config(str(CONFIGS / "digits.py"))
     short = {"steps": 200, "sample_every": 200, "save_every": 200, "ema_decay": 0.9999}
     reached = {}
@@ -180,11 +180,8 @@ def test_200_steps_of_digits_show_noise_without_the_warmup_and_digits_with_it(tm
         train(experiment(dataclasses.replace(digits, train=options)), tmp_path / name)
         run = load_run(tmp_path / name)
         generate = make_generator(run.experiment, run.mesh)
-        reached[name] = precision(np.asarray(generate(run.params, sample_key(0), np.arange(256))))
+        reached[name] = precision(np.asarray(generate(run.params, sample_key(0), np.arange(512))))
         told = "98% of the EMA at step 200" in capsys.readouterr().out
         assert told == (not warmup)
     assert reached["slow"] < 0.01
-    assert reached["warm"] > SHORT
-
-
-SHORT = 0.2
+    assert reached["warm"] > 0.25
