@@ -187,6 +187,12 @@ class Log:
         hidden = parts.writer is None
         self.bar = tqdm(total=options.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
 
+    def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a dispatch that ends at a step."""
+        self.losses.add(metrics)
+        self.bar.update(self.options.steps_per_dispatch)
+        self.forecast(step)
+
     def forecast(self, step: int) -> None:
         """Says once how long the run will take, by the speed of PACE_STEPS after the first dispatch, which compiles."""
         if step == self.pace_from:
@@ -275,9 +281,7 @@ def train_loop(
             with log.dispatching(step):
                 state, metrics = parts.train_steps(state, *parts.feed(step, options.steps_per_dispatch))
             step += options.steps_per_dispatch
-            log.losses.add(metrics)
-            log.bar.update(options.steps_per_dispatch)
-            log.forecast(step)
+            log.dispatched(step, metrics)
 
             # Log.
             if step % options.log_every == 0:
