@@ -66,7 +66,7 @@ def test_every_command_line_can_be_parsed(monkeypatch):
     commands += [(name.replace("-", "_"), words.split()) for name, words in consoles]
     assert {name for name, _ in commands} == set(PARSERS) - {"configs", "env"}
     for name, words in commands:
-        if "--help" not in words:
+        if "--help" not in words and words[0] not in ("FOLDER", "PICTURES", "PHOTOS"):
             PARSERS[name](words)
 
 
