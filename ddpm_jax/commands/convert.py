@@ -46,8 +46,11 @@ def from_tensorflow(checkpoint: str, workdir: str, config: str) -> None:
 
 
 def load(workdir: str, parameters: Parameters) -> Run:
-    """Loads a run onto one device, since nothing is computed."""
-    return load_run(workdir, **dataclasses.asdict(parameters), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    """Loads a run onto one device, since nothing is computed, and says if its EMA is of little use."""
+    run = load_run(workdir, **dataclasses.asdict(parameters), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    if run.note:
+        print(f"Note: {run.note}.")
+    return run
 
 
 def to_diffusers(workdir: str, folder: Path, parameters: Parameters) -> None:
