@@ -6,7 +6,7 @@ Names are imported when they are first asked for, so that importing the package 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ddpm_jax.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ddpm_jax.commands.train import train

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from ddpm_jax import __version__
 from ddpm_jax.core import peers
 from ddpm_jax.core.errors import RunError, UsageError, first_line, program, say
+from ddpm_jax.core.version import __version__
 
 
 class Command(NamedTuple):

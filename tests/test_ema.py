@@ -1,6 +1,8 @@
 """The moving average of the parameters: its warm-up, the share of the initial parameters, and where a poor one is told."""
 
+import contextlib
 import dataclasses
+import io
 import math
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny import experiment, tiny
 
-from ddpm_jax.commands import sample
+from ddpm_jax.commands import arguments, sample
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.commands.train import train
 from ddpm_jax.config import TrainConfig
@@ -67,12 +69,13 @@ def slow_and_warm(tmp_path_factory):
     """A run of 8 steps with the EMA of 0.9999, and the same with its warm-up: their workdirs, states and output."""
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     for name, config in (("slow", CONFIG), ("warm", warmed(CONFIG))):
-        runs[name] = folder / name, jax.device_get(train(experiment(config), folder / name))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runs[name] = folder / name, jax.device_get(train(experiment(config), folder / name)), said.getvalue()
     return runs
 
 
 def test_the_warmup_changes_the_ema_alone(slow_and_warm):
-    (_, slow), (_, warm) = slow_and_warm["slow"], slow_and_warm["warm"]
+    (_, slow, _), (_, warm, _) = slow_and_warm["slow"], slow_and_warm["warm"]
     for part in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(slow, part), getattr(warm, part))
     assert any(
@@ -80,6 +83,7 @@ def test_the_warmup_changes_the_ema_alone(slow_and_warm):
     )
 
 
+@pytest.mark.slow
 def test_the_ema_of_the_warmup_is_the_average_with_its_decays(tmp_path):
     """With a checkpoint at each step, the EMA is followed in NumPy."""
     train_options = {**LATE, "steps": 4, "steps_per_dispatch": 1, "save_every": 1, "keep_every": 1, "sample_every": 0}
@@ -110,7 +114,7 @@ def sheet_of(workdir):
 
 
 def test_the_grid_shows_the_raw_parameters_beside_an_ema_of_little_use(slow_and_warm):
-    workdir, _ = slow_and_warm["slow"]
+    workdir = slow_and_warm["slow"][0]
     runs = [load_run(workdir, weights=weights) for weights in ("ema", "raw")]
     generate = make_generator(runs[0].experiment, runs[0].mesh)
     left, right = (np.asarray(generate(run.params, sample_key(0), np.arange(8)))[:4] for run in runs)
@@ -119,18 +123,10 @@ def test_the_grid_shows_the_raw_parameters_beside_an_ema_of_little_use(slow_and_
     assert sheet_of(slow_and_warm["warm"][0]).shape[1] < expected.shape[1] / 2  # one set alone
 
 
-def test_sample_and_report_tell_of_an_ema_of_little_use(slow_and_warm, monkeypatch, capsys, tmp_path):
+def test_sample_tells_of_an_ema_of_little_use(slow_and_warm, capsys, tmp_path):
     def said(name, *options):
-        argv = [
-            "sample.py",
-            str(slow_and_warm[name][0]),
-            "--num-images",
-            "2",
-            "--out",
-            str(tmp_path / f"{name}{options}"),
-        ]
-        monkeypatch.setattr("sys.argv", [*argv, *options])
-        sample.main()
+        out = tmp_path / f"{name}{options}"
+        sample.main(arguments.sample([f"{slow_and_warm[name][0]}", "--num-images", "2", "--out", f"{out}", *options]))
         return capsys.readouterr().out
 
     assert "100% of the EMA at step 8 " in said("slow")
@@ -138,6 +134,7 @@ def test_sample_and_report_tell_of_an_ema_of_little_use(slow_and_warm, monkeypat
     assert "of the EMA" not in said("warm")
 
 
+@pytest.mark.slow
 def test_train_says_how_long_the_run_is_and_when_the_first_grid_comes(tmp_path, capsys):
     config = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)}, train=LATE | {"steps": 120, "log_every": 60})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=120, sample_every=120))
@@ -155,11 +152,12 @@ def test_train_says_how_long_the_run_is_and_when_the_first_grid_comes(tmp_path, 
     assert "next grid of samples comes at step 240" in capsys.readouterr().out
 
 
-def test_train_tells_at_the_start_that_the_ema_will_be_of_little_use(slow_and_warm, capsys, tmp_path):
-    train(experiment(CONFIG), tmp_path / "w")
-    said = capsys.readouterr().out
+def test_train_tells_at_the_start_that_the_ema_will_be_of_little_use(slow_and_warm):
+    said = slow_and_warm["slow"][2]
+    assert "first grid of samples comes at step 8" in said
     assert "100% of the EMA will still be the initial parameters at the last step" in said
     assert "the grid shows EMA (left) and raw parameters (right)" in said
+    assert "of the EMA" not in slow_and_warm["warm"][2]
 
 
 @pytest.mark.parametrize(

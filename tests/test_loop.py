@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -60,9 +61,16 @@ def changed(**train_fields):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_and_shown(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "w"
-    return workdir, jax.device_get(train(experiment(CONFIG), workdir))
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        state = jax.device_get(train(experiment(CONFIG), workdir))
+    return workdir, state, shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(finished_and_shown):
+    return finished_and_shown[:2]
 
 
 def files(folder):
@@ -311,9 +319,8 @@ def test_logged_values_are_means_since_the_last_line():
 # ---- The progress bar
 
 
-def test_the_bar_says_what_is_done_while_no_step_is_taken(tmp_path, capsys):
-    train(experiment(CONFIG), tmp_path / "w")
-    shown = capsys.readouterr().err
+def test_the_bar_says_what_is_done_while_no_step_is_taken(finished_and_shown):
+    shown = finished_and_shown[2]
     places = [shown.find(what) for what in ("compiling the step", "drawing the grid", "evaluating held-out images")]
     assert -1 not in places
     assert places == sorted(places)

@@ -70,7 +70,7 @@ def test_a_list_that_cannot_be_written_is_told_after_the_names(prepare_data, tmp
     def read_only(path, text):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(cache, "write_text", read_only)
+    monkeypatch.setattr(cache.files, "write_text", read_only)
     with pytest.raises(RunError, match=r"Read-only file system\); make room there, or name another folder"):
         prepare_data(make_folder(tmp_path / "p", content=BAD), "--check")
     assert "a.jpg: " in capsys.readouterr().out

@@ -9,11 +9,11 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from ddpm_jax import __file__ as package
-from ddpm_jax import __version__
 from ddpm_jax.core.errors import first_line
+from ddpm_jax.core.version import __version__
 
 SETTINGS = ("CUDA_VISIBLE_DEVICES", "DDPM_JAX_", "JAX_", "LIBTPU_", "NCCL_", "TF_CPP_", "TFDS_", "TPU_", "XLA_")
 BESIDE = ("jax", "nvidia", "libtpu")  # packages that those we ask for bring, and that decide what a device does
@@ -36,7 +36,7 @@ def _spelled(name: str) -> str:
 
 def facts() -> Iterator[tuple[str, str]]:
     """Names and values, in the order in which they are printed."""
-    yield "ddpm-jax", f"{__version__} in {os.path.dirname(package)}"
+    yield "ddpm-jax", f"{__version__} in {Path(__file__).parent.parent}"
     yield "python", f"{platform.python_version()} in {sys.executable}"
     yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
     yield "packages", ", ".join(f"{name} {version}" for name, version in versions().items())

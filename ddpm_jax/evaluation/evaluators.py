@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import digest
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.sheets import beside
 from ddpm_jax.evaluation import metrics
@@ -25,7 +26,6 @@ from ddpm_jax.evaluation.evaluation import Evaluation, Programs
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.options import Options
-from ddpm_jax.evaluation.parts import digest
 from ddpm_jax.generation.generator import generate_batches, sample_key
 from ddpm_jax.training import ema
 from ddpm_jax.training.experiment import Experiment

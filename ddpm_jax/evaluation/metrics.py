@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.core.files import write_text
+from ddpm_jax.core.files import digest, write_text
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.evaluation import Evaluation
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.inception_weights import INCEPTION
-from ddpm_jax.evaluation.parts import digest, progress
+from ddpm_jax.evaluation.parts import progress
 
 NEAREST = 8
 BLOCK_BYTES = 2**24  # of real images compared at a time

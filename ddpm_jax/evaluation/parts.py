@@ -4,8 +4,6 @@ Each definition has a folder, named by its digest. Parts are written atomically,
 reads, writes and broadcasts the parts; all processes compute the missing ones together.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +13,8 @@ from etils import epath
 from tqdm import tqdm
 
 from ddpm_jax.core import sharding
-from ddpm_jax.core.files import DamagedFileError, write_text
+from ddpm_jax.core.files import DamagedFileError, digest, write_text
 from ddpm_jax.data.arrays import Arrays, parse_arrays, write_arrays
-
-
-def digest(definition: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def _of(path: epath.Path) -> str:

@@ -5,10 +5,9 @@ from typing import Any
 
 from etils import epath
 
-from ddpm_jax.core.files import DamagedFileError, read_json
+from ddpm_jax.core.files import DamagedFileError, digest, read_json
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.metrics import file_name, step_of, weights_of
-from ddpm_jax.evaluation.parts import digest
 
 SPREADS = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
 PRDC = ("precision", "recall", "density", "coverage")
