@@ -65,14 +65,14 @@ class Gaussian(NamedTuple):
     """A diagonal Gaussian: its mean (B, H, W, C) and log-variance (broadcastable to it)."""
 
     mean: Float[Array, "B H W C"]
-    logvar: Float[Array, "B #H #W #C"]
+    logvar: Float[Array, " B #H #W #C"]
 
 
 class Reverse(NamedTuple):
     """p(x_{t-1} | x_t): its mean and log-variance (broadcastable to it), and the x_0 that the output stands for."""
 
     mean: Float[Array, "B H W C"]
-    logvar: Float[Array, "B #H #W #C"]
+    logvar: Float[Array, " B #H #W #C"]
     x_0: Float[Array, "B H W C"]
 
 

@@ -4,6 +4,7 @@ Each definition has a folder, named by its digest. Parts are written atomically,
 reads, writes and broadcasts the parts; all processes compute the missing ones together.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
