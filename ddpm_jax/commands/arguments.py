@@ -232,6 +232,12 @@ def _of_config(
     return words[0], given, tyro.cli(options, prog=prog, args=words[1:], default=options(given))
 
 
+def _check_given(words: Sequence[str], what: str) -> None:
+    """Raises UsageError for an empty command line. what: its first word, in capitals."""
+    if not words:
+        raise UsageError(f"no {what} was given; run {program()} {what}, and {program()} --help for the options")
+
+
 def train(words: Sequence[str]) -> Train:
     """The command line of train.py: CONFIG-or-PICTURES and options."""
 
@@ -251,6 +257,7 @@ def train(words: Sequence[str]) -> Train:
 
 def sample(words: Sequence[str]) -> Sample:
     """The command line of sample.py."""
+    _check_given(words, "WORKDIR")
     arguments = tyro.cli(Sample, prog=program(), args=words)
     check_bounds(arguments)
     if arguments.first_image + arguments.num_images > LAST_IMAGE:
@@ -260,6 +267,7 @@ def sample(words: Sequence[str]) -> Sample:
 
 def evaluate(words: Sequence[str]) -> Evaluate:
     """The command line of evaluate.py."""
+    _check_given(words, "WORKDIR")
     arguments = tyro.cli(Evaluate, prog=program(), args=words)
     if "--metrics" in words and not arguments.metrics:
         raise UsageError(
@@ -298,6 +306,7 @@ def convert(words: Sequence[str]) -> Any:
 
 def prepare_data(words: Sequence[str]) -> PrepareData:
     """The command line of prepare_data.py."""
+    _check_given(words, "SOURCE")
     arguments = tyro.cli(PrepareData, prog=program(), args=words)
     check_bounds(arguments)
     return arguments
