@@ -234,7 +234,7 @@ OUTPUT = {"convert": "model", "export": "sampler.jax_export"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(int(os.environ.get("DDPM_JAX_MOMENTS", "14"))))  # more of them: 50, say
+@pytest.mark.parametrize("moment", range(int(os.environ.get("DDPM_JAX_MOMENTS", "8"))))  # more of them: 50, say
 def test_script_that_is_interrupted_at_a_random_moment_says_so_and_goes_on(moment, scripts, tmp_path):
     drawn = random.Random(moment)
     script = SCRIPTS[moment % len(SCRIPTS)]
