@@ -95,7 +95,7 @@ def command_lines():
     for name in ("sample", "evaluate"):
         for workdir in ("nowhere", "config.py", "pictures", "", "x" * 5000, "gs://bucket/run", "foo://x", "/proc"):
             yield [name, workdir]
-    for config in ("nowhere.py", "pictures", "config.txt", "", "broken.py", "empty.py", "pictures/00.png"):
+    for config in ("nowhere.py", "cache", "run", "config.txt", "", "broken.py", "empty.py", "pictures/00.png"):
         yield ["train", config, "--workdir", "new"]
     for workdir in ("config.py", "config.py/x", "/proc/x", "pictures", "x" * 300, "s3://bucket/x"):
         yield ["train", "config.py", "--workdir", workdir, "--data.source", "pictures"]
