@@ -29,8 +29,9 @@ GREY = ("1", "L", "LA", "I", "I;16")  # Pillow's modes
 def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:
     """The config of a run on these pictures: folder_small.py's, with the size and channels that fit them.
 
+    Pictures of at least 32 pixels on the shorter side, by their median, are trained at 32 x 32, smaller ones at 16 x 16.
     Says what it chose. If the command line's workdir has a checkpoint, the config is that run's, so that the same command
-    continues it. Raises UsageError if there are no pictures.
+    continues it. Raises UsageError if no picture can be read, or the folder is a run's.
     """
     if (Path(name) / CONFIG).exists():
         raise UsageError(
@@ -63,10 +64,10 @@ def look_at(pictures: Pictures) -> tuple[int, Literal[1, 3]]:
             with Image.open(io.BytesIO(pictures.read(i)), formats=FORMATS) as picture:
                 sides.append(min(picture.size))
                 modes.add(picture.mode)
-        except Exception:
+        except Exception:  # a damaged picture can raise any error; it is named where the pictures are decoded
             continue
     if not sides:
         raise UsageError(
-            "none of the pictures can be read; prepare_data.py PICTURES --check names each with the reason"
+            "none of the pictures can be read; ddpm-jax prepare-data PICTURES --check names each with the reason"
         )
     return int(statistics.median(sides)), 1 if modes <= set(GREY) else 3

@@ -48,7 +48,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 def check_devices(devices: Sequence[Any], needed: int, what: str, remedy: str) -> None:
     """Raises UsageError if one of this process's devices has fewer than `needed` bytes free, where it reports them.
 
-    CPU devices share the host's memory.
+    CPU devices share the host's memory, so that each of them adds to what is needed there.
     """
     if devices[0].platform == "cpu":
         check_memory(needed * len(devices), what, remedy)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from ddpm_jax.core.files import whole
+from ddpm_jax.core.files import write_bytes
 from ddpm_jax.data.pixels import from_uint8, to_uint8
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.diffusion.schedules import Schedule
@@ -120,8 +120,7 @@ def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "
     folder.mkdir(parents=True, exist_ok=True)
     end = "-raw" if run.weights == "raw" else ""
     for name, sheet in pictures.items():
-        with whole(folder / f"{name}-{run.step:08d}{end}.png") as temporary:
-            temporary.write_bytes(png_bytes(enlarge(sheet)))
+        write_bytes(folder / f"{name}-{run.step:08d}{end}.png", png_bytes(enlarge(sheet)))
 
 
 # ---- Curves

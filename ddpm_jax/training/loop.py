@@ -188,7 +188,7 @@ class Log:
         self.bar = tqdm(total=options.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a dispatch that ends at a step."""
+        """Takes the metrics (a value for each step) of a dispatch that ends at a step. Raises RunError as `Losses`."""
         self.losses.add(metrics)
         self.bar.update(self.options.steps_per_dispatch)
         self.forecast(step)
