@@ -163,10 +163,23 @@ def test_closed_pipe_ends_a_command_without_a_word(lines):
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "convert", "benchmark", "prepare_data"])
-def test_script_that_only_starts_ends_with_one_sentence(script, signum):
-    delay = 0.0 if signum == signal.SIGINT else 0.2  # while JAX is imported
-    code, err = interrupted(start(f"{script}.py", "nothing"), signum, delay)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "configs/digits.py", "--workdir", "nothing"),
+        ("sample", "nothing"),
+        ("evaluate", "nothing"),
+        ("convert", "export", "nothing", "nothing.npz"),
+        ("benchmark", "configs/digits.py"),
+        ("prepare_data", "nothing"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_script_that_only_starts_ends_with_one_sentence(tmp_path, command, signum):
+    (tmp_path / "jax.py").write_text("import time; time.sleep(100)")  # in JAX's place: the import that takes long
+    script, *arguments = command
+    process = start(f"{script}.py", *arguments, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    code, err = interrupted(process, signum, delay=0.0 if signum == signal.SIGINT else 0.5)
     assert code == 128 + signum
     assert err.strip().startswith(f"{script}.py: {signum.name}: stopped; ")
     assert len(err.strip().splitlines()) == 1
