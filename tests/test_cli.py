@@ -258,7 +258,13 @@ def test_missing_config_is_answered_with_the_nearest(refused, tmp_path, monkeypa
     )
     refused("the config digits.py does not exist; perhaps you meant digits", "train", "digits.py")
     there = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
-    refused(f"the config /0/1 does not exist; give a file, or one of {there}", "train", "/0/1", "--help")
+    refused(
+        f"there is no file or folder /0/1, and no config of that name; give a file, or one of {there}",
+        "train",
+        "/0/1",
+        "--help",
+    )
+    refused("there is no file or folder foldr, and no config of that name; perhaps you meant folder", "train", "foldr")
     monkeypatch.chdir(tmp_path)
     refused("the config configs/digits.py does not exist; perhaps you meant digits", "train", DIGITS)
     (tmp_path / "mine.py").write_text("")

@@ -131,10 +131,10 @@ def test_hidden_files_are_left_out_and_others_with_a_note(make, capsys):
     more = {".hidden.png": b"", ".git/a.png": b"", "__MACOSX/a/._x.png": b"", "notes": b"hello", "b/list.csv": b""}
     more |= {"1.tif": b"", "b/2.TIF": b""}
     path = make(names=[*NAMES, *more], content=CONTENT | more)
-    assert len(opened(path)) == 7
+    assert [len(opened(path)), len(opened(path))] == [7, 7]  # as train.py does that chooses a config by the pictures
     written = capsys.readouterr()
     note = f"Note: 4 of the files in {path} do not end like a picture and are left out: 2 .tif, 1 .csv, 1 without an ending.\n"
-    assert note in written.out + written.err
+    assert (written.out + written.err).count(note) == 1
 
 
 def test_mixed_sizes_and_kinds_are_fine(make):

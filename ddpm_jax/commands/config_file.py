@@ -22,7 +22,10 @@ def load_config(name: str) -> Config:
         there = {name: name for name in shipped()} | {near.stem: str(near) for near in path.parent.glob("*.py")}
         near = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.5)
         hint = f"perhaps you meant {there[near[0]]}" if near else f"give a file, or one of {', '.join(shipped())}"
-        raise UsageError(f"the config {name} does not exist; {hint}")
+        if path.suffix:
+            raise UsageError(f"the config {name} does not exist; {hint}")
+        # A mistyped folder of pictures or of a run, perhaps.
+        raise UsageError(f"there is no file or folder {name}, and no config of that name; {hint}")
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"the config {name} is not a Python file; give NAME.py, or a name that ddpm-jax configs lists")

@@ -281,11 +281,16 @@ def _choose(source: str, names) -> list[str]:
     if others:
         endings = [f"{others[ending]} {ending}" for ending in sorted(others, key=lambda e: (-others[e], e))]
         more = ", ..." if len(endings) > NAMED else ""
-        tqdm.write(
+        _tell(
             f"Note: {others.total()} of the files in {source} do not end like a picture and are left out: "
             f"{', '.join(endings[:NAMED])}{more}."
         )
     return chosen
+
+
+@functools.cache  # once for a source that is opened twice
+def _tell(sentence: str) -> None:
+    tqdm.write(sentence)
 
 
 def _check_size(size: int) -> None:
