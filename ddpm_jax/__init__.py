@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ddpm_jax.diffusion.schedules import Schedule, make_schedule
     from ddpm_jax.models.unet import UNet
     from ddpm_jax.sampling import make_sampler, sample
+    from ddpm_jax.sampling.guidance import guide
     from ddpm_jax.training.experiment import Experiment
     from ddpm_jax.training.step import TrainState, init_state, make_train_step
     from ddpm_jax.training.workdir import Run, load_run
@@ -28,6 +29,7 @@ _MODULES = {
     "diffusion.bound": ["bits_per_dim"],
     "diffusion.losses": ["simple_loss"],
     "sampling": ["make_sampler", "sample"],
+    "sampling.guidance": ["guide"],
     "diffusion.schedules": ["Schedule", "make_schedule"],
     "training.experiment": ["Experiment"],
     "training.step": ["TrainState", "init_state", "make_train_step"],
@@ -45,6 +47,7 @@ __all__ = [
     "TrainState",
     "UNet",
     "bits_per_dim",
+    "guide",
     "init_state",
     "load_run",
     "make_sampler",

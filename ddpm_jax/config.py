@@ -79,6 +79,8 @@ class ModelConfig:
     """Groups of every group normalisation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters, norm statistics, softmax, output and losses stay float32."""
+    num_classes: Annotated[int, Bounds(0, 1_000_000)] = 0
+    """Classes of the images, whose labels the network is given; 0: it is given none."""
     remat: Annotated[bool, MAY_CHANGE] = False
     """Recompute every block in the backward pass instead of storing its inside: less memory, about a third more time."""
 
@@ -135,6 +137,8 @@ class TrainConfig:
     """Decay of the exponential moving average of the parameters, which samples are drawn from."""
     ema_warmup: bool = False
     """Lower that decay to (1 + n) / (10 + n) at early steps n, so that a short run's average forgets the initial parameters."""
+    label_dropout: Annotated[float, FRACTION] = 0.0
+    """Probability that an image is trained without its label, as classifier-free guidance needs; 0.1 is usual."""
     flip: bool = True
     """Mirror half of the images, drawn anew at every step."""
     steps_per_dispatch: Annotated[int, Bounds(1), MAY_CHANGE] = 1
@@ -206,6 +210,10 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
     _check_numbers(config)
     if not own_network:
         _check_network(config)
+    if config.train.label_dropout and not config.model.num_classes:
+        raise ConfigError(
+            f"train.label_dropout={config.train.label_dropout} needs classes; set model.num_classes, or leave it at 0"
+        )
     schedule = _check_diffusion(config.diffusion)
     _check_intervals(config.train)
     if num_devices is not None:

@@ -310,7 +310,7 @@ def test_a_disk_that_refuses_leaves_nothing_and_is_told_in_one_sentence(
         ({"downsample_padding": 1}, "downsample_padding is 1, expected 0"),
         ({"attention_head_dim": 8}, "attention_head_dim is 8, expected null"),
         ({"class_embed_type": "timestep"}, 'class_embed_type is "timestep", expected null'),
-        ({"num_class_embeds": 10}, "num_class_embeds is 10, expected null"),
+        ({"num_class_embeds": 0}, "num_class_embeds is 0, expected a whole number from 1 to 1000000"),
         ({"attn_norm_num_groups": 2}, "attn_norm_num_groups is 2, expected null"),
         ({"time_embedding_type": "fourier"}, 'time_embedding_type is "fourier", expected "positional"'),
         ({"time_embedding_dim": 33}, "time_embedding_dim is 33, expected null"),

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # Real, if small, runs of the script: its own process, its own compilation (with kernels optimised, unlike in other tests).
+# With classes, so that labels have to come back as well.
 OPTIONS = [
     *("--model.ch", "8", "--model.groups", "4", "--model.ch-mult", "1", "--model.attn-resolutions", "8"),
     *("--model.dropout", "0.1", "--train.flip", "--diffusion.T", "10", "--train.batch-size", "16"),
     *("--train.steps", "120", "--train.steps-per-dispatch", "2", "--train.log-every", "6"),
     *("--train.save-every", "20", "--train.sample-every", "0"),
+    *("--model.num-classes", "10", "--train.label-dropout", "0.2"),
 ]
 
 

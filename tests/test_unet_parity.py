@@ -42,6 +42,7 @@ def peer_of(net, size, channels, diffusers):
         downsample_padding=0,  # bottom and right only
         flip_sin_to_cos=False,
         freq_shift=1,
+        num_class_embeds=net.num_labels or None,
     )
 
 

@@ -60,7 +60,8 @@ def network_flops(experiment: Experiment, batch: int) -> float:
     x = jax.ShapeDtypeStruct((batch, *experiment.image_shape), jnp.float32)
     params = abstract_state(experiment).params
     t = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return _flops(lambda params, x, t: experiment.model(params)(x, t), params, x, t)
+    labels = 0 if experiment.num_classes else None
+    return _flops(lambda params, x, t: experiment.model(params, labels=labels)(x, t), params, x, t)
 
 
 def step_flops(experiment: Experiment) -> float:
@@ -77,9 +78,11 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> float:
     return analysis["flops"]
 
 
-def image_shapes(experiment: Experiment, *steps: int) -> jax.ShapeDtypeStruct:
-    """The shape of training batches: uint8 (*steps, B, H, W, C)."""
-    return jax.ShapeDtypeStruct((*steps, experiment.config.train.batch_size, *experiment.image_shape), jnp.uint8)
+def image_shapes(experiment: Experiment, *steps: int) -> Any:
+    """The shapes of training batches: uint8 (*steps, B, H, W, C), with classes a pair of it and int32 (*steps, B)."""
+    shape = (*steps, experiment.config.train.batch_size)
+    images = jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8)
+    return (images, jax.ShapeDtypeStruct(shape, jnp.int32)) if experiment.num_classes else images
 
 
 def memory(compiled: Any) -> Row:
@@ -168,10 +171,12 @@ def training(experiment: Experiment, *, repeats: int, peak: float | None = None,
     check(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
     steps, batch = config.train.steps_per_dispatch, config.train.batch_size
-    images = jax.device_put(
-        np.random.default_rng(0).integers(0, 256, image_shapes(experiment, steps).shape, np.uint8),
-        sharding.split(mesh, axis=1),
+    generator = np.random.default_rng(0)
+    drawn = jax.tree.map(
+        lambda a: generator.integers(0, 256 if a.dtype == jnp.uint8 else experiment.num_classes, a.shape, a.dtype),
+        image_shapes(experiment, steps),
     )
+    images = jax.device_put(drawn, sharding.split(mesh, axis=1))
     state = init_sharded_state(experiment, mesh)
     compiled, costs = _compile(make_train_step(experiment, mesh=mesh), state, images, None)
     labels = {"what": "train step", "steps": steps, "batch": batch, "dtype": config.model.dtype} | costs
@@ -193,7 +198,10 @@ def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
     check(config, num_devices=jax.device_count())
     source, mesh = open_source(config.data), sharding.make_mesh(fsdp=config.train.fsdp)
     batch, steps = config.train.batch_size, config.train.steps_per_dispatch
-    look_up = jax.jit(lambda dataset, places: dataset[places], out_shardings=sharding.split(mesh, axis=1))
+    look_up = jax.jit(
+        lambda dataset, places: jax.tree.map(lambda array: array[places], dataset),
+        out_shardings=sharding.split(mesh, axis=1),
+    )
     dispatches = range(0, max(num_batches, steps) // steps * steps, steps)
     wanted = [batch_indices(config.seed, first, steps, batch, len(source)) for first in dispatches]
     times = len(wanted) * steps

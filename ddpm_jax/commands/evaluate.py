@@ -18,6 +18,7 @@ from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features
 from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe
+from ddpm_jax.generation.generator import with_guide
 from ddpm_jax.training.workdir import load_run
 
 
@@ -29,7 +30,7 @@ def main(arguments: Evaluate) -> None:
     if arguments.distributed:
         sharding.start_processes()
     first = jax.process_index() == 0
-    run = load_run(workdir, **dataclasses.asdict(arguments.parameters))
+    run = with_guide(load_run(workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
     metrics: tuple[str, ...] = arguments.metrics
     features = PIXELS
     if arguments.features == "inception":

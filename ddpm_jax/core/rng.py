@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     FLIP = 4
     SAMPLE = 5
     BOUND = 6
+    LABEL_DROPOUT = 7
 
 
 def root_key(seed: int) -> Key[Array, ""]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
 
 from ddpm_jax.config import Config
 from ddpm_jax.core import room, sharding
@@ -16,7 +16,7 @@ from ddpm_jax.data.sources import Source
 DEVICE_CACHE_BYTES = 2**30
 AHEAD = 2  # dispatches that the host reads while the devices compute
 
-Feed = Callable[[int, int], tuple[Array, Array | None]]
+Feed = Callable[[int, int], tuple[Any, Any]]
 
 
 def on_device(config: Config, source: Source) -> bool:
@@ -41,10 +41,11 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
         that cannot be decoded.
 
     Raises:
-        UsageError: If the data set does not fit on the devices, or the batches do not fit on the host.
+        UsageError: If the data set does not fit on the devices, the batches do not fit on the host, or the images have no
+            labels of the config's classes.
     """
     batch_size, size = config.train.batch_size, len(source)
-    layout = sharding.split(mesh, axis=1)
+    layout, labels = sharding.split(mesh, axis=1), source.labels_of(config.model.num_classes)
 
     def indices(first_step, num_steps):
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
@@ -52,7 +53,9 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
     if on_device(config, source):
         assert isinstance(source.images, np.ndarray)  # open_source has decoded it
         room.check_devices(mesh.local_devices, source.images.nbytes, "the data set", "use --data.cache host")
-        dataset = _put(source.images, sharding.replicated(mesh))
+        dataset: Any = _put(source.images, sharding.replicated(mesh))
+        if labels is not None:
+            dataset = dataset, _put(labels, sharding.replicated(mesh))
 
         def places(first_step, num_steps):
             return _put(indices(first_step, num_steps).astype(np.int32), layout), dataset
@@ -73,12 +76,13 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
             chosen = wanted[part[:2]]
             return source.read(chosen.reshape(-1)).reshape(*chosen.shape, *source.images.shape[1:])
 
-        return jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read), None
+        batches = jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read)
+        return batches if labels is None else (batches, _put(labels[wanted], layout)), None
 
     return read_ahead(images, config.train.steps)
 
 
-def _put(array: np.ndarray, layout: NamedSharding) -> Array:
+def _put(array: np.ndarray, layout: NamedSharding) -> jax.Array:
     """Puts an array on the devices. Each process puts its own devices' parts, since device_put refuses other processes'."""
     return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 

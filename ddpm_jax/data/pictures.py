@@ -78,6 +78,7 @@ class Pictures:
         names: The names in messages.
         read: Index -> encoded content; several threads call it.
         labels: () -> int (N,), or None if there are none.
+        classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint that a checkpoint records.
         stamp: A second fingerprint, for the cache alone. It changes whenever the content does, and may change more often, since
             it may use times.
@@ -88,6 +89,7 @@ class Pictures:
     labels: Callable[[], np.ndarray | None]
     identity: dict[str, str | int]
     stamp: str
+    classes: Callable[[], Sequence[str]] = tuple
 
 
 class DecodedPictures:

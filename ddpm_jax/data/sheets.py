@@ -1,10 +1,15 @@
 """uint8 images as pictures to look at: grids, enlargement, PNG."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageDraw
+
+COLUMNS = 8
+MOST_COLUMNS = 16
+LINE, MARGIN = 14, 3  # pixels of a line of text, and beside it
 
 
 def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
@@ -33,13 +38,38 @@ def grid(
     return sheet
 
 
-def beside(
-    left: UInt8[np.ndarray, "N H W C"], right: UInt8[np.ndarray, "N H W C"], *, gap: int = 4
+def class_grid(
+    images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"], names: Sequence[str]
 ) -> UInt8[np.ndarray, "h w C"]:
-    """The grids of two sets of equally many images, side by side, with `gap` white columns between them."""
-    sheets = grid(left), grid(right)
-    between = np.full((sheets[0].shape[0], gap, sheets[0].shape[2]), 255, np.uint8)
-    return np.concatenate([sheets[0], between, sheets[1]], axis=1)
+    """An enlarged grid of images of classes, with their names: left of its rows where each row of 8 is of one class, else above
+    its columns, of which each class has one where the labels repeat in turn.
+
+    names: of the classes; their numbers where there are none.
+    """
+    names = [names[label] if label < len(names) else str(label) for label in labels.tolist()]
+    by_row = all(len(set(names[i : i + COLUMNS])) == 1 for i in range(0, len(names), COLUMNS))
+    period = next(p for p in range(1, len(labels) + 1) if (labels[p:] == labels[:-p]).all())
+    by_column = not by_row and period <= MOST_COLUMNS
+    columns = min(len(images), period * max(1, COLUMNS // period) if by_column else COLUMNS)
+    tiles = grid(images, columns=columns)
+    sheet = to_pil(enlarge(tiles, smallest=512 * tiles.shape[0] // max(tiles.shape[:2])))
+    texts = names[:columns] if by_column else names[::COLUMNS] if by_row else []
+    left = 2 * MARGIN + max(int(ImageDraw.Draw(sheet).textlength(name)) for name in texts) if by_row else 0
+    named = Image.new(sheet.mode, (left + sheet.width, (LINE if by_column else 0) + sheet.height), "white")
+    named.paste(sheet, (left, named.height - sheet.height))
+    draw = ImageDraw.Draw(named)
+    for i, text in enumerate(texts):
+        x, y = (0, sheet.height * i // len(texts)) if by_row else (sheet.width * i // len(texts), 0)
+        draw.text((x + MARGIN, y), text, fill="black")
+    return np.asarray(named).reshape(named.height, named.width, -1)
+
+
+def beside(
+    left: UInt8[np.ndarray, "h w C"], right: UInt8[np.ndarray, "h w C"], *, gap: int = 4
+) -> UInt8[np.ndarray, "h w2 C"]:
+    """Two grids of equal size side by side, with `gap` white columns between them."""
+    between = np.full((left.shape[0], gap, left.shape[2]), 255, np.uint8)
+    return np.concatenate([left, between, right], axis=1)
 
 
 def enlarge(image: UInt8[np.ndarray, "H W C"], *, smallest: int = 512) -> UInt8[np.ndarray, "h w C"]:

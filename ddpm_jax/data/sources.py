@@ -42,12 +42,14 @@ class Source:
     Attributes:
         images: uint8 (N, H, W, C), in memory, memory-mapped or decoded at each read.
         read_labels: () -> int (N,), or None if there are none.
+        read_classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
     """
 
     images: np.ndarray | DecodedPictures
     read_labels: Callable[[], np.ndarray | None]
     identity: dict[str, str | int]
+    read_classes: Callable[[], Sequence[str]] = tuple
 
     def __len__(self) -> int:
         """The number of images."""
@@ -62,22 +64,43 @@ class Source:
         """The class of each image, int (N,), or None if there are none."""
         return self.read_labels()
 
+    def labels_of(self, num_classes: int) -> np.ndarray | None:
+        """The labels for a network of so many classes, int32 (N,); None for a network without classes.
+
+        Raises UsageError if the images have no labels, or some of other classes.
+        """
+        if not num_classes:
+            return None
+        if self.labels is None:
+            raise UsageError(
+                f"model.num_classes={num_classes}, but the images have no labels; put them into a folder for each class, give "
+                "labels in an .npz file, or set model.num_classes to 0"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= num_classes:
+            raise UsageError(
+                f"model.num_classes={num_classes}, but the images' labels are {low} to {high}; set it to {high + 1}, or "
+                "change the labels"
+            )
+        return self.labels.astype(np.int32)
+
 
 class Arrays(NamedTuple):
-    """A source that holds arrays: uint8 images (N, H, W) or (N, H, W, C); labels int (N,) or None."""
+    """A source that holds arrays: uint8 images (N, H, W) or (N, H, W, C); labels int (N,) or None; the classes' names."""
 
     images: np.ndarray
     labels: np.ndarray | None
+    classes: Sequence[str] = ()
 
 
 def digits(name: str) -> Arrays:
     """The 1,797 handwritten 8x8 digits of scikit-learn, grey, with 0..16 scaled to 0..255; labels 0 to 9."""
     data = import_extra("sklearn.datasets", "evaluation", "data.source=digits").load_digits()
-    return Arrays(np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target)
+    return Arrays(np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target, "0123456789")
 
 
 def array_file(name: str) -> Arrays:
-    """The images of an .npy file, or the arrays `images` and (optional) `labels` of an .npz file."""
+    """The images of an .npy file, or the arrays `images` and (optional) `labels` and `classes` of an .npz file."""
     if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of uint8 images")
     try:
@@ -87,7 +110,7 @@ def array_file(name: str) -> Arrays:
         with content:
             needed = sum(entry.file_size for entry in content.zip.infolist() if entry.filename == "images.npy")
             room.check_memory(needed, f"the array images of {name}", "store it as an .npy file, which is mapped")
-            arrays = {key: content[key] for key in ("images", "labels") if key in content}
+            arrays = {key: content[key] for key in ("images", "labels", "classes") if key in content}
     except UsageError:
         raise
     except Exception as error:  # a broken file raises almost anything
@@ -96,7 +119,7 @@ def array_file(name: str) -> Arrays:
         ) from None
     if "images" not in arrays:
         raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one named images")
-    return Arrays(arrays["images"], arrays.get("labels"))
+    return Arrays(arrays["images"], arrays.get("labels"), [str(name) for name in arrays.get("classes", np.array([]))])
 
 
 def folder(name: str) -> Pictures:
@@ -128,6 +151,7 @@ def folder(name: str) -> Pictures:
         labels=lambda: _folder_labels(chosen),
         identity=_identity_of(chosen, sizes),
         stamp=digest([stat.st_mtime_ns for stat in stats]),
+        classes=lambda: _folders_of(chosen)[0].tolist(),
     )
 
 
@@ -153,6 +177,7 @@ def zip_file(name: str) -> Pictures:
         labels=lambda: _folder_labels(names),
         identity=_identity_of(names, [(entry.file_size, entry.CRC) for entry in chosen]),
         stamp="",
+        classes=lambda: _folders_of(names)[0].tolist(),
     )
 
 
@@ -179,7 +204,7 @@ def open_source(config: DataConfig) -> Source:
         tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out; they cannot be decoded.")
     images = decoded(content, config)
     once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
-    return Source(decode_once(images) if once else images, content.labels, content.identity)
+    return Source(decode_once(images) if once else images, content.labels, content.identity, content.classes)
 
 
 def open_pictures(source: str) -> Pictures:
@@ -241,7 +266,7 @@ def _read(name: str) -> Arrays | Pictures:
 
 
 def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
-    name, (images, labels) = config.source, arrays
+    name, (images, labels, classes) = config.source, arrays
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
         raise UsageError(
             f"data.source={name!r} has {images.dtype} values of shape {images.shape}, "
@@ -266,7 +291,7 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
         sha.update(images[first : first + count].tobytes())
     if labels is not None:
         sha.update(labels.astype(np.int64).tobytes())
-    return Source(images, lambda: labels, {"images": len(images), "sha256": sha.hexdigest()})
+    return Source(images, lambda: labels, {"images": len(images), "sha256": sha.hexdigest()}, lambda: classes)
 
 
 def _choose(source: str, names) -> list[str]:
@@ -300,9 +325,13 @@ def _check_size(size: int) -> None:
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
     """The index of each picture's folder among the sorted folders; None if there is only one."""
-    folders = [posixpath.dirname(name) for name in names]
-    classes, labels = np.unique(folders, return_inverse=True)
+    classes, labels = _folders_of(names)
     return labels if len(classes) > 1 else None
+
+
+def _folders_of(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted folders of pictures, and the place of each picture's folder among them."""
+    return np.unique([posixpath.dirname(name) for name in names], return_inverse=True)
 
 
 def _identity_of(names: Sequence[str], contents: Sequence) -> dict[str, str | int]:

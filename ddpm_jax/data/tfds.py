@@ -71,8 +71,10 @@ def pictures(source: str) -> Pictures:
             f"data.source={source!r} has the splits {splits}, but no {split!r}; choose one of them"
         ) from None
 
+    has_labels = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+
     def labels():
-        if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
+        if not has_labels:
             return None
         return np.array([encoded[i]["label"] for i in range(len(encoded))])
 
@@ -87,6 +89,7 @@ def pictures(source: str) -> Pictures:
             "bytes": int(builder.info.dataset_size),
         },
         stamp=json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
+        classes=lambda: features["label"].names if has_labels else (),
     )
 
 

@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
 
 
 def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]) -> Callable[..., dict[str, Array]]:
-    """Compiles (params, key, images, indices) -> the arrays of `Drawn` by name: terms of the bound of each image.
+    """Compiles (params, key, images, indices, labels) -> the arrays of `Drawn` by name: terms of the bound of each image.
 
     Args:
         experiment: The experiment of the parameters.
@@ -67,13 +67,14 @@ def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]
         edges: Edges of the strata of t (`strata`).
 
     Returns:
-        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to arrays
-        replicated on every device. An image's draws depend on (key, its index) alone.
+        The compiled function: uint8 images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
+        of the mesh's devices, to arrays replicated on every device. With labels the bound is that of p(x_0 | label). An image's
+        draws depend on (key, its index) alone.
     """
     process = experiment.process
 
-    def bound(params, key, images, indices):
-        model = experiment.model(params)
+    def bound(params, key, images, indices, labels=None):
+        model = experiment.model(params, labels=labels)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
         x_0 = from_uint8(images)
         ts = draw_times(key, indices, edges, process.schedule.T)

@@ -24,7 +24,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
 from ddpm_jax.core.room import check_disk, check_memory
-from ddpm_jax.data import Source, open_source
+from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.evaluation import bits, scores
@@ -39,6 +39,7 @@ from ddpm_jax.generation.generator import (
     make_generator,
     sample_key,
 )
+from ddpm_jax.generation.labels import label_table, labels_at
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
@@ -51,15 +52,25 @@ MOST_IMAGES = 50_000  # the number that papers use for FID
 class Programs:
     """The compiled programs of evaluation, for any parameters of an experiment.
 
-    terms: terms of the bound between L_T and L_0 that are computed for each image; 0: all.
+    terms: terms of the bound between L_T and L_0 that are computed for each image; 0: all. guide: the run of
+    `sampler.guide_with`.
     """
 
-    def __init__(self, experiment: Experiment, mesh: Mesh, sampler: SamplerOptions | None = None, *, terms: int = 0):
-        self.experiment, self.mesh = experiment, mesh
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh,
+        sampler: SamplerOptions | None = None,
+        *,
+        terms: int = 0,
+        guide: Run | None = None,
+    ):
+        self.experiment, self.mesh, self.guide = experiment, mesh, guide
         self.sampler = SamplerOptions() if sampler is None else sampler
         T = experiment.process.schedule.T
         self.edges = bits.strata(T, terms or T - 1)
-        self.generate = make_generator(experiment, mesh, self.sampler)
+        other = None if guide is None else guide.experiment
+        self.generate = make_generator(experiment, mesh, self.sampler, other=other)
         self.bound = bits.make_bound(experiment, mesh, self.edges)
         self.quarter_losses = make_quarter_losses(experiment, mesh)
 
@@ -109,6 +120,7 @@ class Evaluation:
         self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
         self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
         self.software = software(self.mesh)
+        self.labels = source.labels_of(self.experiment.num_classes)
         self._known: dict[str, Any] = {}
 
     @classmethod
@@ -122,7 +134,7 @@ class Evaluation:
     ) -> "Evaluation":
         """The evaluation of a run, with its parts in the workdir. Raises UsageError for invalid options."""
         check_options(options)
-        programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms)
+        programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms, guide=run.guide)
         data = run.config.data
         source = open_source(dataclasses.replace(data, source=options.source or data.source))
         model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
@@ -190,7 +202,11 @@ class Evaluation:
         """The definition of the samples, without their number."""
         sampler, process = self.programs.sampler, self.experiment.process
         steps = sampler.steps or (process.schedule.T,)
-        drawn = {**dataclasses.asdict(sampler), "steps": steps[0] if len(steps) == 1 else list(steps)}
+        drawn = {**sampler.definition(), "steps": steps[0] if len(steps) == 1 else list(steps)}
+        if self.programs.guide is not None:
+            drawn |= {"guide": self.programs.guide.checkpoint}
+        if self.labels is not None:
+            drawn |= {"labels": list(sampler.labels) or self.source.identity}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
 
     def reference(self) -> dict[str, Any]:
@@ -221,17 +237,25 @@ class Evaluation:
 
     # ---- Computation, part by part
 
+    def _table(self) -> np.ndarray | None:
+        """The samples' labels: those of the real images in a random order, so that every class has its share of any number."""
+        words = self.programs.sampler.labels
+        if self.labels is None or words:
+            return label_table(words, self.experiment.num_classes, self.source.read_classes())
+        return self.labels[epoch_order(self.options.seed, 0, len(self.labels))]
+
     @once
     def _samples(self) -> Parts:
         def compute(part: range) -> Arrays:
             whole = range(part.start, part.start + self.batch_size)
             batches = generate_batches(
                 self.programs.generate,
-                self.params,
+                self.params if self.programs.guide is None else (self.params, self.programs.guide.params),
                 sample_key(self.options.seed),
                 [whole],
                 batch_size=self.batch_size,
                 num_devices=self.mesh.devices.size,
+                labels=self._table(),
             )
             return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
 
@@ -292,7 +316,10 @@ class Evaluation:
 
         def compute(part: range) -> Arrays:
             indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
-            return in_one_shape(lambda i: compiled(self.params, key, i, indices), self.read(part), self.batch_size)
+            labels = labels_at(self.labels, indices)  # of the padding: any
+            return in_one_shape(
+                lambda i: compiled(self.params, key, i, indices, labels), self.read(part), self.batch_size
+            )
 
         parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
         return parts.all(self.num_real, self.batch_size, title=title)

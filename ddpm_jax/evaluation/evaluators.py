@@ -6,13 +6,13 @@ add it to `EVALUATORS`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from ddpm_jax.config import Config
@@ -20,7 +20,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest
 from ddpm_jax.data import Source, open_source
-from ddpm_jax.data.sheets import beside
+from ddpm_jax.data.sheets import beside, class_grid, grid
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.evaluation import Evaluation, Programs
 from ddpm_jax.evaluation.features import PIXELS
@@ -44,13 +44,19 @@ def open_held_out(experiment: Experiment) -> Source:
     source = open_source(dataclasses.replace(config.data, source=config.train.eval_source))
     if len(source) < 2:
         raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
-    return Source(spread(source, config.train.eval_images), lambda: None, source.identity)
+    labels = source.labels_of(config.model.num_classes)
+    chosen = None if labels is None else labels[_spaced(source, config.train.eval_images)]
+    return Source(spread(source, config.train.eval_images), lambda: chosen, source.identity)
 
 
 def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
     """At most `count` images of a source, equally spaced, since a source may be sorted by class."""
+    return source.read(_spaced(source, count))
+
+
+def _spaced(source: Source, count: int) -> Int[np.ndarray, " n"]:
     count = min(count, len(source))
-    return source.read(np.arange(count) * len(source) // count)
+    return np.arange(count) * len(source) // count
 
 
 class SampleGrid:
@@ -61,9 +67,9 @@ class SampleGrid:
 
     name, doing = "samples", "drawing the grid"
 
-    def __init__(self, programs: Programs):
+    def __init__(self, programs: Programs, classes: Sequence[str] = ()):
         self.every = programs.experiment.config.train.sample_every
-        self._programs = programs
+        self._programs, self._classes = programs, classes
 
     def __call__(self, state: TrainState) -> Findings:
         """The images, as the picture `samples`; beside those of the raw parameters, where these are drawn too."""
@@ -72,8 +78,14 @@ class SampleGrid:
         if note:
             if jax.process_index() == 0:
                 tqdm.write(f"Note: the grid shows EMA (left) and raw parameters (right), since {note}.")
-            images = beside(images, self._draw(state.params))[None]
-        return Findings({}, {self.name: images})
+            return Findings({}, {self.name: beside(self._sheet(images), self._sheet(self._draw(state.params)))[None]})
+        return Findings({}, {self.name: self._sheet(images)[None] if self._programs.experiment.num_classes else images})
+
+    def _sheet(self, images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w C"]:
+        """The images side by side; with classes their names too."""
+        if not self._programs.experiment.num_classes:
+            return grid(images)
+        return class_grid(images, np.arange(len(images)) % self._programs.experiment.num_classes, self._classes)
 
     def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
         config, devices = self._programs.experiment.config, self._programs.mesh.devices.size
@@ -146,7 +158,7 @@ def eval_of(config: Config, source: Source, held_out: Source) -> str:
 
 
 EVALUATORS: dict[str, Callable[[Programs, Source, Source | None], Evaluator | None]] = {
-    "samples": lambda programs, source, held_out: SampleGrid(programs),
+    "samples": lambda programs, source, held_out: SampleGrid(programs, source.read_classes()),
     "held_out": lambda programs, source, held_out: None if held_out is None else HeldOut(programs, source, held_out),
 }
 

@@ -35,12 +35,17 @@ FOLDER = "figures"
 
 
 def chain_of(run: Run, *, seed: int) -> Chain:
-    """The run's ancestral chain, compiled once for all figures."""
+    """The run's ancestral chain, compiled once for all figures.
+
+    Of a run with classes it is of no class, or, where the network does not know that, of the first.
+    """
     experiment, key = run.experiment, sample_key(seed)
     sampler = ancestral(experiment.process, np.arange(experiment.process.schedule.T))
 
+    labels = 0 if experiment.num_classes and not experiment.config.train.label_dropout else None
+
     def steps(params, indices, x, first, last):
-        return advance(sampler, experiment.model(params), key, indices, x, first, last)
+        return advance(sampler, experiment.model(params, labels=labels), key, indices, x, first, last)
 
     return Chain(sampler, key, experiment.image_shape, functools.partial(jax.jit(steps), run.params))
 

@@ -16,22 +16,22 @@ QUARTERS = 4
 
 
 def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dict[str, Array]]:
-    """Compiles (params, key, images, indices) -> {"losses": of each image in each quarter of t}.
+    """Compiles (params, key, images, indices, labels) -> {"losses": of each image in each quarter of t}.
 
     Args:
         experiment: The experiment of the parameters.
         mesh: The devices that the batch is split over.
 
     Returns:
-        The compiled function: uint8 images (B, H, W, C) and their indices (B,), B a multiple of the mesh's devices, to
-        float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its index) alone. There is no
-        dropout and no flip.
+        The compiled function: uint8 images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
+        of the mesh's devices, to float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its
+        index) alone. There is no dropout and no flip.
     """
     T = experiment.process.schedule.T
     edges = np.arange(QUARTERS + 1) * T // QUARTERS
 
-    def quarter_losses(params, key, images, indices):
-        model = experiment.model(params)
+    def quarter_losses(params, key, images, indices, labels=None):
+        model = experiment.model(params, labels=labels)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
         x_0, keys = from_uint8(images), rng.image_keys(key, indices)
 

@@ -1,5 +1,7 @@
 """Generating images: a sampler compiled for an experiment and a mesh, run over ranges of image indices."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,14 @@ from ddpm_jax.core.rng import Purpose
 from ddpm_jax.core.room import check_devices
 from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
+from ddpm_jax.generation.labels import Table, labels_at
 from ddpm_jax.generation.options import SamplerOptions
-from ddpm_jax.sampling import Sampler, draw_x_T, make_sampler, reverse
+from ddpm_jax.sampling import Model, Sampler, draw_x_T, make_sampler, reverse
+from ddpm_jax.sampling.guidance import guide
 from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.workdir import Run, load_run
 
-Generate = Callable[..., Any]  # (params, key, indices) -> images
+Generate = Callable[..., Any]  # (params, key, indices, labels) -> images
 
 
 def build_sampler(process: Process, options: SamplerOptions) -> Sampler:
@@ -45,31 +50,127 @@ def sample_key(seed: int) -> Key[Array, ""]:
     return rng.stream(rng.root_key(seed), Purpose.SAMPLE)
 
 
+def with_guide(run: Run, options: SamplerOptions) -> Run:
+    """The run with the run of `options.guide_with`, whose newest EMA parameters guide it.
+
+    Raises UsageError if the other run is of other images or another process, or has no effect.
+    """
+    if not options.guide_with:
+        return run
+    if options.guidance == 1:
+        raise UsageError("--guide-with has no effect at --guidance 1; give a larger one")
+    guide = load_run(options.guide_with, mesh=run.mesh)
+
+    def meaning(experiment: Experiment) -> tuple[Any, ...]:
+        process = experiment.process
+        return experiment.image_shape, process.prediction, process.schedule.betas.tolist()
+
+    if meaning(guide.experiment) != meaning(run.experiment):
+        raise UsageError(
+            f"--guide-with {options.guide_with} is a run of other images, another prediction or another schedule; give one whose "
+            "outputs mean the same"
+        )
+    if guide.experiment.num_classes not in (0, run.experiment.num_classes):
+        raise UsageError(
+            f"--guide-with {options.guide_with} is a run of other classes; give one of the same, or of none"
+        )
+    return dataclasses.replace(run, guide=guide)
+
+
+def parameters(run: Run) -> Any:
+    """What the run's generator takes as params: the run's, or a pair with those of its guide."""
+    return run.params if run.guide is None else (run.params, run.guide.params)
+
+
+def generator_of(run: Run, options: SamplerOptions, *, watch: Sequence[int] = ()) -> Generate:
+    """`make_generator` for a run and its guide."""
+    other = None if run.guide is None else run.guide.experiment
+    return make_generator(run.experiment, run.mesh, options, watch=watch, other=other)
+
+
+def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | None) -> Callable[..., Model]:
+    """(params, labels) -> the model that is sampled: of the labels' classes, guided as the options say.
+
+    other: the experiment of `guide_with`; params is then a pair, of the experiment's and the other's. Raises UsageError if
+    there is nothing to guide by.
+    """
+    if options.guidance != 1 and other is None and not experiment.num_classes:
+        raise UsageError(
+            f"--guidance {options.guidance:g} needs a run with classes, but this one has none; leave it out, or name another "
+            "run by --guide-with"
+        )
+    if options.guidance != 1 and other is None:
+        _ = experiment.null_label  # refused before anything is compiled
+    first, last = options.guidance_interval or (0, 0)
+    if not (math.isfinite(options.guidance) and 0 <= options.guidance_rescale <= 1 and 0 <= first <= last):
+        raise UsageError(
+            f"got --guidance {options.guidance:g}, --guidance-interval {first} {last} and --guidance-rescale "
+            f"{options.guidance_rescale:g}; give a number, a first t that is not after the last, and a share from 0 to 1"
+        )
+
+    def of(params: Any, labels: Any) -> Model:
+        if options.guidance == 1:
+            return experiment.model(params, labels=labels)
+        both = None
+        if other is None:
+            null = experiment.model(params)
+            # Each image beside its twin without a class, so that both are on one device.
+            pairs = jnp.stack([labels, jnp.full_like(labels, experiment.null_label)], axis=1).reshape(-1)
+            doubled = experiment.model(params, labels=pairs)
+
+            def both(x_t, t):
+                output = doubled(x_t.repeat(2, axis=0), t.repeat(2, axis=0))
+                return output[0::2], output[1::2]
+        else:
+            params, others = params
+            null = other.model(others, labels=labels if other.num_classes else None)
+        return guide(
+            experiment.model(params, labels=labels),
+            null,
+            options.guidance,
+            interval=options.guidance_interval,
+            rescale=options.guidance_rescale,
+            both=both,
+        )
+
+    return of
+
+
 def make_generator(
-    experiment: Experiment, mesh: Mesh, options: SamplerOptions | None = None, *, watch: Sequence[int] = ()
+    experiment: Experiment,
+    mesh: Mesh,
+    options: SamplerOptions | None = None,
+    *,
+    watch: Sequence[int] = (),
+    other: Experiment | None = None,
 ) -> Generate:
-    """Compiles (params, key, indices) -> images: the whole reverse chain, one program for each batch size B.
+    """Compiles (params, key, indices, labels) -> images: the whole reverse chain, one program for each batch size B.
 
     Args:
         experiment: The experiment of the parameters.
         mesh: The devices that the batch is split over; B must be a multiple of their number.
         options: How images are drawn; default the paper's Algorithm 2 over all steps.
         watch: Rows of the sampler after which x_t is returned.
+        other: The experiment of the run that guides (`guided`).
 
     Returns:
-        The compiled function: indices int (B,) to uint8 images (B, H, W, C), replicated on every device. With `watch` it
-        returns (images, x_t), with x_t uint8 (len(watch), B, H, W, C).
+        The compiled function: indices int (B,) to uint8 images (B, H, W, C), replicated on every device. Of an experiment with
+        classes, labels are int (B,), by default all classes in turn. With `watch` it returns (images, x_t), with x_t uint8
+        (len(watch), B, H, W, C).
 
     Raises:
         UsageError: For options that do not go together.
     """
     options = SamplerOptions() if options is None else options
-    sampler = build_sampler(experiment.process, options)
+    sampler, model = build_sampler(experiment.process, options), guided(experiment, options, other)
 
-    def generate(params, key, indices):
+    def generate(params, key, indices, labels=None):
         indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
+        if experiment.num_classes:
+            labels = indices % experiment.num_classes if labels is None else labels
+            labels = jax.lax.with_sharding_constraint(labels, sharding.split(mesh))
         x_T = draw_x_T(key, indices, experiment.image_shape)
-        x, seen = reverse(sampler, experiment.model(params), key, indices, x_T, watch=watch)
+        x, seen = reverse(sampler, model(params, labels), key, indices, x_T, watch=watch)
         return (to_uint8(x), to_uint8(seen.x)) if len(watch) else to_uint8(x)
 
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
@@ -110,15 +211,24 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
 
 
 def generate_batches(
-    generate: Generate, params: Any, key: Key[Array, ""], ranges: Iterable[range], *, batch_size: int, num_devices: int
+    generate: Generate,
+    params: Any,
+    key: Key[Array, ""],
+    ranges: Iterable[range],
+    *,
+    batch_size: int,
+    num_devices: int,
+    labels: Table | None = None,
 ) -> Iterator[tuple[range, UInt8[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 
-    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped.
+    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. labels: the table
+    of `label_table`.
     """
     size, waiting = sharding.round_up(batch_size, num_devices), None
     for part in ranges:
-        images = generate(params, key, np.arange(part.start, part.start + size, dtype=np.int32))
+        indices = np.arange(part.start, part.start + size, dtype=np.int32)
+        images = generate(params, key, indices, labels_at(labels, indices))
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
         waiting = part, images

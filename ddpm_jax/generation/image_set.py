@@ -3,7 +3,7 @@
     OUT/set.json              the set's definition, whether it is complete, and size and SHA-256 of every file
     OUT/parts/000000.npz      the batch from image 0 on, written after its PNGs: it marks the batch as done
     OUT/000000.png, ...       single images, format `png` and `both`
-    OUT/images.npz            all images, joined from the parts at the end, format `npz` and `both`
+    OUT/images.npz            all images, joined from the parts at the end, with classes their labels; format `npz` and `both`
     OUT/grid.png              the first 64
 
 Format `shards` keeps the parts, for sets too large for one file. Missing or damaged files are reported and made again: from
@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
@@ -48,21 +48,24 @@ from ddpm_jax.core.files import (
 )
 from ddpm_jax.core.room import check_disk
 from ddpm_jax.data.arrays import parse_arrays, write_arrays
-from ddpm_jax.data.sheets import enlarge, grid, png_bytes
+from ddpm_jax.data.sheets import class_grid, enlarge, grid, png_bytes
 from ddpm_jax.generation.generator import (
     Batches,
     batch_ranges,
     check_batch,
     generate_batches,
-    make_generator,
+    generator_of,
+    parameters,
     sample_key,
 )
+from ddpm_jax.generation.labels import Table, label_table
 from ddpm_jax.generation.options import Format, SamplerOptions
 from ddpm_jax.generation.set_mark import SET, Mark, read_mark, tell
 from ddpm_jax.training.workdir import Run
 
 IMAGES, GRID = "images.npz", "grid.png"
 GRID_IMAGES = 64
+MOST_LABELS = 1000  # that set.json lists; of more it has the digest
 BYTES_OF_A_LINE = 200  # of set.json for each file and batch; an upper bound
 
 
@@ -92,6 +95,9 @@ class ImageSet:
         self.image_shape = image_shape
         self.format = format
         self.has_pngs, self.has_one_file = format in ("png", "both"), format in ("npz", "both")
+        self.classes: tuple[Table, Sequence[str]] | None = (
+            None  # the labels in turn, and the classes' names, for the grid
+        )
         definition = definition | {"images": [batches.indices.start, batches.indices.stop], "format": format}
         self.mark = Mark(json.loads(json.dumps(definition)), files={})
         self.identity = digest(definition)
@@ -295,7 +301,7 @@ class ImageSet:
                     files |= self._list(part, arrays)
                     first += [*images[: GRID_IMAGES - len(first)]]
                     joined.write(images.tobytes())
-            (self.folder / GRID).write_bytes(png_bytes(enlarge(grid(np.stack(first)))))
+            (self.folder / GRID).write_bytes(png_bytes(self._sheet(np.stack(first))))
             for name in [GRID, IMAGES] if self.has_one_file else [GRID]:
                 files[name] = fingerprint(self.folder / name)
             files = dict(sorted(files.items()))
@@ -303,6 +309,17 @@ class ImageSet:
             self.mark.write(self.folder)
         if self.format != "shards" and self.parts.exists():
             self.parts.rmtree()
+
+    def _sheet(self, first: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "h w C"]:
+        if self.classes is None:
+            return enlarge(grid(first))
+        return class_grid(first, self._labels(len(first)), self.classes[1])
+
+    def _labels(self, count: int) -> np.ndarray:
+        """The labels of the first images of a set with classes."""
+        assert self.classes is not None
+        first = self.batches.indices.start
+        return self.classes[0][np.arange(first, first + count) % len(self.classes[0])]
 
     def _list(self, part: range, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Size and SHA-256 of a batch's files. Reports and rewrites PNGs that were damaged since they were written."""
@@ -334,6 +351,10 @@ class ImageSet:
         with zipfile.ZipFile(file, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
             yield array
+            array.close()
+            if self.classes is not None:
+                with archive.open("labels.npy", "w") as labels:
+                    np.lib.format.write_array(labels, self._labels(shape[0]), allow_pickle=False)
 
 
 def generate_set(
@@ -344,18 +365,24 @@ def generate_set(
     All processes compute; process 0 reads and writes the folder. Raises UsageError if the folder holds something else or is
     locked, the disk has no room, or the sampler's options do not go together.
     """
-    generator = make_generator(run.experiment, run.mesh, options)
+    generator, labels = generator_of(run, options), label_table(options.labels, run.experiment.num_classes, run.classes)
     devices = run.mesh.devices.size
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
     # The rounded batch size: with another number of devices the parts could overlap.
-    definition |= {"batch_size": batches.size, **dataclasses.asdict(options)}
+    definition |= {"batch_size": batches.size, **options.definition()}
+    if run.guide is not None:
+        definition |= {"guide": run.guide.checkpoint}
+    if labels is not None:
+        definition |= {"labels": labels.tolist() if len(labels) <= MOST_LABELS else digest(labels.tolist())}
     images: ImageSet | None = None
 
     def open_set() -> bytes:
         nonlocal images
         check_batch(run.experiment, run.mesh, batches.size)
         images = ImageSet(folder, batches, run.experiment.image_shape, definition, format=format)
+        if labels is not None:
+            images.classes = labels, run.classes
         return json.dumps([(gap.start, gap.stop) for gap in images.missing()]).encode()
 
     try:
@@ -363,7 +390,15 @@ def generate_set(
         gaps = [range(*gap) for gap in json.loads(sharding.first_gives(open_set) or b"[]")]
         parts = (batches[place] for gap in gaps for place in gap)
         size = batches.size
-        made = generate_batches(generator, run.params, sample_key(seed), parts, batch_size=size, num_devices=devices)
+        made = generate_batches(
+            generator,
+            parameters(run),
+            sample_key(seed),
+            parts,
+            batch_size=size,
+            num_devices=devices,
+            labels=labels,
+        )
         before = len(indices) - sum(len(indices[gap.start * size : gap.stop * size]) for gap in gaps)
         with tqdm(total=len(indices), initial=before, unit="image", disable=images is None) as bar:
             for part, batch in made:

@@ -1,7 +1,8 @@
 """How images are drawn and written: options, which are known before JAX is imported."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -38,3 +39,26 @@ class SamplerOptions:
     """Noise of ddim, from 0 (none) to 1 (ancestral)."""
     clip: Literal["static", "dynamic", "none"] = "static"
     """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
+    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS ...|all|one-per-row|FILE")] = ()
+    """Of a run with classes: numbers or names that the images take in turn, all in turn, one class for each row of eight, or a
+    file of one on each line. The default is all; for evaluate.py the classes of the real images."""
+    guidance: float = 1.0
+    """1 draws from the class, more makes it plainer and the images more alike, 0 ignores it."""
+    guidance_interval: Annotated[
+        tuple[int, int] | None, tyro.conf.arg(metavar="T T", help_behavior_hint="(default: all)")
+    ] = None
+    """First and last t at which guidance acts."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, by which guided outputs are brought back to the contrast of unguided ones; 0.7 is usual."""
+    guide_with: Annotated[str, tyro.conf.arg(metavar="WORKDIR", help_behavior_hint="(default: no class)")] = ""
+    """Another run, a smaller or less trained one, from whose output guidance leads away."""
+
+    def definition(self) -> dict[str, Any]:
+        """The options that the images of a run without classes depend on, by name; guidance only if there is some."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        of_classes = (
+            "labels",
+            "guide_with",
+            *(name for name in values if name.startswith("guidance") and self.guidance == 1),
+        )
+        return {name: value for name, value in values.items() if name not in of_classes}

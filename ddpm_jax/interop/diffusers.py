@@ -102,6 +102,11 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
     names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
     if without_scheduler and ours.learns_variance == theirs.learns_variance:
         names -= {"diffusion.variance"}  # the model does not record it
+    labels = {
+        of.model.num_classes + bool(of.train.label_dropout) for of in (base, config)
+    }  # with that of no class, which diffusers does not tell from others
+    if len(labels) > 1:
+        names |= {"model.num_classes"}
     differ = [name for name in differences(base, config) if name in names]
     if differ:
         was, now = flatten_config(base), flatten_config(config)

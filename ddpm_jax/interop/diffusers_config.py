@@ -67,6 +67,7 @@ _SAMPLER_DEFAULTS: dict[str, Any] = _SAMPLER | {
 }
 _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 MOST_LEVELS, MOST_CHANNELS, MOST_STEPS = 16, 2**15, 10**6
+MOST_CLASSES = 10**6
 _MOST = {"in_channels": 64, "layers_per_block": 32, "norm_num_groups": MOST_CHANNELS, "sample_size": 2**14}
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 # Their "learned" is the variance, ours its logarithm, so "learned" has no counterpart.
@@ -81,6 +82,7 @@ def unet_config(experiment: Experiment) -> dict[str, Any]:
 def _unet_fields(config: Config) -> dict[str, Any]:
     """`unet_config` of a config that may not be one that can be run."""
     data, model = config.data, config.model
+    labels = model.num_classes + bool(config.train.label_dropout)
     attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
         "_diffusers_version": VERSION,
@@ -90,6 +92,7 @@ def _unet_fields(config: Config) -> dict[str, Any]:
         "in_channels": data.channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.groups,
+        "num_class_embeds": labels or None,
         "out_channels": data.channels * (2 if config.diffusion.variance in ("learned", "learned_range") else 1),
         "sample_size": data.image_size,
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
@@ -121,6 +124,8 @@ def scheduler_config(experiment: Experiment) -> dict[str, Any]:
 def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | None) -> Config:
     """Our config for a network and a scheduler of diffusers, with data.source `none` and default training options.
 
+    All of `num_class_embeds` are classes: if the last one means no class, give a config that says so.
+
     Without a scheduler it takes the paper's schedule, and the variance learned_range if there are two outputs for each channel.
     Raises UsageError with the fields that our network or sampler cannot represent.
     """
@@ -149,6 +154,7 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
             attn_resolutions=tuple(size // 2**i for i, attend in enumerate(attends) if attend),
             dropout=given["dropout"],
             groups=given["norm_num_groups"],
+            num_classes=given["num_class_embeds"] or 0,
         ),
         diffusion=diffusion,
     )
@@ -174,6 +180,8 @@ def _check_sizes(given: dict[str, Any]) -> None:
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
         if not isinstance(given[name], list) or not 1 <= len(given[name]) <= MOST_LEVELS:
             raise UsageError(f"its network's {name} is no list of 1 to {MOST_LEVELS} levels; give another model")
+    if given["num_class_embeds"] is not None:
+        _check_most(given, "num_class_embeds", MOST_CLASSES, "network")
     for width in given["block_out_channels"]:
         _check_most({"block_out_channels": width}, "block_out_channels", MOST_CHANNELS, "network")
 

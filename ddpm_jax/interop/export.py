@@ -4,7 +4,6 @@ NAME.safetensors   the parameters by path, `down_1_attn_0/q/kernel`; config, ste
 NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
 """
 
-import dataclasses
 import json
 
 import jax
@@ -37,6 +36,8 @@ def parameters_file(run: Run, weights: str) -> bytes:
 def sampler_file(run: Run) -> bytes:
     """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> uint8 (B, H, W, C), for any B.
 
+    Of a run with classes it takes a third argument, the labels, int32 (B,).
+
     It gives the images of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
 
         program = jax.export.deserialize(bytearray(open("NAME.jax_export", "rb").read()))
@@ -44,12 +45,14 @@ def sampler_file(run: Run) -> bytes:
     """
     params = jax.tree.map(np.asarray, run.params)
 
-    def program(seed: UInt32[Array, ""], indices: Int[Array, " B"]) -> UInt8[Array, "B H W C"]:
+    def program(
+        seed: UInt32[Array, ""], indices: Int[Array, " B"], labels: Int[Array, " B"] | None = None
+    ) -> UInt8[Array, "B H W C"]:
         # The parameters are constants of the program; the barrier prevents constant folding.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
             run.experiment.process,
-            dataclasses.replace(run, params=held).model,
+            run.experiment.model(held, labels=labels),
             rng.stream(jax.random.key(seed, impl="threefry2x32"), Purpose.SAMPLE),
             indices,
             image_shape=run.experiment.image_shape,
@@ -57,7 +60,8 @@ def sampler_file(run: Run) -> bytes:
         return to_uint8(images)
 
     (B,) = export.symbolic_shape("B")
-    shapes = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    each = jax.ShapeDtypeStruct((B,), jnp.int32)
+    shapes = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if run.experiment.num_classes else [])
     return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize())
 
 

@@ -28,6 +28,7 @@ _DIFFUSERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
     "norm_out": "conv_norm_out",
+    "label_embedding": "class_embedding",
     "temb_proj": "time_emb_proj",
     "nin_shortcut": "conv_shortcut",
     "norm": "group_norm",
@@ -56,15 +57,23 @@ class Parameter:
 
     def to_diffusers(self, array: np.ndarray) -> np.ndarray:
         """The array in PyTorch's layout (a view): outputs first, window last."""
+        if self._is_table:
+            return array
         if array.ndim == 4:
             return array.transpose(3, 2, 0, 1)
         return array.T[:, :, None, None] if self._is_shortcut else array.T
 
     def from_diffusers(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_diffusers`."""
+        if self._is_table:
+            return array
         if self._is_shortcut:
             return array[:, :, 0, 0].T
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+    @property
+    def _is_table(self) -> bool:
+        return self.path.endswith("/embedding")
 
     @property
     def _is_shortcut(self) -> bool:
@@ -101,7 +110,8 @@ def _tensorflow(path: str) -> str:
         module += f"{what}_{index}" if index else f"{what}/conv"
     module = module.replace("temb_", "temb/")
     of_norm = [module, *layer][-1].startswith("norm")
-    name = {"kernel": "W", "scale": "gamma", "bias": "beta" if of_norm else "b"}[kind]
+    # The authors' networks have no classes, so nothing of theirs is called as an embedding is here.
+    name = {"kernel": "W", "embedding": "W", "scale": "gamma", "bias": "beta" if of_norm else "b"}[kind]
     return "/".join(["model", module, *layer, name])
 
 

@@ -38,6 +38,10 @@ def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, li
     Raises:
         UsageError: If the checkpoint cannot be read, or its variables do not fit the network.
     """
+    if experiment.num_classes:
+        raise UsageError(
+            f"the authors' networks have no classes, but the config has model.num_classes={experiment.num_classes}; set it to 0"
+        )
     with _told(prefix):
         reader = _reader(prefix)
     found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}

@@ -151,6 +151,7 @@ class UNet(nn.Module):
         out_channels: Channels of the output; twice the image's for a learned variance.
         dropout: Probability that a feature is dropped.
         groups: Groups of every group normalisation; divides every number of channels.
+        num_labels: Labels that the network is given, with that of no class; 0: none.
         dtype: Of the computation; parameters, norm statistics, softmax and the output are always float32.
         remat: Recompute each block in the backward pass instead of storing its activations.
 
@@ -171,19 +172,29 @@ class UNet(nn.Module):
     out_channels: int = 3
     dropout: float = 0.0
     groups: int = 32
+    num_labels: int = 0
     dtype: Dtype = jnp.float32
     remat: bool = False
 
     @nn.compact
     def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], dropout_keys: Key[Array, " B"] | None = None
+        self,
+        x_t: Float[Array, "B H W C"],
+        t: Int[Array, " B"],
+        dropout_keys: Key[Array, " B"] | None = None,
+        labels: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
         """The output at (x_t, t).
 
         dropout_keys: (B,), one for each image, in training. Without them there is no dropout, and forward-mode derivatives
-        (`jax.jvp`) work.
+        (`jax.jvp`) work. labels: (B,), 0 .. num_labels - 1; given if and only if num_labels is not 0.
         """
         self._check_size(x_t)
+        if (labels is None) != (self.num_labels == 0):
+            given = "no labels" if labels is None else "labels"
+            raise ValueError(
+                f"got {given} for a network of num_labels={self.num_labels}; give labels where it is not 0"
+            )
         residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         attention_type = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         num_dropouts = 0
@@ -203,6 +214,13 @@ class UNet(nn.Module):
         temb = timestep_embedding(t, self.ch)
         temb = dense(4 * self.ch, name="temb_dense0", dtype=self.dtype)(temb)
         temb = dense(4 * self.ch, name="temb_dense1", dtype=self.dtype)(nn.swish(temb))
+        if labels is not None:
+            # Added here, and drawn from N(0, 1), as by Dhariwal & Nichol 2021.
+            normal = nn.initializers.normal(1.0)
+            embedding = nn.Embed(
+                self.num_labels, 4 * self.ch, embedding_init=normal, dtype=self.dtype, name="label_embedding"
+            )
+            temb += embedding(labels)
 
         h = conv3x3(self.ch, name="conv_in")(x_t)
         skips = [h]

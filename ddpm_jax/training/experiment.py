@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.config import Config, check
+from ddpm_jax.config import Config, ConfigError, check
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -24,10 +25,11 @@ class Network(Protocol):
     """A network: x_t float (B, H, W, C) and t int (B,) -> output float (B, H, W, D). A Flax module is one.
 
     D is C, or 2 C for a learned variance. In training `apply` receives `dropout_keys`, one key for each image, if it or
-    `__call__` has an argument of that name.
+    `__call__` has an argument of that name. With classes, `init` and `apply` receive `labels`, int (B,): 0 .. num_classes - 1,
+    and num_classes for an image without a label.
     """
 
-    def init(self, key: Any, x_t: Any, t: Any, /) -> Any:
+    def init(self, key: Any, x_t: Any, t: Any, /, **options: Any) -> Any:
         """{"params": parameters drawn from the key}."""
 
     def apply(self, variables: Any, x_t: Any, t: Any, /, **options: Any) -> Any:
@@ -78,7 +80,7 @@ class Experiment:
             make_schedule(d.schedule, T=d.T, beta_start=d.beta_start, beta_end=d.beta_end), d.prediction, d.variance
         )
         learning_rate = _learning_rate(config)
-        return cls(
+        experiment = cls(
             config=config,
             process=process,
             network=cast(Network, _unet(config, process)) if network is None else network,
@@ -87,35 +89,87 @@ class Experiment:
             learning_rate=learning_rate,
             optimizer=_optimizer(config, learning_rate),
         )
+        if experiment.num_classes and not experiment._takes("labels"):
+            raise ConfigError(
+                f"model.num_classes={experiment.num_classes}, but the network {type(network).__name__} takes no labels; give "
+                "its __call__ the argument labels, or set model.num_classes to 0"
+            )
+        return experiment
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters of the network, drawn from the key."""
-        return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32))["params"]
+        labels = {"labels": jnp.zeros((1,), jnp.int32)} if self.num_classes else {}
+        return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32), **labels)["params"]
 
-    def model(self, params: Params, dropout_keys: Key[Array, " B"] | None = None) -> Model:
-        """The function (x_t, t) -> output with these parameters; dropout_keys: (B,), in training only."""
-        options = {} if dropout_keys is None or not self._drops else {"dropout_keys": dropout_keys}
+    def model(
+        self,
+        params: Params,
+        dropout_keys: Key[Array, " B"] | None = None,
+        labels: Int[Array, " B"] | int | None = None,
+    ) -> Model:
+        """The function (x_t, t) -> output with these parameters, and of these classes.
+
+        Args:
+            params: The network's parameters.
+            dropout_keys: (B,), in training only.
+            labels: The class of each image, int (B,), or one for all. Default no class, which a network with classes knows if
+                it was trained with label dropout.
+
+        Raises:
+            UsageError: If the network needs labels and has none, or has no classes and is given labels.
+        """
+        options: dict[str, Any] = {}
+        if dropout_keys is not None and self._takes("dropout_keys"):
+            options["dropout_keys"] = dropout_keys
+        if labels is not None and not self.num_classes:
+            raise UsageError(
+                "got labels for a network without classes; leave them out, or set model.num_classes and train"
+            )
+        if labels is None and self.num_classes:
+            labels = self.null_label
 
         def model(x_t, t):
+            if labels is not None:
+                options["labels"] = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), t.shape)
             return jnp.asarray(self.network.apply({"params": params}, x_t, t, **options))
 
         return model
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0: none."""
+        return self.config.model.num_classes
+
+    @property
+    def null_label(self) -> int:
+        """The label of no class, num_classes. Raises UsageError if the network does not know it."""
+        if not self.config.train.label_dropout:
+            raise UsageError(
+                "the network was trained with every image's label (train.label_dropout=0), so it needs one for each image and "
+                "cannot be guided without classes; give labels, or train with --train.label-dropout 0.1"
+            )
+        return self.num_classes
 
     @property
     def has_own_network(self) -> bool:
         """Whether the network is not the U-Net of the config."""
         return not isinstance(self.network, UNet)
 
-    @property
-    def _drops(self) -> bool:
+    def _takes(self, argument: str) -> bool:
+        """Whether the network has an argument of this name."""
         functions = (self.network.apply, type(self.network).__call__ if callable(self.network) else None)
-        return any("dropout_keys" in inspect.signature(f).parameters for f in functions if f is not None)
+        return any(argument in inspect.signature(f).parameters for f in functions if f is not None)
 
 
 def _unet(config: Config, process: Process) -> UNet:
     """The U-Net of a config; a learned variance doubles its output channels."""
     fields = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
-    return UNet(**fields, out_channels=config.data.channels * (2 if process.learns_variance else 1))
+    classes = fields.pop("num_classes")
+    return UNet(
+        **fields,
+        num_labels=classes + 1 if config.train.label_dropout else classes,
+        out_channels=config.data.channels * (2 if process.learns_variance else 1),
+    )
 
 
 def _loss(config: Config, process: Process) -> Loss:

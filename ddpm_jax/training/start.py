@@ -85,7 +85,8 @@ def start_state(
     if experiment.config.train.init_from:
         params = initial_params(experiment, state, mesh)
         state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
-    return state, {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
+    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
+    return state, meta | ({"classes": list(source.read_classes())} if experiment.num_classes else {})
 
 
 def initial_params(experiment: Experiment, state: TrainState, mesh: Mesh) -> Any:

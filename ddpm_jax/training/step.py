@@ -92,6 +92,9 @@ def init_sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(experiment, key), out_shardings=layout)()
 
 
+Batch = UInt8[Array, "B H W C"] | tuple[UInt8[Array, "B H W C"], Int[Array, " B"]]
+
+
 class Draws(NamedTuple):
     """All random draws of one step, for the whole global batch."""
 
@@ -100,6 +103,7 @@ class Draws(NamedTuple):
     weights: Float[Array, " B"]  # importance weights of t; 1 if t is uniform
     eps: Float[Array, "B H W C"]
     dropout_keys: Key[Array, " B"]
+    drop_label: Bool[Array, " B"]
 
 
 def draw(
@@ -122,6 +126,7 @@ def draw(
         weights=weights,
         eps=jax.random.normal(keys[Purpose.EPS], shape),
         dropout_keys=rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)),
+        drop_label=jax.random.bernoulli(keys[Purpose.LABEL_DROPOUT], experiment.config.train.label_dropout, shape=(B,)),
     )
 
 
@@ -130,18 +135,17 @@ def _parts(x: Array, n: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
-def one_step(
-    experiment: Experiment,
-) -> Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, dict[str, Array]]]:
-    """The pure function (state, images) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
+def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The pure function (state, batch) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
 
-    images: uint8 (B, H, W, C). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
+    batch: uint8 images (B, H, W, C), with classes a pair of them and int labels (B,). metrics: float32 scalars `loss` (mean
+    over the batch) and `grad_norm` (before clipping).
     """
     options = experiment.config.train
     n = options.accumulation
 
-    def mean_loss(params, x_0, t, eps, weights, dropout_keys):
-        values = experiment.loss(experiment.model(params, dropout_keys), x_0, t, eps)
+    def mean_loss(params, x_0, t, eps, weights, dropout_keys, labels):
+        values = experiment.loss(experiment.model(params, dropout_keys, labels), x_0, t, eps)
         return jnp.mean(values * weights), values
 
     def gradient(params, batch):
@@ -158,12 +162,17 @@ def one_step(
         (loss, grads), values = jax.lax.scan(add_part, zero, jax.tree.map(lambda x: _parts(x, n), batch))
         return (loss, values.T.reshape(-1)), grads
 
-    def step(state, images):
+    def step(state, batch):
+        images, labels = batch if isinstance(batch, tuple) else (batch, None)
+        if labels is None and experiment.num_classes:
+            raise ValueError(f"got images alone, expected images and labels of {experiment.num_classes} classes")
         x_0 = from_uint8(images)
-        flip, t, weights, eps, dropout_keys = draw(experiment, state.step, x_0.shape, state.loss_history)
+        flip, t, weights, eps, dropout_keys, drop_label = draw(experiment, state.step, x_0.shape, state.loss_history)
+        if options.label_dropout:
+            labels = jnp.where(drop_label, experiment.null_label, labels)
         if options.flip:
             x_0 = jnp.where(flip[:, None, None, None], x_0[:, :, ::-1], x_0)
-        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys))
+        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys, labels))
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         history = state.loss_history
@@ -192,7 +201,8 @@ def make_train_step(
 
     Returns:
         The compiled function. batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their
-        indices into `dataset`, uint8 (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
+        indices into `dataset`, uint8 (N, H, W, C) on the devices. With classes, images are a pair: these and their labels,
+        int32 (S, B) or (N,). metrics: `loss` and `grad_norm`, float32 (S,). The state is
         donated: use the returned one.
 
     Example:
@@ -207,10 +217,10 @@ def make_train_step(
 
     def train_steps(state, batches, dataset):
         def body(state, batch):
-            images = batch if dataset is None else dataset[batch]
-            images = jax.lax.with_sharding_constraint(images, sharding.split(mesh))
+            batch = batch if dataset is None else jax.tree.map(lambda array: array[batch], dataset)
+            batch = jax.lax.with_sharding_constraint(batch, sharding.split(mesh))
             # The barrier keeps the look-up from fusing into the step's kernels, which would then round differently.
-            return step(state, jax.lax.optimization_barrier(images))
+            return step(state, jax.lax.optimization_barrier(batch))
 
         return jax.lax.scan(body, state, batches)
 

@@ -166,6 +166,8 @@ class Run:
         weights: Which parameters: "ema" or "raw".
         params: The network's parameters, on the mesh.
         mesh: The devices.
+        classes: The classes' names, if there are classes and they have names.
+        guide: Another run that guides this one's samples (`generation.generator.with_guide`).
 
     Example:
         >>> from ddpm_jax import Run
@@ -179,6 +181,8 @@ class Run:
     weights: str
     params: Any
     mesh: Mesh
+    classes: tuple[str, ...] = ()
+    guide: "Run | None" = None
 
     @property
     def config(self) -> Config:
@@ -190,9 +194,12 @@ class Run:
         """One sentence, with the remedy, if the parameters are an EMA that is of little use; else ""."""
         return ema.note(self.config.train, self.step) if self.weights == "ema" else ""
 
-    def model(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """The network's output at (x_t, t), with the run's parameters and without dropout."""
-        return self.experiment.model(self.params)(x_t, t)
+    def model(self, x_t: jax.Array, t: jax.Array, labels: jax.Array | int | None = None) -> jax.Array:
+        """The network's output at (x_t, t), with the run's parameters and without dropout.
+
+        labels: the classes, int (B,), or one for all; default no class (`Experiment.model`).
+        """
+        return self.experiment.model(self.params, labels=labels)(x_t, t)
 
 
 def load_run(
@@ -243,7 +250,8 @@ def load_run(
         if chosen is None:
             raise UsageError(f"{workdir} has no checkpoint yet; train longer, or give another workdir")
         mesh = sharding.make_mesh() if mesh is None else mesh
-        check_network(checkpoints.restore_meta(chosen), experiment)
+        meta = checkpoints.restore_meta(chosen)
+        check_network(meta, experiment)
         like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat)))
         if weights == "ema":
             params = checkpoints.restore_ema(chosen, like.ema_params)
@@ -252,4 +260,4 @@ def load_run(
     finally:
         checkpoints.close()
     manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
-    return Run(experiment, chosen, manifest, weights, params, mesh)
+    return Run(experiment, chosen, manifest, weights, params, mesh, tuple(meta.get("classes", ())))
