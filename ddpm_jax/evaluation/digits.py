@@ -94,7 +94,7 @@ def main() -> None:
         or min(classes) == 0
         or distance > MAX_DISTANCE * real
     ):
-        raise SystemExit("the digits are not good enough: train longer")
+        raise SystemExit("the digits are not good enough: train longer, or guide less")
 
 
 if __name__ == "__main__":
