@@ -190,11 +190,7 @@ class UNet(nn.Module):
         (`jax.jvp`) work. labels: (B,), 0 .. num_labels - 1; given if and only if num_labels is not 0.
         """
         self._check_size(x_t)
-        if (labels is None) != (self.num_labels == 0):
-            given = "no labels" if labels is None else "labels"
-            raise ValueError(
-                f"got {given} for a network of num_labels={self.num_labels}; give labels where it is not 0"
-            )
+        temb = self._embed(t, labels)
         residual_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         attention_type = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         num_dropouts = 0
@@ -210,17 +206,6 @@ class UNet(nn.Module):
             return attention_type(self.groups, self.dtype, name=name)(h)
 
         conv3x3 = functools.partial(Conv, dtype=self.dtype, training=dropout_keys is not None)
-
-        temb = timestep_embedding(t, self.ch)
-        temb = dense(4 * self.ch, name="temb_dense0", dtype=self.dtype)(temb)
-        temb = dense(4 * self.ch, name="temb_dense1", dtype=self.dtype)(nn.swish(temb))
-        if labels is not None:
-            # Added here, and drawn from N(0, 1), as by Dhariwal & Nichol 2021.
-            normal = nn.initializers.normal(1.0)
-            embedding = nn.Embed(
-                self.num_labels, 4 * self.ch, embedding_init=normal, dtype=self.dtype, name="label_embedding"
-            )
-            temb += embedding(labels)
 
         h = conv3x3(self.ch, name="conv_in")(x_t)
         skips = [h]
@@ -249,6 +234,25 @@ class UNet(nn.Module):
         h = nn.swish(GroupNorm(self.groups, name="norm_out")(h))
         out_dtype = jnp.promote_types(self.dtype, jnp.float32)
         return apart(conv3x3(self.out_channels, scale=_ZERO, dtype=out_dtype, name="conv_out")(h))
+
+    def _embed(self, t: Int[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B D"]:
+        """The embedding of t, with that of the labels added."""
+        if (labels is None) != (self.num_labels == 0):
+            given = "no labels" if labels is None else "labels"
+            raise ValueError(
+                f"got {given} for a network of num_labels={self.num_labels}; give labels where it is not 0"
+            )
+        temb = timestep_embedding(t, self.ch)
+        temb = dense(4 * self.ch, name="temb_dense0", dtype=self.dtype)(temb)
+        temb = dense(4 * self.ch, name="temb_dense1", dtype=self.dtype)(nn.swish(temb))
+        if labels is not None:
+            # Added here, and drawn from N(0, 1), as by Dhariwal & Nichol 2021.
+            normal = nn.initializers.normal(1.0)
+            embedding = nn.Embed(
+                self.num_labels, 4 * self.ch, embedding_init=normal, dtype=self.dtype, name="label_embedding"
+            )
+            temb += embedding(labels)
+        return temb
 
     def _check_size(self, x_t: Float[Array, "B H W C"]) -> None:
         _, H, W, _ = x_t.shape

@@ -28,12 +28,9 @@ def guide(
     Args:
         model: (x_t, t) -> output, of the wanted class.
         null_model: (x_t, t) -> output, of no class, or of a worse network.
-        scale: 1 is the model alone and 0 the null model alone, each in one evaluation; above 1 strengthens the class. Ho &
-            Salimans' w is scale - 1.
-        interval: The first and last t at which guidance acts (Kynkaanniemi et al. 2024); at others the model alone is
-            evaluated. Default all.
-        rescale: Share, from 0 to 1, by which the result's standard deviation, over pixels and channels, is brought to that of
-            the model's output (Lin et al. 2023, phi).
+        scale: 1 is the model alone and 0 the null model alone; above 1 strengthens the class. Ho & Salimans' w is scale - 1.
+        interval: The first and last t at which guidance acts (Kynkäänniemi et al. 2024), elsewhere the model alone; default all.
+        rescale: Share, 0 to 1, by which an image's standard deviation is brought to that of the model's output (Lin et al. 2023).
         both: (x_t, t) -> the outputs of the model and the null model in one evaluation; default two.
 
     Returns:
@@ -49,12 +46,7 @@ def guide(
         >>> float(guided(jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, int))[0, 0, 0, 0])
         5.0
     """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"got rescale {rescale}, expected 0 to 1")
-    if interval is not None and interval[0] > interval[1]:
-        raise ValueError(
-            f"got the interval {interval[0]} to {interval[1]}, expected a first t that is not after the last"
-        )
+    _check(interval, rescale)
     if scale == 1:
         return model
     if scale == 0 and interval is None and not rescale:
@@ -75,6 +67,15 @@ def guide(
         return guided
     # In a sampler t is the same for all images: elsewhere the null model is not evaluated.
     return lambda x_t, t: jax.lax.cond(_acts(interval, t).any(), guided, model, x_t, t)
+
+
+def _check(interval: tuple[int, int] | None, rescale: float) -> None:
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"got rescale {rescale}, expected 0 to 1")
+    if interval is not None and interval[0] > interval[1]:
+        raise ValueError(
+            f"got the interval {interval[0]} to {interval[1]}, expected a first t that is not after the last"
+        )
 
 
 def _acts(interval: tuple[int, int], t: Int[Array, " B"]) -> Bool[Array, " B"]:
