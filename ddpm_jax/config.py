@@ -193,6 +193,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+def num_labels(config: Config) -> int:
+    """The labels that the network is given: its classes, and with label dropout that of no class, which comes last."""
+    return config.model.num_classes + bool(config.train.label_dropout)
+
+
 MOST_LAST_ALPHA_BAR = 0.01  # of a schedule that ends in noise; the paper's ends at 4e-5
 
 

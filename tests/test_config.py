@@ -424,6 +424,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "train.adam_eps",
         "train.grad_clip",
     }
+    deciding |= {"model.num_classes", "train.label_dropout"}
     deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.init_from"}
     assert deciding | changeable() == set(flatten(Config()))  # a new field is put into one of the two
     assert not deciding & changeable()

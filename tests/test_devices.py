@@ -31,6 +31,6 @@ def test_draws_are_identical_on_any_number_of_devices(count):
     for step in (0, 7):
         here, there = draw(jnp.int32(step)), training.draw(experiment(config), jnp.int32(step), shape, None)
         assert here.eps.sharding.num_devices == count
-        for a, b in zip(here[:-1], there[:-1], strict=True):
+        here, there = (d._replace(dropout_keys=jax.random.key_data(d.dropout_keys)) for d in (here, there))
+        for a, b in zip(here, there, strict=True):
             np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(jax.random.key_data(here.dropout_keys), jax.random.key_data(there.dropout_keys))

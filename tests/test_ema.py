@@ -19,7 +19,7 @@ from ddpm_jax.commands import arguments, sample
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.commands.train import train
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.data.sheets import beside, enlarge
+from ddpm_jax.data.sheets import beside, enlarge, grid
 from ddpm_jax.evaluation.digits import precision
 from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.training import ema
@@ -63,7 +63,7 @@ def test_a_poor_ema_is_told_with_the_remedies_until_the_share_is_5_percent():
 
 def test_who_has_the_warmup():
     with_warmup = {path.stem for path in CONFIGS.glob("*.py") if load_config(str(path)).train.ema_warmup}
-    assert with_warmup == {"digits", "folder", "folder_small", "mnist", "fashion_mnist"}
+    assert with_warmup == {"digits", "digits_classes", "folder", "folder_small", "mnist", "fashion_mnist"}
     assert not TrainConfig().ema_warmup
 
 
@@ -121,7 +121,7 @@ def test_the_grid_shows_the_raw_parameters_beside_an_ema_of_little_use(slow_and_
     runs = [load_run(workdir, weights=weights) for weights in ("ema", "raw")]
     generate = make_generator(runs[0].experiment, runs[0].mesh)
     left, right = (np.asarray(generate(run.params, sample_key(0), np.arange(8)))[:4] for run in runs)
-    expected = enlarge(beside(left, right))[..., 0].astype(int)
+    expected = enlarge(beside(grid(left), grid(right)))[..., 0].astype(int)
     assert np.abs(sheet_of(workdir) - expected).max() <= 1
     assert sheet_of(slow_and_warm["warm"][0]).shape[1] < expected.shape[1] / 2  # one set alone
 

@@ -291,7 +291,7 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
     open_set(tmp_path).close()
     there = content(tmp_path)
 
-    def generator(params, key, places):
+    def generator(params, key, places, labels):
         made.append(places.tolist())
         return None, np.zeros((3, len(places), 8, 8, 1), np.uint8)
 
@@ -299,7 +299,7 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
         self.open("wb").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddpm_jax.generation.animation.make_generator", lambda *_, **__: generator)
+    monkeypatch.setattr("ddpm_jax.generation.animation.generator_of", lambda *_, **__: generator)
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):

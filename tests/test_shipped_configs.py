@@ -13,7 +13,7 @@ import pytest
 from tiny import experiment
 
 from ddpm_jax.commands.config_file import load_config
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, check, differences, from_json, to_json
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, TrainConfig, check, differences, from_json, to_json
 from ddpm_jax.training.footprint import count_params
 from ddpm_jax.training.step import init_state
 
@@ -39,9 +39,7 @@ def abstract_run(config):
     state = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)))
     size, channels = config.data.image_size, config.data.channels
     x_t, t = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    output = jax.eval_shape(
-        lambda p, x_t, t: experiment(config).network.apply({"params": p}, x_t, t), state.params, x_t, t
-    )
+    output = jax.eval_shape(lambda p, x_t, t: experiment(config).model(p)(x_t, t), state.params, x_t, t)
     return state, output
 
 
@@ -54,6 +52,7 @@ def test_shipped_config_builds(path):
         data=data,
         model=config.model,
         diffusion=DiffusionConfig(variance=d.variance, loss=d.loss, t_sampler=d.t_sampler),
+        train=TrainConfig(label_dropout=config.train.label_dropout),
     )
     state, output = abstract_run(deciding)  # the shapes of several configs are the same
     learned = d.variance in ("learned", "learned_range")

@@ -39,9 +39,11 @@ class SamplerOptions:
     """Noise of ddim, from 0 (none) to 1 (ancestral)."""
     clip: Literal["static", "dynamic", "none"] = "static"
     """Clip each predicted x_0 to [-1, 1], threshold it at its 99.5 % quantile, or leave it."""
-    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS ...|all|one-per-row|FILE")] = ()
+    labels: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="CLASS ...|all|one-per-row|FILE", help_behavior_hint="(default: all)")
+    ] = ()
     """Of a run with classes: numbers or names that the images take in turn, all in turn, one class for each row of eight, or a
-    file of one on each line. The default is all; for evaluate.py the classes of the real images."""
+    file of one on each line. Evaluation takes the classes of the real images unless told otherwise."""
     guidance: float = 1.0
     """1 draws from the class, more makes it plainer and the images more alike, 0 ignores it."""
     guidance_interval: Annotated[

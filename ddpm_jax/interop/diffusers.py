@@ -16,7 +16,7 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save
 
-from ddpm_jax.config import Config, differences
+from ddpm_jax.config import Config, differences, num_labels
 from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.core.files import advising, check_place, read_json
@@ -102,10 +102,7 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
     names = OF_THE_MODEL | (set() if same else OF_THE_SCHEDULE)
     if without_scheduler and ours.learns_variance == theirs.learns_variance:
         names -= {"diffusion.variance"}  # the model does not record it
-    labels = {
-        of.model.num_classes + bool(of.train.label_dropout) for of in (base, config)
-    }  # with that of no class, which diffusers does not tell from others
-    if len(labels) > 1:
+    if num_labels(base) != num_labels(config):  # diffusers does not tell which label is that of no class
         names |= {"model.num_classes"}
     differ = [name for name in differences(base, config) if name in names]
     if differ:

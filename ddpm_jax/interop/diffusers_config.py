@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, check
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, check, num_labels
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.schedules import BETAS
 from ddpm_jax.training.experiment import Experiment
@@ -82,7 +82,6 @@ def unet_config(experiment: Experiment) -> dict[str, Any]:
 def _unet_fields(config: Config) -> dict[str, Any]:
     """`unet_config` of a config that may not be one that can be run."""
     data, model = config.data, config.model
-    labels = model.num_classes + bool(config.train.label_dropout)
     attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
         "_diffusers_version": VERSION,
@@ -92,7 +91,7 @@ def _unet_fields(config: Config) -> dict[str, Any]:
         "in_channels": data.channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.groups,
-        "num_class_embeds": labels or None,
+        "num_class_embeds": num_labels(config) or None,
         "out_channels": data.channels * (2 if config.diffusion.variance in ("learned", "learned_range") else 1),
         "sample_size": data.image_size,
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.config import Config, ConfigError, check
+from ddpm_jax.config import Config, ConfigError, check, num_labels
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
 from ddpm_jax.diffusion.process import Process
@@ -164,10 +164,10 @@ class Experiment:
 def _unet(config: Config, process: Process) -> UNet:
     """The U-Net of a config; a learned variance doubles its output channels."""
     fields = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
-    classes = fields.pop("num_classes")
+    del fields["num_classes"]
     return UNet(
         **fields,
-        num_labels=classes + 1 if config.train.label_dropout else classes,
+        num_labels=num_labels(config),
         out_channels=config.data.channels * (2 if process.learns_variance else 1),
     )
 

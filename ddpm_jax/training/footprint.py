@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, num_labels
 from ddpm_jax.core import room, sharding
 
 FLOAT32 = 4  # bytes
@@ -96,7 +96,8 @@ def count_params(config: Config) -> int:
     ch, last = config.model.ch, config.model.ch * config.model.ch_mult[0]
     temb = ch * 4 * ch + 4 * ch + (4 * ch) ** 2 + 4 * ch
     projections = sum(4 * ch * layer.channels + layer.channels for layer in layers(config) if layer.kind == "block")
-    return temb + projections + sum(layer.params for layer in layers(config)) + 2 * last  # norm_out
+    labels = num_labels(config) * 4 * ch
+    return temb + labels + projections + sum(layer.params for layer in layers(config)) + 2 * last  # norm_out
 
 
 class Need(NamedTuple):
