@@ -110,7 +110,8 @@ def test_cache_changes_no_bit_of_training_with_classes(reference):
     )
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
 def test_training_with_classes_agrees_on_any_devices(reference, count):
     metrics = trained(CLASSES, 6, mesh=sharding.make_mesh(devices=jax.devices()[:count]))[1]
     assert_metrics_agree(metrics, reference[1])
@@ -414,6 +415,7 @@ def _convert(*words):
     convert(*words)
 
 
+@pytest.mark.slow
 def test_exported_sampler_takes_labels(run, tmp_path):
     from ddpm_jax.interop.export import sampler_file
 
