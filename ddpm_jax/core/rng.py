@@ -31,6 +31,8 @@ class Purpose(enum.IntEnum):
     FLIP = 4
     SAMPLE = 5
     BOUND = 6
+    FLIP_UD = 8
+    TURN = 9
 
 
 def root_key(seed: int) -> Key[Array, ""]:

@@ -1,4 +1,7 @@
-"""uint8 images as pictures to look at: grids, enlargement, PNG."""
+"""uint8 images as pictures to look at: grids, enlargement, PNG.
+
+A grid shows the first three channels of images with more, and the first of two.
+"""
 
 import io
 
@@ -21,8 +24,12 @@ def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
 
 def grid(
     images: UInt8[np.ndarray, "N H W C"], *, columns: int | None = None, gap: int = 1
-) -> UInt8[np.ndarray, "h w C"]:
-    """A grid of images, row by row, with `gap` black pixels between them. By default it is as square as possible."""
+) -> UInt8[np.ndarray, "h w c"]:
+    """A grid of images, row by row, with `gap` black pixels between them. By default it is as square as possible.
+
+    It has 1 or 3 channels.
+    """
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     N, H, W, C = images.shape
     columns = columns or int(np.ceil(np.sqrt(N)))
     rows = -(-N // columns)
@@ -35,7 +42,7 @@ def grid(
 
 def beside(
     left: UInt8[np.ndarray, "N H W C"], right: UInt8[np.ndarray, "N H W C"], *, gap: int = 4
-) -> UInt8[np.ndarray, "h w C"]:
+) -> UInt8[np.ndarray, "h w c"]:
     """The grids of two sets of equally many images, side by side, with `gap` white columns between them."""
     sheets = grid(left), grid(right)
     between = np.full((sheets[0].shape[0], gap, sheets[0].shape[2]), 255, np.uint8)

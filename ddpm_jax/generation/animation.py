@@ -56,4 +56,4 @@ def _seen(
     padded = sharding.round_up(count, run.mesh.devices.size)
     places = np.arange(indices.start, indices.start + padded, dtype=np.int32)
     _, x_t = make_generator(run.experiment, run.mesh, options, watch=watch)(run.params, sample_key(seed), places)
-    return np.asarray(x_t)[:, :count]
+    return run.experiment.pixels.to_pictures(np.asarray(x_t)[:, :count])

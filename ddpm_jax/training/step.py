@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion import losses
+from ddpm_jax.training.augmentation import augment
 from ddpm_jax.training.ema import decay_at
 from ddpm_jax.training.experiment import Experiment, Params
 
@@ -100,6 +100,8 @@ class Draws(NamedTuple):
     weights: Float[Array, " B"]  # importance weights of t; 1 if t is uniform
     eps: Float[Array, "B H W C"]
     dropout_keys: Key[Array, " B"]
+    flip_ud: Bool[Array, " B"]
+    turn: Int[Array, " B"]  # quarter turns
 
 
 def draw(
@@ -122,6 +124,8 @@ def draw(
         weights=weights,
         eps=jax.random.normal(keys[Purpose.EPS], shape),
         dropout_keys=rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)),
+        flip_ud=jax.random.bernoulli(keys[Purpose.FLIP_UD], shape=(B,)),
+        turn=jax.random.randint(keys[Purpose.TURN], (B,), 0, 4),
     )
 
 
@@ -132,10 +136,11 @@ def _parts(x: Array, n: int) -> Array:
 
 def one_step(
     experiment: Experiment,
-) -> Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Shaped[Array, "B H W C"]], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, images) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
 
-    images: uint8 (B, H, W, C). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
+    images: (B, H, W, C), as they are stored. metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before
+    clipping).
     """
     options = experiment.config.train
     n = options.accumulation
@@ -159,10 +164,10 @@ def one_step(
         return (loss, values.T.reshape(-1)), grads
 
     def step(state, images):
-        x_0 = from_uint8(images)
-        flip, t, weights, eps, dropout_keys = draw(experiment, state.step, x_0.shape, state.loss_history)
-        if options.flip:
-            x_0 = jnp.where(flip[:, None, None, None], x_0[:, :, ::-1], x_0)
+        x_0 = experiment.pixels.to_network(images)
+        draws = draw(experiment, state.step, x_0.shape, state.loss_history)
+        t, weights, eps, dropout_keys = draws.t, draws.weights, draws.eps, draws.dropout_keys
+        x_0 = augment(options, x_0, draws.flip, draws.flip_ud, draws.turn)
         (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys))
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -191,8 +196,8 @@ def make_train_step(
         mesh: The devices of the state and the batches (`sharding.make_mesh`); default all devices.
 
     Returns:
-        The compiled function. batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their
-        indices into `dataset`, uint8 (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
+        The compiled function. batches: (S, B, H, W, C), the stored images of S steps, with dataset None; or int32 (S, B),
+        their indices into `dataset`, (N, H, W, C) on the devices. metrics: `loss` and `grad_norm`, float32 (S,). The state is
         donated: use the returned one.
 
     Example:
