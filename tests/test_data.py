@@ -286,7 +286,7 @@ def test_an_array_file_that_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("images", "what"),
     [
-        (IMAGES / np.float32(255), "float32 values of shape (6, 4, 4, 3)"),
+        (IMAGES / 255.0, "float64 values of shape (6, 4, 4, 3)"),
         (IMAGES.astype(np.int64), "int64 values of shape (6, 4, 4, 3)"),
         (IMAGES[0, 0], "uint8 values of shape (4, 3)"),
         (IMAGES[None], "uint8 values of shape (1, 6, 4, 4, 3)"),
