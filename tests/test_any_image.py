@@ -25,7 +25,7 @@ from ddpm_jax.data.sheets import enlarge, grid
 from ddpm_jax.evaluation.evaluation import Evaluation, Options
 from ddpm_jax.evaluation.features import Features, check_pictures, of_pictures
 from ddpm_jax.evaluation.metrics import evaluate
-from ddpm_jax.generation.image_set import generate_set
+from ddpm_jax.generation.image_set import choose_format, generate_set
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.interop.card import model_card
 
@@ -136,10 +136,18 @@ def test_pngs_of_them_are_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_8_bit_images_of_other_channels_are_sampled_into_an_npy(config):
-    eight = experiment(dataclasses.replace(config, data=dataclasses.replace(config.data, value_range=None)))
-    assert not eight.makes_pictures
-    assert experiment(tiny()).makes_pictures
+def test_the_format_is_both_for_what_png_holds_and_else_npy():
+    assert [choose_format(experiment(tiny(data={"channels": c})), None) for c in (1, 2, 3, 4)] == [
+        "both",
+        "npy",
+        "both",
+        "npy",
+    ]
+    two = experiment(tiny(data={"channels": 2}))
+    assert [choose_format(two, format) for format in ("npy", "npz", "shards")] == ["npy", "npz", "shards"]
+    with pytest.raises(UsageError, match=r"these are uint8 of 2 channel\(s\); use --format npy, npz or shards"):
+        choose_format(two, "png")
+    assert choose_format(experiment(tiny()), "npy") == "npy"
 
 
 def test_exported_parameters_and_sampler_are_the_runs(trained, run, tmp_path):

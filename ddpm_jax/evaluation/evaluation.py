@@ -288,7 +288,8 @@ class Evaluation:
 
     @once
     def drawn(self) -> bits.Drawn:
-        """The bound's terms of each real image."""
+        """The bound's terms of each real image. Raises as `check_bits`."""
+        self.check_bits()
         return bits.Drawn(**self._of_real(self.programs.bound, "bound", title="bits/dim"))
 
     @once
