@@ -6,12 +6,14 @@ The text under each field is its help on the command line. The defaults are the 
 import dataclasses
 import json
 import sys
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import FRACTION, LAST_SEED, POSITIVE, Bounds, Choices, beside
@@ -34,6 +36,11 @@ SCHEDULE = Choices(
     )
 )
 LOSS = Choices("ddpm_jax.diffusion.losses:LOSSES", "simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid")
+MOST_VALUE = 2.0**100  # of float32 images: beyond it, as for a range below its inverse, scaling over- or underflows
+RANGE = tyro.conf.arg(
+    metavar="LOW HIGH",
+    help_behavior_hint=lambda value: "(default: 8-bit images)" if value == "None" else f"(default: {value})",
+)
 LONGEST = 31  # of a tuple: levels that halve an image so often leave nothing
 
 # Marks fields that may change when a run resumes: its length, its speed and its outputs, not what it computes. The source of
@@ -47,11 +54,13 @@ class DataConfig:
 
     source: Annotated[str, MAY_CHANGE] = "digits"
     """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see ddpm-jax prepare-data), a file
-    `x.npy` or `x.npz` of uint8 images, or `digits` (scikit-learn's)."""
-    image_size: Annotated[int, Bounds(1)] = 32
-    """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
-    channels: Literal[1, 3] = 3
-    """1 for grey images, 3 for RGB."""
+    `x.npy` or `x.npz` of images, or `digits` (scikit-learn's)."""
+    image_size: Annotated[int | tuple[int, int], Bounds(1), tyro.conf.arg(metavar="INT [INT]")] = 32
+    """Height and width in pixels that the network sees, one number for both or two; pictures are cropped and resized to it."""
+    channels: Annotated[int, Bounds(1)] = 3
+    """1 for grey images, 3 for RGB; arrays may have any number."""
+    value_range: Annotated[tuple[float, float] | None, RANGE] = None
+    """Makes the images float32: the lowest and the highest value, which become -1 and 1 (see docs/data.md)."""
     cache: Annotated[Literal["auto", "device", "host", "none"], MAY_CHANGE] = "auto"
     """Decode pictures once and keep them on the devices or in a file that the host maps; none: decode them at every step.
     auto: device up to 1 GiB, host up to 8 GiB, else none. Changes speed only."""
@@ -59,6 +68,17 @@ class DataConfig:
     """Threads that decode pictures; 0: one for each CPU core. Changes speed only."""
     on_bad_image: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What a picture that cannot be decoded does: stop the run, or be left out, if ddpm-jax prepare-data --check listed it."""
+
+    def __post_init__(self) -> None:
+        """Makes two equal sides one number, so that configs that mean the same are equal."""
+        match self.image_size:
+            case (height, width) if height == width:
+                object.__setattr__(self, "image_size", height)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ class ModelConfig:
     num_res_blocks: Annotated[int, Bounds(1, 100)] = 2
     """Residual blocks per level on the way down (one more on the way up)."""
     attn_resolutions: Annotated[tuple[int, ...], Bounds(1)] = (16,)
-    """Resolutions with self-attention after every block (the middle always has it)."""
+    """Resolutions, by the shorter side, with self-attention after every block (the middle always has it)."""
     dropout: Annotated[float, FRACTION] = 0.1
     """Probability that a feature is dropped in training."""
     groups: Annotated[int, Bounds(1)] = 32
@@ -140,7 +160,11 @@ class TrainConfig:
     label_dropout: Annotated[float, FRACTION] = 0.0
     """Probability that an image is trained without its label, as classifier-free guidance needs; 0.1 is usual."""
     flip: bool = True
-    """Mirror half of the images, drawn anew at every step."""
+    """Mirror half of the images, left to right, drawn anew at every step."""
+    flip_ud: bool = False
+    """Mirror half of the images, top to bottom, drawn anew at every step."""
+    turn: bool = False
+    """Turn every image by 0, 90, 180 or 270 degrees, drawn anew at every step; square images only."""
     steps_per_dispatch: Annotated[int, Bounds(1), MAY_CHANGE] = 1
     """Steps that run on the devices without the host; divides steps and every interval below."""
     log_every: Annotated[int, Bounds(1), MAY_CHANGE] = 100
@@ -213,6 +237,7 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
     """
     check_types(config)
     _check_numbers(config)
+    _check_images(config)
     if not own_network:
         _check_network(config)
     if config.train.label_dropout and not config.model.num_classes:
@@ -284,8 +309,13 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 def _matches(value: Any, hint: Any) -> bool:
     if choices := _choices(hint):
         return any(value == choice and type(value) is type(choice) for choice in choices)  # True is not 1
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_matches(value, kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+        kind, *others = typing.get_args(hint)
+        if not isinstance(value, tuple) or (others != [...] and len(value) != 1 + len(others)):
+            return False
+        return all(_matches(v, kind) for v in value)
     if hint is float:
         if isinstance(value, int) and abs(value) > sys.float_info.max:
             return False
@@ -298,9 +328,13 @@ def _matches(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if choices := _choices(hint):
         return "one of " + ", ".join(map(str, choices))
+    if typing.get_origin(hint) is types.UnionType:
+        return " or ".join(map(_describe, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        return "a tuple of whole numbers"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        kind, *others = typing.get_args(hint)
+        count = "" if others == [...] else f"{1 + len(others)} "
+        return f"a tuple of {count}{'whole ' if kind is int else ''}numbers"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "None"}
     return names.get(hint, f"a {hint.__name__}")
 
 
@@ -331,18 +365,44 @@ def _check_numbers(config: Config) -> None:
                     raise ConfigError(f"{name}={number} {refusal}")
 
 
+def _check_images(config: Config) -> None:
+    data, train = config.data, config.train
+    if train.turn and len(set(data.size)) > 1:
+        raise ConfigError(
+            f"train.turn=True turns images by 90 degrees, which needs a square, got data.image_size={data.image_size}; "
+            "leave it out, or use one size for both sides"
+        )
+    if data.value_range is None:
+        return
+    low, high = data.value_range
+    within = low >= -MOST_VALUE and high <= MOST_VALUE and high - low >= 1 / MOST_VALUE
+    if not within or np.float32(low) == np.float32(high):
+        raise ConfigError(
+            f"data.value_range={data.value_range} is no range of float32; give the lowest value, then the highest"
+        )
+    if config.diffusion.loss in ("vb", "rescaled_vb"):
+        raise ConfigError(
+            f"diffusion.loss={config.diffusion.loss} is the bits/dim of 8-bit images, and data.value_range makes them float32; "
+            "use simple, or a hybrid loss with a learned variance"
+        )
+    if train.eval_every and train.keep_best == "eval_bits_per_dim":
+        raise ConfigError(
+            "train.keep_best=eval_bits_per_dim is of 8-bit images, and data.value_range makes them float32; use eval_loss"
+        )
+
+
 def _check_network(config: Config) -> None:
-    model, size = config.model, config.data.image_size
+    model, sides = config.model, config.data.size
     for name, values in [("model.ch_mult", model.ch_mult), ("model.attn_resolutions", model.attn_resolutions)]:
         if not values:
             raise ConfigError(f"{name} is empty; give at least one number")
     halvings = len(model.ch_mult) - 1
-    if size % 2**halvings:
+    if any(side % 2**halvings for side in sides):
         raise ConfigError(
-            f"data.image_size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"data.image_size={config.data.image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
             f"model.ch_mult={model.ch_mult} ask; use a multiple of {2**halvings}"
         )
-    resolutions = [size // 2**i for i in range(halvings + 1)]
+    resolutions = [min(sides) // 2**i for i in range(halvings + 1)]
     for resolution in model.attn_resolutions:
         if resolution not in resolutions:
             raise ConfigError(

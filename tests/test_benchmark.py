@@ -185,7 +185,7 @@ def test_pillow_alone_reads_every_picture_in_that_many_threads(channels):
         return buffer.getvalue()
 
     encoded = pictures.Pictures(range(6), content, lambda: None, {}, "")
-    images = pictures.DecodedPictures(encoded, image_size=4, channels=channels, workers=1)
+    images = pictures.DecodedPictures(encoded, size=(4, 4), channels=channels, workers=1)
     programs.pillow_alone(images, [5, 1, 1, 0], 2)
     assert sorted(read) == [0, 1, 1, 5]
 

@@ -77,7 +77,28 @@ MISTAKES = {
     "model.ch_mult is empty; give at least one number": {"model": {"ch_mult": ()}},
     "model.attn_resolutions is empty; give at least one number": {"model": {"attn_resolutions": ()}},
     "model.ch_mult=0 is too small; use 1 or more": {"model": {"ch_mult": (1, 0)}},
-    "data.channels=2 is not one of 1, 3": {"data": {"channels": 2}},
+    "data.channels=0 is too small; use 1 or more": {"data": {"channels": 0}},
+    "data.image_size=(8, 9) cannot be halved 1 times, as the 2 levels of model.ch_mult=(1, 2) ask; use a multiple of 2": {
+        "data": {"image_size": (8, 9)}
+    },
+    "model.attn_resolutions has 8, but the network's resolutions are 6, 3; choose among these": {
+        "data": {"image_size": (6, 8)},
+        "model": {"attn_resolutions": (8,)},
+    },
+    "train.turn=True turns images by 90 degrees, which needs a square, got data.image_size=(8, 12); leave it out, or use one "
+    "size for both sides": {"data": {"image_size": (8, 12)}, "train": {"turn": True}},
+    **{
+        f"data.value_range={given} is no range of float32; give the lowest value, then the highest": {
+            "data": {"value_range": given}
+        }
+        for given in ((1.0, 0.0), (2, 2), (0.0, math.inf), (math.nan, 1.0), (0.0, 1e39), (1.0, 1.0 + 1e-12), (0, 1e-31))
+    },
+    "diffusion.loss=vb is the bits/dim of 8-bit images, and data.value_range makes them float32; use simple, or a hybrid loss "
+    "with a learned variance": {"data": {"value_range": (0, 1)}, "diffusion": {"loss": "vb"}},
+    "train.keep_best=eval_bits_per_dim is of 8-bit images, and data.value_range makes them float32; use eval_loss": {
+        "data": {"value_range": (0, 1)},
+        "train": {"eval_every": 10, "eval_source": "digits", "keep_best": "eval_bits_per_dim"},
+    },
     "diffusion.T=1 is too small; use 2 or more": {"diffusion": {"T": 1}},
     "diffusion: got beta_start = 0, expected above 0 and at most 1": {"diffusion": {"beta_start": 0.0}},
     "diffusion: got beta_start = nan, expected above 0 and at most 1": {"diffusion": {"beta_start": math.nan}},
@@ -302,6 +323,11 @@ WRONG_TYPES = [
     ("model.ch_mult", (True, 2), CHANNELS),
     ("model.ch_mult", 1, CHANNELS),
     ("model.ch_mult", "12", CHANNELS),
+    ("data.image_size", (8, 8, 8), "a whole number or a tuple of 2 whole numbers"),
+    ("data.image_size", (8.0, 12), "a whole number or a tuple of 2 whole numbers"),
+    ("data.image_size", None, "a whole number or a tuple of 2 whole numbers"),
+    ("data.value_range", (1.0,), "a tuple of 2 numbers or None"),
+    ("data.value_range", 255, "a tuple of 2 numbers or None"),
     ("data.cache", "gpu", "one of auto, device, host, none"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("diffusion.prediction", "noise", "one of eps, x_0, x_prev, v"),
@@ -345,6 +371,8 @@ def other_value(name, value, hint):
         return next(choice for choice in typing.get_args(hint) if choice != value)
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return (0.25, 0.75)
     return {int: 7, float: 0.375, str: "other", tuple: (5, 6)}[type(value)]
 
 
@@ -411,6 +439,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "seed",
         "data.image_size",
         "data.channels",
+        "data.value_range",
         "model.ch",
         "model.ch_mult",
         "model.dropout",
@@ -425,7 +454,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "train.grad_clip",
     }
     deciding |= {"model.num_classes", "train.label_dropout"}
-    deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.init_from"}
+    deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.flip_ud", "train.turn", "train.init_from"}
     assert deciding | changeable() == set(flatten(Config()))  # a new field is put into one of the two
     assert not deciding & changeable()
 

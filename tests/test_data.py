@@ -18,7 +18,7 @@ from tiny import experiment, tiny
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core import room, sharding
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source
+from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source, sources
 from ddpm_jax.training.start import start_state
 from ddpm_jax.training.step import draw
 
@@ -279,14 +279,14 @@ def test_a_file_of_no_kind_that_is_read_is_refused(tmp_path):
 def test_an_array_file_that_is_none_is_refused(tmp_path):
     path = str(tmp_path / "folder.npz")
     (tmp_path / "folder.npz").mkdir()
-    with refuses(f"data.source={path!r} is not a file; give the path of an .npy or .npz file of uint8 images"):
+    with refuses(f"data.source={path!r} is not a file; give the path of an .npy or .npz file of images"):
         open_images(path)
 
 
 @pytest.mark.parametrize(
     ("images", "what"),
     [
-        (IMAGES / np.float32(255), "float32 values of shape (6, 4, 4, 3)"),
+        (IMAGES / 255.0, "float64 values of shape (6, 4, 4, 3)"),
         (IMAGES.astype(np.int64), "int64 values of shape (6, 4, 4, 3)"),
         (IMAGES[0, 0], "uint8 values of shape (4, 3)"),
         (IMAGES[None], "uint8 values of shape (1, 6, 4, 4, 3)"),
@@ -300,6 +300,57 @@ def test_arrays_that_are_no_images_are_refused(images, what, tmp_path):
         f"data.source='{path}' has {what}, expected uint8 of shape (N, H, W) or (N, H, W, C) and at least one image"
     ):
         open_images(path)
+
+
+FLOATS = np.random.default_rng(1).normal(size=(6, 4, 6, 5)).astype(np.float32)
+RANGE = (-4.0, 4.0)
+
+
+def open_floats(path, **changes):
+    return open_images(path, **({"image_size": (4, 6), "channels": 5, "value_range": RANGE} | changes))
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_float32_arrays_of_any_size_and_channels_keep_every_bit(name, tmp_path):
+    source = open_floats(saved(tmp_path / name, FLOATS))
+    assert source.images.dtype == np.float32
+    np.testing.assert_array_equal(source.read(np.array([5, 0])), FLOATS[[5, 0]])
+    changed = FLOATS.copy()
+    changed[3, 1, 2, 4] = np.nextafter(changed[3, 1, 2, 4], np.float32(9))
+    assert open_floats(saved(tmp_path / f"2{name}", changed)).identity != source.identity
+
+
+def test_float32_arrays_need_a_range_and_8_bit_ones_none(tmp_path):
+    path = saved(tmp_path / "x.npy", FLOATS)
+    start = f"data.source='{path}' has float32 values of shape (6, 4, 6, 5), expected uint8 of shape"
+    with refuses(f"{start} (N, H, W) or (N, H, W, C) and at least one image; float32 values need data.value_range"):
+        open_floats(path, value_range=None)
+    with refuses(
+        f"data.source='{saved(path)}' has uint8 values of shape (6, 4, 4, 3), expected float32 of shape (N, H, W) or "
+        "(N, H, W, C) and at least one image"
+    ):
+        open_images(path, value_range=(0, 255))
+
+
+@pytest.mark.parametrize(("value", "what"), [(5.5, "to 5.5"), (-np.inf, "from -inf to"), (np.nan, "from nan to nan")])
+def test_values_outside_of_the_declared_range_are_refused(value, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DIGEST_BYTES", FLOATS[0].nbytes)  # one image at a time
+    changed = FLOATS.copy()
+    changed[5, 3, 5, 0] = value
+    with pytest.raises(
+        UsageError, match=f"has values .*{what}.*, but data.value_range is .-4.0, 4.0.; declare the range"
+    ):
+        open_floats(saved(tmp_path / "x.npy", changed))
+
+
+@pytest.mark.parametrize("cache", ["device", "host", "none"])
+def test_batches_of_float32_do_not_depend_on_cache_or_devices(cache, tmp_path):
+    data = {"image_size": (4, 6), "channels": 5, "value_range": RANGE, "cache": cache}
+    data["source"] = str(saved(tmp_path / "x.npy", FLOATS))
+    config = tiny(data=data, train={"batch_size": 4})
+    images, *_ = fed(config, open_source(config.data), mesh_of(2), 7, 2)
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(images, FLOATS[batch_indices(config.seed, 7, 2, 4, 6)])
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_two_processes_have_the_batches_of_one_for_any_cache_and_number_of_worke
     for child in children:
         output, _ = child.communicate(timeout=120)
         assert child.returncode == 0, output
-    expected = np.stack([pictures.decode(CONTENT[name], 8, 3) for name in SORTED])
+    expected = np.stack([pictures.decode(CONTENT[name], (8, 8), 3) for name in SORTED])
     expected = expected[batch_indices(3, 0, 6, 4, 7)]
     places = []
     for out in outs:

@@ -87,7 +87,7 @@ def refuses(message):
 @pytest.mark.parametrize("data_cache", ["auto", "device", "host", "none"])
 def test_pictures_are_sorted_by_their_relative_names(data_cache, make):
     images = everything(opened(make(), cache=data_cache))
-    expected = np.stack([pictures.decode(CONTENT[name], 8, 3) for name in SORTED])
+    expected = np.stack([pictures.decode(CONTENT[name], (8, 8), 3) for name in SORTED])
     np.testing.assert_array_equal(images, expected)
     np.testing.assert_array_equal(images[5], PIXELS["b/2.png"])
 
@@ -158,7 +158,7 @@ def test_batches_are_bit_identical_for_any_cache_and_number_of_workers(data_cach
         data={"source": str(make()), "channels": 3, "cache": data_cache, "workers": workers}, train={"batch_size": 4}
     )
     source = open_source(config.data)
-    expected = np.stack([pictures.decode(CONTENT[name], 8, 3) for name in SORTED])
+    expected = np.stack([pictures.decode(CONTENT[name], (8, 8), 3) for name in SORTED])
     expected = expected[batch_indices(config.seed, 0, 9, 4, 7)]
     images = np.concatenate([fed(config, source, mesh_of(2), first, 3)[0] for first in (0, 3, 6)])
     np.testing.assert_array_equal(images, expected)
@@ -624,7 +624,9 @@ def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
     for data_cache in ("none", "auto"):
         source = opened(path, on_bad_image="skip", cache=data_cache)
         kept = [name for name in SORTED if name not in bad]
-        np.testing.assert_array_equal(everything(source), np.stack([pictures.decode(CONTENT[n], 8, 3) for n in kept]))
+        np.testing.assert_array_equal(
+            everything(source), np.stack([pictures.decode(CONTENT[n], (8, 8), 3) for n in kept])
+        )
         assert source.labels.tolist() == [1, 3, 2, 4, 0]
         assert (source.identity["images"], source.identity["skipped"]) == (5, 2)
         assert source.identity["sha256"] == identity["sha256"]

@@ -38,6 +38,7 @@ def real_params(config):
         {"model": {"ch_mult": (3, 1, 2), "num_res_blocks": 2, "attn_resolutions": (8, 2)}, "data": {"channels": 3}},
         {"diffusion": {"variance": "learned", "loss": "hybrid"}},
         {"model": {"num_classes": 7}, "train": {"label_dropout": 0.1}},
+        {"data": {"image_size": (8, 12), "channels": 5}, "model": {"ch_mult": (1, 2, 2), "attn_resolutions": (2,)}},
     ],
 )
 def test_parameters_of_any_network_are_counted_exactly(sections):

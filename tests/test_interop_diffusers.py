@@ -199,13 +199,22 @@ def test_a_hub_id_goes_through_the_hubs_cache(model, monkeypatch):
 # ---- Out
 
 
-@pytest.mark.parametrize("config", [TINY, tiny(data={"channels": 3}, diffusion=LEARNED_RANGE)], ids=["grey", "learned"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        tiny(data={"channels": 3}, diffusion=LEARNED_RANGE),
+        tiny(data={"image_size": (12, 8), "channels": 5, "value_range": (0, 1)}),
+    ],
+    ids=["grey", "learned", "of_any_image"],
+)
 def test_ours_to_diffusers_to_ours_is_bit_identical(config, tmp_path):
     write_drawn_run(tmp_path / "run", config)
     convert("to-diffusers", tmp_path / "run", tmp_path / "model")
     convert("from-diffusers", tmp_path / "model", tmp_path / "back")
     back = load_run(tmp_path / "back")
     assert (back.config.model, back.config.diffusion) == (config.model, config.diffusion)
+    assert back.experiment.image_shape == experiment(config).image_shape
     for name, array in by_path(drawn(config, seed=1)).items():
         assert np.asarray(array).tobytes() == np.asarray(by_path(back.params)[name]).tobytes()
 
@@ -226,21 +235,27 @@ def test_diffusers_is_given_the_ema_unless_raw_is_asked_for(tiny_run, model, tmp
         jax.tree.map(np.testing.assert_array_equal, read_model(str(folder))[1], drawn(TINY, seed=seed))
 
 
+RGB = {"channels": 3}
+
+
 @pytest.mark.parametrize(
-    "diffusion",
+    ("diffusion", "data"),
     [
-        {"variance": "fixed_large"},
-        {"variance": "fixed_small", "schedule": "const", "beta_end": 0.3, "prediction": "x_0"},
-        {"variance": "learned_range", "loss": "hybrid", "schedule": "cosine", "prediction": "v"},
+        ({"variance": "fixed_large"}, RGB),
+        ({"variance": "fixed_small", "schedule": "const", "beta_end": 0.3, "prediction": "x_0"}, RGB),
+        ({"variance": "learned_range", "loss": "hybrid", "schedule": "cosine", "prediction": "v"}, RGB),
+        ({"variance": "fixed_large"}, {"image_size": (8, 12), "channels": 4}),
     ],
     ids=lambda d: "-".join(map(str, d.values())),
 )
-def test_diffusers_pipeline_samples_what_ancestral_sampling_does(diffusion, diffusers, torch, tmp_path, monkeypatch):
-    config = tiny(diffusion=diffusion, data={"channels": 3})
+def test_diffusers_pipeline_samples_what_ancestral_sampling_does(
+    diffusion, data, diffusers, torch, tmp_path, monkeypatch
+):
+    config = tiny(diffusion=diffusion, data=data)
     write_drawn_run(tmp_path / "run", config)
     convert("to-diffusers", tmp_path / "run", tmp_path / "model")
     run = load_run(tmp_path / "run")
-    B, shape, T = 2, (8, 8, 3), config.diffusion.T
+    B, shape, T = 2, run.experiment.image_shape, config.diffusion.T
     key = jax.random.key(0)
     d = config.diffusion
     process = Process(run.experiment.process.schedule, prediction=d.prediction, variance=d.variance)

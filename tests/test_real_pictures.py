@@ -50,7 +50,7 @@ def test_50000_jpegs_are_decoded_once_and_then_read_from_the_cache(capsys):
     with zipfile.ZipFile(TRAIN) as archive:
         names = sorted(archive.namelist())
         for i in (0, 25_000, 49_999):
-            np.testing.assert_array_equal(source.images[i], decode(archive.read(names[i]), 32, 3))
+            np.testing.assert_array_equal(source.images[i], decode(archive.read(names[i]), (32, 32), 3))
 
 
 def test_cifar10_config_trains_on_real_pictures_and_the_loss_falls(tmp_path):

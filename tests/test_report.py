@@ -17,6 +17,7 @@ from tiny import experiment
 
 from ddpm_jax import config as configs
 from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
@@ -389,7 +390,7 @@ def test_shared_latents_and_interpolations_agree_where_they_must(reported, chain
     # Image 0's own noise goes on where the others leave its path: the first column is image 0 in every row.
     assert np.abs(rows[:, 0] - reported[1].first_samples()[0].reshape(-1)).max() <= 1
     real = reported[1].read(range(2))
-    between = interpolation(chain, experiment(CONFIG).process.schedule, real).reshape(5, 8, 8, 8, 1)
+    between = interpolation(chain, experiment(CONFIG).process.schedule, from_uint8(real)).reshape(5, 8, 8, 8, 1)
     for row in between:
         np.testing.assert_array_equal(row[0], real[0])
         np.testing.assert_array_equal(row[-1], real[1])

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax.core.rng import Purpose, image_keys, image_normal, root_key, step_key, stream
 
-PINNED = {"INIT": 0, "T": 1, "EPS": 2, "DROPOUT": 3, "FLIP": 4, "SAMPLE": 5, "BOUND": 6}
+PINNED = {"INIT": 0, "T": 1, "EPS": 2, "DROPOUT": 3, "FLIP": 4, "SAMPLE": 5, "BOUND": 6, "FLIP_UD": 8, "TURN": 9}
 SHAPE = (4, 4, 3)
 purposes = pytest.mark.parametrize("purpose", Purpose)
 

@@ -8,8 +8,9 @@ from tiny import experiment, tiny
 
 from ddpm_jax import make_schedule, sample
 from ddpm_jax.core import rng, sharding
+from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
-from ddpm_jax.generation.generator import batch_ranges, generate_batches, make_generator, sample_key, to_uint8
+from ddpm_jax.generation.generator import batch_ranges, generate_batches, make_generator, sample_key
 from ddpm_jax.training import step as training
 
 SHAPE = (2, 2, 1)

@@ -26,7 +26,7 @@ PAPER_256 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "att
 SMALL = UNet(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), groups=4)
 DEEP = UNet(ch=12, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(4, 8), groups=3, out_channels=2)
 TINY = UNet(ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), groups=4)
-NETWORKS = [(SMALL, (8, 8, 3)), (DEEP, (8, 16, 1))]
+NETWORKS = [(SMALL, (8, 8, 3)), (DEEP, (16, 8, 1))]
 NETWORK_NAMES = ["small", "deep"]
 
 
@@ -146,7 +146,8 @@ def np_unet(net, p, x, t):
 
     def block_and_attention(h, way, i, j):
         h = np_residual_block(p[f"{way}_{i}_block_{j}"], h, temb, net.groups)
-        return np_attention_block(p[f"{way}_{i}_attn_{j}"], h, net.groups) if h.shape[1] in net.attn_resolutions else h
+        attends = min(h.shape[1:3]) in net.attn_resolutions  # by the shorter side
+        return np_attention_block(p[f"{way}_{i}_attn_{j}"], h, net.groups) if attends else h
 
     h = np_conv(p["conv_in"], x.astype(np.float64))
     skips = [h]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
         build_sampler(Experiment.from_config(config).process, options)
         if not compiling and jax.default_backend() == "cpu":
             # A lower bound: images, noise and output, and the first feature map.
-            needed = 4 * batch * config.data.image_size**2 * (3 * config.data.channels + config.model.ch)
+            needed = 4 * batch * math.prod(config.data.size) * (3 * config.data.channels + config.model.ch)
             check_memory(needed, f"--batch-sizes {batch}", "use a smaller one")
         if plan.peer == "torch":
             torch_peer.find_scheduler(config, options.sampler)

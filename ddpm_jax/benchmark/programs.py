@@ -23,7 +23,7 @@ from ddpm_jax.benchmark.timing import Timing, host_memory, peak_tflops, take_tur
 from ddpm_jax.config import Config, check
 from ddpm_jax.core import sharding
 from ddpm_jax.data import batch_indices, make_feed, open_source
-from ddpm_jax.data.pictures import DecodedPictures
+from ddpm_jax.data.pictures import DecodedPictures, centre_box
 from ddpm_jax.generation.generator import build_sampler, make_generator, sample_key
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
@@ -79,9 +79,9 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def image_shapes(experiment: Experiment, *steps: int) -> Any:
-    """The shapes of training batches: uint8 (*steps, B, H, W, C), with classes a pair of it and int32 (*steps, B)."""
+    """The shapes of training batches: (*steps, B, H, W, C), as images are stored; with classes a pair of it and (*steps, B)."""
     shape = (*steps, experiment.config.train.batch_size)
-    images = jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((*shape, *experiment.image_shape), experiment.pixels.dtype)
     return (images, jax.ShapeDtypeStruct(shape, jnp.int32)) if experiment.num_classes else images
 
 
@@ -171,12 +171,14 @@ def training(experiment: Experiment, *, repeats: int, peak: float | None = None,
     check(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(fsdp=config.train.fsdp)
     steps, batch = config.train.steps_per_dispatch, config.train.batch_size
-    generator = np.random.default_rng(0)
-    drawn = jax.tree.map(
-        lambda a: generator.integers(0, 256 if a.dtype == jnp.uint8 else experiment.num_classes, a.shape, a.dtype),
-        image_shapes(experiment, steps),
-    )
-    images = jax.device_put(drawn, sharding.split(mesh, axis=1))
+    generator, (low, high) = np.random.default_rng(0), config.data.value_range or (0, 256)
+
+    def draw(a):
+        return generator.uniform(
+            *((0, experiment.num_classes) if a.dtype == jnp.int32 else (low, high)), a.shape
+        ).astype(a.dtype)
+
+    images = jax.device_put(jax.tree.map(draw, image_shapes(experiment, steps)), sharding.split(mesh, axis=1))
     state = init_sharded_state(experiment, mesh)
     compiled, costs = _compile(make_train_step(experiment, mesh=mesh), state, images, None)
     labels = {"what": "train step", "steps": steps, "batch": batch, "dtype": config.model.dtype} | costs
@@ -233,14 +235,12 @@ def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:
 
 def pillow_alone(images: DecodedPictures, indices: Iterable[int], workers: int) -> None:
     """The baseline: Pillow reads, decodes, crops and resizes the pictures in as many threads."""
-    size, mode = images.shape[1], "L" if images.shape[3] == 1 else "RGB"
+    size, mode = images.shape[1:3], "L" if images.shape[3] == 1 else "RGB"
 
     def one(i):
         with Image.open(io.BytesIO(images.pictures.read(i))) as picture:
-            side = min(picture.size)
-            left, top = ((length - side) // 2 for length in picture.size)
-            box = (left, top, left + side, top + side)
-            picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            box = centre_box(picture.size, size)
+            picture.convert(mode).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for _ in pool.map(one, indices):

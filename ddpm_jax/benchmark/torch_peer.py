@@ -56,8 +56,7 @@ def build_network(experiment: Experiment, dtype: str = "float32") -> Any:
 
 
 def _images(torch: Any, config: Config, batch: int) -> Any:
-    size = config.data.image_size
-    x = torch.randn(batch, config.data.channels, size, size, device=_device())
+    x = torch.randn(batch, config.data.channels, *config.data.size, device=_device())
     return x.to(memory_format=torch.channels_last)
 
 

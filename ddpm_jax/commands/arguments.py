@@ -76,8 +76,10 @@ class Sample:
     """Seed of every draw, 0 to 4294967295."""
     out: Annotated[str, shown("FOLDER", "WORKDIR/generated/ and a name by step and options")] = ""
     """Folder that the images are written to."""
-    format: Format = "both"
-    """Single PNGs, one images.npz, both, or one npz shard per batch, for sets too large for one file."""
+    format: Annotated[
+        Format | None, shown("{both,png,npz,npy,shards}", "both, or npy where PNG cannot hold the images")
+    ] = None
+    """Single PNGs, one images.npz, both, one images.npy, or one npz shard per batch, for sets too large for one file."""
     animation: Annotated[str, ANIMATION] = "none"
     """Also write the reverse process of the first images, 64 or --batch-size, as OUT/process.webp, or as process.gif, which is
     larger and has 256 colours."""

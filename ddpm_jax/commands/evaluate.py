@@ -12,10 +12,10 @@ from ddpm_jax.commands.arguments import Evaluate
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import import_extra, program
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation
-from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.features import check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
-from ddpm_jax.evaluation.metrics import METRICS, WITHOUT_FEATURES, evaluate
+from ddpm_jax.evaluation.metrics import BITS, METRICS, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe
 from ddpm_jax.generation.generator import with_guide
@@ -32,18 +32,21 @@ def main(arguments: Evaluate) -> None:
     first = jax.process_index() == 0
     run = with_guide(load_run(workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
     metrics: tuple[str, ...] = arguments.metrics
-    features = PIXELS
+    pixels, of_8_bits = run.experiment.pixels, run.config.data.value_range is None
+    features, offered = pixel_features(pixels), tuple(name for name in METRICS if of_8_bits or name not in BITS)
     if arguments.features == "inception":
         if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
-            features = inception_features(
+            check_pictures(run.experiment)
+            inception = inception_features(
                 run.mesh, preprocessing=arguments.preprocessing, batch_size=arguments.options.batch_size
             )
+            features = of_pictures(inception, pixels)
         elif not metrics:
-            metrics = WITHOUT_FEATURES
+            metrics = tuple(name for name in offered if name in WITHOUT_FEATURES)
             if first:
                 print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
     if not metrics:
-        metrics = tuple(name for name in METRICS if name != "is" or arguments.features == "inception")
+        metrics = tuple(name for name in offered if name != "is" or arguments.features == "inception")
     evaluation = Evaluation.of_run(run, workdir, features, arguments.options, arguments.sampler)
     with evaluation.alone():
         results = evaluate(

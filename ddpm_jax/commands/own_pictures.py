@@ -46,7 +46,8 @@ def config_of_pictures(name: str, command_line: Sequence[str]) -> Config:
     config, pictures = load_config(SMALL), open_pictures(name)
     side, channels = look_at(pictures)
     # Never enlarge most of them: that would cost time and show nothing.
-    size = config.data.image_size if side >= config.data.image_size else config.data.image_size // 2
+    size = min(config.data.size)
+    size = size if side >= size else size // 2
     tqdm.write(
         f"{len(pictures.names):,} pictures, half of them at least {side} pixels on the shorter side: trained at {size} x {size}, "
         f"{'grey' if channels == 1 else 'in colour'}, with the small network of {SMALL} for "

@@ -32,6 +32,8 @@ class Purpose(enum.IntEnum):
     SAMPLE = 5
     BOUND = 6
     LABEL_DROPOUT = 7
+    FLIP_UD = 8
+    TURN = 9
 
 
 def root_key(seed: int) -> Key[Array, ""]:

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: files of uint8 images that runs and processes map into memory.
+"""The cache of decoded pictures: files of images that runs and processes map into memory.
 
 The cache is the folder DDPM_JAX_CACHE of the environment, or else ~/.cache/ddpm_jax. Its files may be deleted at any time. Their
 checksums are checked before use. It also holds the lists of pictures that cannot be decoded.
@@ -42,12 +42,13 @@ def cache_folder() -> Path:
 
 
 def decode_once(images: DecodedPictures) -> np.ndarray:
-    """The images as a memory-mapped uint8 array (N, S, S, C), decoded into a file of the cache if it has none.
+    """The images as a memory-mapped array (N, H, W, C), decoded into a file of the cache if it has none.
 
     A damaged file is reported and made again. If several processes call it, one decodes and the others wait. Raises UsageError
     if pictures cannot be decoded or the file cannot be written; no file remains.
     """
-    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__])
+    of_floats = [] if images.value_range is None else [images.value_range]
+    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__, *of_floats])
     path = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     try:
         cached = _mapped(path, key, images)
@@ -122,7 +123,8 @@ def _write(path: Path, key: str, images: DecodedPictures) -> None:
     # Written, not mapped: on a full disk a write raises an error, but a mapping kills the process.
     with files.whole(epath.Path(path)) as temporary, temporary.open("wb") as file:
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": images.shape})
+        described = {"descr": np.lib.format.dtype_to_descr(images.dtype), "fortran_order": False, "shape": images.shape}
+        np.lib.format.write_array_header_1_0(header, described)
         file.write(header.getvalue())
         checksums = [zlib.crc32(header.getvalue())]
         bad: list[PictureError] = []

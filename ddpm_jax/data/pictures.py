@@ -1,21 +1,25 @@
-"""Encoded pictures (PNG, JPEG, WebP, BMP) and the uint8 images that they are decoded to.
+"""Encoded pictures (PNG, JPEG, WebP, BMP) and the images that they are decoded to, uint8 or float32.
 
 Decoding, in this order:
 1. The EXIF orientation is applied. Only the first frame of an animation is used.
 2. 16-bit values keep their high byte. Transparent pixels are blended with white. Palettes and CMYK become RGB.
 3. For data.channels=1 colours become luma, (299 R + 587 G + 114 B) / 1000; for 3 grey is repeated.
-4. The largest centred square is cropped (rounding towards the top left).
+4. The largest centred part with the aspect of data.image_size is cropped (rounding towards the top left).
 5. It is resized to data.image_size with Pillow's bicubic filter, which antialiases when it shrinks.
+
+With data.value_range the image is grey and float32, on the scale of 16 bits: 16-bit values are kept, those of 8 bits are
+multiplied by 257, luma and resized values are not rounded.
 """
 
 import io
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from PIL import Image, ImageOps
 
 from ddpm_jax.core.errors import UsageError
@@ -37,28 +41,64 @@ class PictureError(UsageError):
         self.reason = reason
 
 
-def decode(content: bytes, image_size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
-    """Decodes a picture as the module describes, to uint8 (image_size, image_size, channels).
+Range = tuple[float, float] | None  # data.value_range
 
-    Raises ValueError for more than MAX_PIXELS pixels, and any error for a damaged picture.
+
+def decode(
+    content: bytes, size: tuple[int, int], channels: int, value_range: Range = None
+) -> Shaped[np.ndarray, "H W C"]:
+    """Decodes a picture as the module describes, to (*size, channels): uint8, or float32 if there is a value_range.
+
+    Raises ValueError for more than MAX_PIXELS pixels or a value outside of the range, and any error for a damaged picture.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
         ImageOps.exif_transpose(picture, in_place=True)
+        if value_range is not None:
+            values = np.asarray(_resized(_grey_values(picture, value_range), size))
+            return values.clip(*value_range)[..., None]  # the filter overshoots at edges
         plain, mode = _without_depth_and_alpha(picture), "L" if channels == 1 else "RGB"
         # Skip steps that change nothing: Pillow would copy, which takes a tenth of the time of a 256x256 JPEG.
         if plain.mode != mode:
             plain = plain.convert(mode)
-        side = min(plain.size)
-        left, top = ((length - side) // 2 for length in plain.size)
-        box = (left, top, left + side, top + side)
-        if side != image_size:
-            plain = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-        elif plain.width != plain.height:
-            plain = plain.crop(box)
-        return np.frombuffer(plain.tobytes(), np.uint8).reshape(image_size, image_size, channels)
+        return np.frombuffer(_resized(plain, size).tobytes(), np.uint8).reshape(*size, channels)
+
+
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    (height, width), box = size, centre_box(picture.size, size)
+    if (box[2] - box[0], box[3] - box[1]) != (width, height):
+        return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return picture if picture.size == (width, height) else picture.crop(box)
+
+
+def centre_box(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centred box of a picture (width, height) that has the aspect of a size (height, width).
+
+    Returns (left, top, right, bottom).
+    """
+    (across, down), (height, width) = picture, size
+    if across * height <= down * width:
+        down = max(1, across * height // width)
+    else:
+        across = max(1, down * width // height)
+    left, top = (picture[0] - across) // 2, (picture[1] - down) // 2
+    return left, top, left + across, top + down
+
+
+def _grey_values(picture: Image.Image, value_range: tuple[float, float]) -> Image.Image:
+    """The picture as grey float32 values of 16 bits."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.float32)
+    else:
+        values = np.asarray(_without_depth_and_alpha(picture).convert("F")) * np.float32(257)
+    low, high = values.min(), values.max()
+    if low < value_range[0] or high > value_range[1]:
+        raise ValueError(
+            f"its values go from {low:g} to {high:g} on the scale of 16 bits, which data.value_range={value_range} does not hold"
+        )
+    return Image.fromarray(values)
 
 
 def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
@@ -93,15 +133,19 @@ class Pictures:
 
 
 class DecodedPictures:
-    """Pictures as a uint8 array (N, S, S, C) whose rows are decoded at each read.
+    """Pictures as an array (N, H, W, C), uint8 or float32, whose rows are decoded at each read.
 
     Threads decode them. Pillow releases the GIL, so processes would only add the cost of moving images between them.
     """
 
-    def __init__(self, pictures: Pictures, *, image_size: int, channels: int, workers: int):
+    def __init__(
+        self, pictures: Pictures, *, size: tuple[int, int], channels: int, workers: int, value_range: Range = None
+    ):
         self.pictures = pictures
-        self.shape = (len(pictures.names), image_size, image_size, channels)
-        self.nbytes = len(pictures.names) * image_size * image_size * channels
+        self.shape = (len(pictures.names), *size, channels)
+        self.value_range = value_range
+        self.dtype = np.dtype(np.uint8 if value_range is None else np.float32)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
         self._workers = workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
 
@@ -109,26 +153,26 @@ class DecodedPictures:
         """The number of pictures."""
         return self.shape[0]
 
-    def __getitem__(self, indices: np.ndarray) -> UInt8[np.ndarray, "n S S C"]:
+    def __getitem__(self, indices: np.ndarray) -> Shaped[np.ndarray, "n H W C"]:
         """The images at these indices, decoded in parallel. Raises PictureError for the first that fails."""
         images, errors = self.attempts(indices)
         if errors:
             raise errors[0]
         return images
 
-    def attempts(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[np.ndarray, "n S S C"], list[PictureError]]:
+    def attempts(self, indices: Sequence[int] | np.ndarray) -> tuple[Shaped[np.ndarray, "n H W C"], list[PictureError]]:
         """The images at these indices, decoded in parallel, and an error for each that fails, in order.
 
         Rows of failed images are undefined.
         """
-        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        images = np.empty((len(indices), *self.shape[1:]), self.dtype)
         errors: dict[int, PictureError] = {}
         rows = iter(enumerate(indices))  # each thread takes the next; a future for each would take more time
 
         def work():
             for row, i in rows:
                 try:
-                    images[row] = decode(self.pictures.read(i), *self.shape[2:])
+                    images[row] = decode(self.pictures.read(i), self.shape[1:3], self.shape[3], self.value_range)
                 except Exception as error:  # a damaged picture can raise any error
                     reason = str(error).partition(" <_io.BytesIO")[0]  # Pillow names the buffer, which means nothing
                     errors[row] = PictureError(self.pictures.names[i], reason or type(error).__name__)

@@ -1,4 +1,7 @@
-"""uint8 images as pictures to look at: grids, enlargement, PNG."""
+"""uint8 images as pictures to look at: grids, enlargement, PNG.
+
+A grid shows the first three channels of images with more, and the first of two.
+"""
 
 import io
 from collections.abc import Sequence
@@ -26,8 +29,12 @@ def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
 
 def grid(
     images: UInt8[np.ndarray, "N H W C"], *, columns: int | None = None, gap: int = 1
-) -> UInt8[np.ndarray, "h w C"]:
-    """A grid of images, row by row, with `gap` black pixels between them. By default it is as square as possible."""
+) -> UInt8[np.ndarray, "h w c"]:
+    """A grid of images, row by row, with `gap` black pixels between them. By default it is as square as possible.
+
+    It has 1 or 3 channels.
+    """
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     N, H, W, C = images.shape
     columns = columns or int(np.ceil(np.sqrt(N)))
     rows = -(-N // columns)
@@ -40,7 +47,7 @@ def grid(
 
 def class_grid(
     images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"], names: Sequence[str]
-) -> UInt8[np.ndarray, "h w C"]:
+) -> UInt8[np.ndarray, "h w c"]:
     """An enlarged grid of images of classes, with their names: left of its rows where each row of 8 is of one class, else above
     its columns, of which each class has one where the labels repeat in turn.
 

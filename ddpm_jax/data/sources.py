@@ -17,7 +17,7 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
@@ -28,11 +28,13 @@ from ddpm_jax.data import tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
 from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
+from ddpm_jax.data.pixels import Pixels
 
 DECODE_ONCE_BYTES = 2**33  # the largest cache of data.cache=auto: CelebA-HQ at 256 has 6 GB, LSUN church 25 GB
 DIGEST_BYTES = 2**26  # of images hashed at a time
 MOST_BYTES = 2**29  # of an encoded picture: 8192 x 8192 pixels of four 16-bit channels, uncompressed
 MOST_SHOWN = 200  # characters of a name in a message
+GREY, RGB = 1, 3  # channels of pictures
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Source:
     """Images of one size.
 
     Attributes:
-        images: uint8 (N, H, W, C), in memory, memory-mapped or decoded at each read.
+        images: uint8 (N, H, W, C), or float32 with data.value_range, in memory, memory-mapped or decoded at each read.
         read_labels: () -> int (N,), or None if there are none.
         read_classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
@@ -55,8 +57,8 @@ class Source:
         """The number of images."""
         return len(self.images)
 
-    def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "n H W C"]:
-        """The images at these indices, uint8 (n, H, W, C). Raises PictureError if one cannot be decoded."""
+    def read(self, indices: np.ndarray) -> Shaped[np.ndarray, "n H W C"]:
+        """The images at these indices, (n, H, W, C). Raises PictureError if one cannot be decoded."""
         return self.images[indices]
 
     @functools.cached_property
@@ -86,7 +88,7 @@ class Source:
 
 
 class Arrays(NamedTuple):
-    """A source that holds arrays: uint8 images (N, H, W) or (N, H, W, C); labels int (N,) or None; the classes' names."""
+    """A source that holds arrays: uint8 or float32 images (N, H, W) or (N, H, W, C); labels int (N,) or None; classes' names."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -102,7 +104,7 @@ def digits(name: str) -> Arrays:
 def array_file(name: str) -> Arrays:
     """The images of an .npy file, or the arrays `images` and (optional) `labels` and `classes` of an .npz file."""
     if not os.path.isfile(name):
-        raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of uint8 images")
+        raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of images")
     try:
         content = np.load(name, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -220,12 +222,24 @@ def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
 
     Raises UsageError if one image of this size does not fit in memory.
     """
+    if config.channels not in (GREY, RGB) or (config.value_range and config.channels != GREY):
+        raise UsageError(
+            f"data.channels={config.channels}, but pictures give {GREY} (grey) or {RGB} (RGB), and {GREY} with data.value_range; "
+            "use one of these, or store the images as an .npy file"
+        )
+    height, width = config.size
     room.check_memory(
-        config.image_size**2 * (4 + config.channels),  # Pillow holds 4 bytes a pixel
-        f"one picture of {config.image_size} x {config.image_size} pixels",
+        height * width * (4 + config.channels),  # Pillow holds 4 bytes a pixel
+        f"one picture of {height} x {width} pixels",
         "choose a smaller data.image_size",
     )
-    return DecodedPictures(pictures, image_size=config.image_size, channels=config.channels, workers=config.workers)
+    return DecodedPictures(
+        pictures,
+        size=config.size,
+        channels=config.channels,
+        workers=config.workers,
+        value_range=config.value_range,
+    )
 
 
 def find_kind(name: str) -> str:
@@ -267,14 +281,16 @@ def _read(name: str) -> Arrays | Pictures:
 
 def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
     name, (images, labels, classes) = config.source, arrays
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
+    expected_type = Pixels(config.value_range).dtype
+    if images.dtype != expected_type or images.ndim not in (3, 4) or len(images) == 0:
+        remedy = "; float32 values need data.value_range" if images.dtype == np.float32 != expected_type else ""
         raise UsageError(
             f"data.source={name!r} has {images.dtype} values of shape {images.shape}, "
-            "expected uint8 of shape (N, H, W) or (N, H, W, C) and at least one image"
+            f"expected {expected_type} of shape (N, H, W) or (N, H, W, C) and at least one image{remedy}"
         )
     if images.ndim == 3:
         images = images[..., None]
-    expected = (config.image_size, config.image_size, config.channels)
+    expected = (*config.size, config.channels)
     if images.shape[1:] != expected:
         raise UsageError(
             f"data.source={name!r} has images of shape {images.shape[1:]}, but data.image_size and data.channels say "
@@ -288,10 +304,23 @@ def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
     sha = hashlib.sha256(str(images.shape).encode())
     count = max(1, DIGEST_BYTES * len(images) // images.nbytes)
     for first in range(0, len(images), count):
-        sha.update(images[first : first + count].tobytes())
+        block = images[first : first + count]
+        if config.value_range:
+            _check_values(name, block, config.value_range)
+        sha.update(block.tobytes())
     if labels is not None:
         sha.update(labels.astype(np.int64).tobytes())
     return Source(images, lambda: labels, {"images": len(images), "sha256": sha.hexdigest()}, lambda: classes)
+
+
+def _check_values(name: str, images: np.ndarray, value_range: tuple[float, float]) -> None:
+    low, high = map(np.float32, value_range)
+    least, greatest = images.min(), images.max()
+    if not (low <= least and greatest <= high):  # also if one is not a number
+        raise UsageError(
+            f"data.source={name!r} has values from {least:g} to {greatest:g}, but data.value_range is {value_range}; "
+            "declare the range that they have, or change the images"
+        )
 
 
 def _choose(source: str, names) -> list[str]:

@@ -27,6 +27,7 @@ from ddpm_jax.core.room import check_disk, check_memory
 from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
+from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
 from ddpm_jax.evaluation.options import Options, check_options
@@ -147,12 +148,20 @@ class Evaluation:
         check_batch(self.experiment, self.mesh, self.batch_size)
         if count := self.options.num_images:
             what, remedy = f"--num-images {count}", "use fewer"
-            image = int(np.prod(self.source.images.shape[1:]))
+            image = int(np.prod(self.source.images.shape[1:])) * self.source.images.dtype.itemsize
             number = self._least_width()
             check_memory(4 * number * count, f"{what} (their features)", remedy)
             there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
             check_disk(self._place(), (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
         return 0
+
+    def check_bits(self) -> None:
+        """Raises UsageError if bits/dim are not defined: the decoder of Eq. (13) is of 8-bit images."""
+        if self.experiment.pixels.value_range is not None:
+            raise UsageError(
+                "bits/dim (nll, rate-distortion) are of 8-bit images, which the decoder of Eq. (13) is made for, and "
+                "data.value_range makes these float32; leave out nll and rate-distortion"
+            )
 
     def check_distance(self) -> None:
         """Raises UsageError if the Fréchet distance would take hours, or more memory than there is."""
@@ -271,7 +280,7 @@ class Evaluation:
 
     @once
     def first_samples(self) -> np.ndarray:
-        """The first samples, uint8 (N, H, W, C): at most 64, and one part."""
+        """The first samples, as they are stored (N, H, W, C): at most 64, and one part."""
         return self._samples().get(range(min(self.num_images, self.batch_size)))["images"][:64]
 
     @once
@@ -280,10 +289,11 @@ class Evaluation:
         return self._real_features().all(self.num_real, self.batch_size, title="real images")
 
     def _real_features(self) -> Parts:
-        return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh)
+        pixels = self.experiment.pixels
+        return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh, pixels=pixels)
 
     def read(self, part: range) -> np.ndarray:
-        """A range of the real images, uint8 (n, H, W, C)."""
+        """A range of the real images, as they are stored (n, H, W, C)."""
         return self.source.read(np.arange(part.start, part.stop))
 
     @once
@@ -302,7 +312,8 @@ class Evaluation:
 
     @once
     def drawn(self) -> bits.Drawn:
-        """The bound's terms of each real image."""
+        """The bound's terms of each real image. Raises as `check_bits`."""
+        self.check_bits()
         return bits.Drawn(**self._of_real(self.programs.bound, "bound", title="bits/dim"))
 
     @once
@@ -335,8 +346,10 @@ def software(mesh: Mesh) -> dict[str, str]:
     }
 
 
-def real_features(source: Source, features: Features, *, batch_size: int, mesh: Mesh) -> Parts:
-    """The features of a source's images, cached on this machine by the data set's fingerprint."""
+def real_features(
+    source: Source, features: Features, *, batch_size: int, mesh: Mesh, pixels: Pixels = EIGHT_BITS
+) -> Parts:
+    """The features of a source's images, cached on this machine by the data set's fingerprint. pixels: how they are stored."""
     definition = {
         "identity": source.identity,
         "image_shape": list(source.images.shape[1:]),  # a folder can be read at many sizes
@@ -344,6 +357,8 @@ def real_features(source: Source, features: Features, *, batch_size: int, mesh: 
         "batch_size": batch_size,
         "software": software(mesh),
     }
+    if pixels.value_range is not None:
+        definition["value_range"] = pixels.value_range
     return Parts(
         epath.Path(cache_folder()) / "features",
         definition,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from ddpm_jax.config import Config
@@ -23,7 +23,7 @@ from ddpm_jax.data import Source, open_source
 from ddpm_jax.data.sheets import beside, class_grid, grid
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.evaluation import Evaluation, Programs
-from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.features import check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.generation.generator import generate_batches, sample_key
@@ -49,7 +49,7 @@ def open_held_out(experiment: Experiment) -> Source:
     return Source(spread(source, config.train.eval_images), lambda: chosen, source.identity)
 
 
-def spread(source: Source, count: int) -> UInt8[np.ndarray, "n H W C"]:
+def spread(source: Source, count: int) -> Shaped[np.ndarray, "n H W C"]:
     """At most `count` images of a source, equally spaced, since a source may be sorted by class."""
     return source.read(_spaced(source, count))
 
@@ -98,7 +98,7 @@ class SampleGrid:
             batch_size=count,
             num_devices=devices,
         )
-        return np.concatenate([images for _, images in batches])
+        return self._programs.experiment.pixels.to_pictures(np.concatenate([images for _, images in batches]))
 
 
 class HeldOut:
@@ -106,7 +106,7 @@ class HeldOut:
 
     eval_loss, eval_loss_quarter_1 .. 4 (from small t to large): the training loss.
     eval_bits_per_dim, eval_bits_per_dim_error: an unbiased estimate of the bound from 16 terms between L_T and L_0, and its
-    standard error over the images.
+    standard error over the images; of 8-bit images only.
     eval_fid: if train.eval_samples is not 0.
     eval_of: a fingerprint of images, samples and features; numbers with equal ones can be compared.
 
@@ -119,11 +119,14 @@ class HeldOut:
         options = programs.experiment.config.train
         self.every = options.eval_every
         self._programs, self._source, self._held_out = programs, source, held_out
-        self._features = PIXELS
+        experiment = programs.experiment
+        self._features = pixel_features(experiment.pixels)
         if options.eval_samples and options.eval_features == "inception":
+            check_pictures(experiment)
             # evaluate.py's batch size, so that both share the cached features
             size = sharding.round_up(Options().batch_size, programs.mesh.devices.size)
-            self._features = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
+            inception = inception_features(programs.mesh, preprocessing="tensorflow", batch_size=size)
+            self._features = of_pictures(inception, experiment.pixels)
         if options.eval_samples:
             self._of_samples({}).check_distance()
 
@@ -133,10 +136,12 @@ class HeldOut:
         config = self._programs.experiment.config
         options = Options(seed=config.seed, batch_size=config.train.batch_size, bootstrap=0)
         held_out = self._evaluation(params, self._held_out, options)
-        losses, bound = metrics.losses(held_out), metrics.nll(held_out)
+        losses = metrics.losses(held_out)
         numbers = {"eval_loss": losses["value"]}
         numbers |= {f"eval_loss_{name}": quarter["value"] for name, quarter in losses["quarters"].items()}
-        numbers |= {"eval_bits_per_dim": bound["value"], "eval_bits_per_dim_error": bound["standard_error"]}
+        if config.data.value_range is None:
+            bound = metrics.nll(held_out)
+            numbers |= {"eval_bits_per_dim": bound["value"], "eval_bits_per_dim_error": bound["standard_error"]}
         if config.train.eval_samples:
             numbers["eval_fid"] = metrics.fid(self._of_samples(params))["value"]
         return Findings(numbers | {"eval_of": eval_of(config, self._source, self._held_out)}, {})

@@ -1,4 +1,4 @@
-"""Feature functions: from uint8 images to feature vectors."""
+"""Feature functions: from images to feature vectors."""
 
 import functools
 from collections.abc import Callable
@@ -7,20 +7,25 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Shaped, UInt8
 
 from ddpm_jax.core import sharding
+from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.arrays import Arrays
+from ddpm_jax.data.pixels import Pixels
+from ddpm_jax.training.experiment import Experiment
 
 
 class Features(NamedTuple):
-    """A feature function: uint8 images (B, H, W, C) -> {"features": (B, D)}, and "logits" (B, K) if it classifies.
+    """A feature function: images (B, H, W, C) -> {"features": (B, D)}, and "logits" (B, K) if it classifies.
+
+    Images are as they are stored: uint8, or float32 with data.value_range.
 
     name: identifies the function with its weights. Results record it, and cached features are keyed by it.
     """
 
     name: str
-    compute: Callable[[UInt8[np.ndarray, "B H W C"]], dict[str, np.ndarray]]
+    compute: Callable[[Shaped[np.ndarray, "B H W C"]], dict[str, np.ndarray]]
 
 
 def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:
@@ -31,9 +36,35 @@ def flat_pixels(images: UInt8[np.ndarray, "B H W C"]) -> dict[str, np.ndarray]:
 PIXELS = Features("pixels", flat_pixels)
 
 
-def in_one_shape(compiled: Callable[..., dict[str, Array]], images: UInt8[np.ndarray, "n H W C"], size: int) -> Arrays:
+def pixel_features(pixels: Pixels) -> Features:
+    """The pixels in [-1, 1] as features: `PIXELS`, or those of float32 images."""
+    if pixels.value_range is None:
+        return PIXELS
+    return Features(
+        PIXELS.name, lambda images: {"features": np.asarray(pixels.to_network(images)).reshape(len(images), -1)}
+    )
+
+
+def check_pictures(experiment: Experiment) -> None:
+    """Raises UsageError if the images have other channels than pictures, which Inception takes."""
+    channels = experiment.image_shape[-1]
+    if channels not in (1, 3):
+        raise UsageError(
+            f"Inception takes grey or RGB images, and these have {channels} channels; compare them by their pixels "
+            "(--features pixels, in training train.eval_features=pixels) or by a function of your own"
+        )
+
+
+def of_pictures(features: Features, pixels: Pixels) -> Features:
+    """Features of 8-bit pictures for an experiment's images: float32 ones are rounded to 256 levels of their range first."""
+    if pixels.value_range is None:
+        return features
+    return Features(f"{features.name}, of 8-bit pictures", lambda images: features.compute(pixels.to_pictures(images)))
+
+
+def in_one_shape(compiled: Callable[..., dict[str, Array]], images: Shaped[np.ndarray, "n H W C"], size: int) -> Arrays:
     """compiled(images) for a program of `size` images: zeros fill the batch, and their results are dropped."""
-    padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
+    padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
     return {name: np.asarray(a)[: len(images)] for name, a in compiled(padded).items()}
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from ddpm_jax.core.files import write_bytes
-from ddpm_jax.data.pixels import from_uint8, to_uint8
+from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation.evaluation import Evaluation
@@ -63,23 +63,23 @@ def shared(chain: Chain) -> UInt8[np.ndarray, "N H W C"]:
     return np.asarray(to_uint8(jnp.concatenate(rows)))
 
 
-def interpolation(chain: Chain, schedule: Schedule, real: UInt8[np.ndarray, "2 H W C"]) -> UInt8[np.ndarray, "N H W C"]:
-    """Interpolations between two real images in x_t, a row for each of t = T/8, T/4, T/2, 3T/4, T.
+def interpolation(chain: Chain, schedule: Schedule, real: Float[Array, "2 H W C"]) -> UInt8[np.ndarray, "N H W C"]:
+    """Interpolations between two real images in x_t, a row for each of t = T/8, T/4, T/2, 3T/4, T. real: in [-1, 1].
 
     Each row starts and ends with the images themselves. All interpolations share the same noise.
     """
-    T, (one, other) = schedule.T, from_uint8(real)[:, None]
+    T, (one, other), ends = schedule.T, real[:, None], np.asarray(to_uint8(real))
     fractions, rows = np.linspace(0, 1, COLUMNS - 2).tolist(), []
     for noised in (T // 8, T // 4, T // 2, 3 * T // 4, T):
         t = max(noised, 1) - 1
         mixed = latents.interpolate(chain, schedule, jnp.arange(1), one, other, t=t, fractions=fractions)
-        rows += [real[:1], np.asarray(to_uint8(mixed[:, 0])), real[1:]]
+        rows += [ends[:1], np.asarray(to_uint8(mixed[:, 0])), ends[1:]]
     return np.concatenate(rows)
 
 
 def nearest_grid(
-    samples: UInt8[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
-) -> UInt8[np.ndarray, "N H W C"]:
+    samples: Shaped[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
+) -> Shaped[np.ndarray, "N H W C"]:
     """A row for each sample: the sample, then its nearest real images."""
     images: list[np.ndarray] = []
     for sample, near in zip(samples, places, strict=False):
@@ -87,13 +87,13 @@ def nearest_grid(
     return np.concatenate(images)
 
 
-def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w C"]:
+def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w c"]:
     return grid(samples, columns=min(COLUMNS, len(samples)))
 
 
 def draw_samples(run: Run, evaluation: Evaluation, folder: epath.Path) -> None:
     """Draws the first samples alone, the picture that a report starts with, as `draw_figures` does."""
-    _write(run, folder, {"samples": _sheet(evaluation.first_samples())})
+    _write(run, folder, {"samples": _sheet(run.experiment.pixels.to_pictures(evaluation.first_samples()))})
 
 
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
@@ -103,23 +103,26 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
 
     results: of the metrics; its `nearest` gives the nearest real images.
     """
-    samples = evaluation.first_samples()
+    samples, pixels = evaluation.first_samples(), run.experiment.pixels
     chain, schedule = chain_of(run, seed=evaluation.options.seed), run.experiment.process.schedule
     pictures = {
-        "samples": _sheet(samples),
+        "samples": _sheet(pixels.to_pictures(samples)),
         "progressive": grid(progressive(chain), columns=min(10, schedule.T)),
         "shared_latents": grid(shared(chain), columns=COLUMNS),
     }
     if evaluation.num_real >= 2:
-        pictures["interpolation"] = grid(interpolation(chain, schedule, evaluation.read(range(2))), columns=COLUMNS)
+        real = pixels.to_network(evaluation.read(range(2)))
+        pictures["interpolation"] = grid(interpolation(chain, schedule, real), columns=COLUMNS)
     for name, found in results.get("nearest", {}).get("nearest", {}).items():
         near = nearest_grid(samples, evaluation.source.read, found["places"])
         columns = 1 + len(found["places"][0])
-        pictures["nearest" if name == "pixels" else "nearest_features"] = grid(near, columns=columns)
+        pictures["nearest" if name == "pixels" else "nearest_features"] = grid(
+            pixels.to_pictures(near), columns=columns
+        )
     _write(run, folder, pictures)
 
 
-def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "h w C"]]) -> None:
+def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "h w c"]]) -> None:
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, write_text
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.evaluation import Evaluation
-from ddpm_jax.evaluation.features import PIXELS
+from ddpm_jax.evaluation.features import PIXELS, pixel_features
 from ddpm_jax.evaluation.inception_weights import INCEPTION
 from ddpm_jax.evaluation.parts import progress
 
@@ -109,10 +109,10 @@ def rate_distortion(e: Evaluation) -> dict[str, Any]:
 def nearest(e: Evaluation) -> dict[str, Any]:
     """The real images nearest to each of the first samples, by pixels and by features: were training images memorised?"""
     samples, result = e.first_samples()[:NEAREST], {}
-    block = max(1, BLOCK_BYTES // samples[0].nbytes)
+    block, pixels = max(1, BLOCK_BYTES // samples[0].nbytes), pixel_features(e.experiment.pixels)
     starts = range(0, e.num_real, block)
-    blocks = (PIXELS.compute(e.read(range(i, min(i + block, e.num_real))))["features"] for i in starts)
-    found = {"pixels": scores.nearest(PIXELS.compute(samples)["features"], blocks, count=NEAREST)}
+    blocks = (pixels.compute(e.read(range(i, min(i + block, e.num_real))))["features"] for i in starts)
+    found = {"pixels": scores.nearest(pixels.compute(samples)["features"], blocks, count=NEAREST)}
     if e.features.name != PIXELS.name:
         queries = e.features.compute(samples)["features"]
         found[e.features.name] = scores.nearest(queries, [e.real()["features"]], count=NEAREST)
@@ -148,6 +148,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "nearest": ("Nearest real images", ""),
 }
 WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion")
+BITS = ("nll", "rate-distortion")  # of 8-bit images
 
 
 def step_of(result: dict[str, Any]) -> int:
@@ -187,6 +188,8 @@ def evaluate(
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UsageError(f"got the metric {unknown[0]!r}, expected some of {', '.join(METRICS)}")
+    if set(metrics) & set(BITS):
+        evaluation.check_bits()
     if "fid" in metrics:
         evaluation.check_distance()
     results = {}

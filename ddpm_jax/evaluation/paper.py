@@ -9,8 +9,9 @@ from ddpm_jax.config import Config, flatten
 CIFAR10 = {
     name: value
     for name, value in flatten(Config()).items()
-    if name in ("data.image_size", "data.channels", "train.lr", "train.batch_size", "train.warmup_steps", "train.flip")
-    or name.startswith(("model.", "diffusion.", "train.adam_", "train.ema_", "train.grad_"))
+    if name
+    in ("data.image_size", "data.channels", "data.value_range", "train.lr", "train.batch_size", "train.warmup_steps")
+    or name.startswith(("model.", "diffusion.", "train.adam_", "train.ema_", "train.grad_", "train.flip", "train.turn"))
     if name not in ("model.dtype", "model.remat")
 }
 LARGE256 = CIFAR10 | {

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ddpm_jax.core import rng, sharding
-from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.evaluation.bits import draw_times
 from ddpm_jax.training.experiment import Experiment
 
@@ -23,7 +22,7 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dic
         mesh: The devices that the batch is split over.
 
     Returns:
-        The compiled function: uint8 images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
+        The compiled function: stored images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
         of the mesh's devices, to float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its
         index) alone. There is no dropout and no flip.
     """
@@ -33,7 +32,7 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dic
     def quarter_losses(params, key, images, indices, labels=None):
         model = experiment.model(params, labels=labels)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
-        x_0, keys = from_uint8(images), rng.image_keys(key, indices)
+        x_0, keys = experiment.pixels.to_network(images), rng.image_keys(key, indices)
 
         def body(carry, t):
             return carry, experiment.loss(model, x_0, t, rng.image_normal(keys, t, x_0.shape[1:]))

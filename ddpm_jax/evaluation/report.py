@@ -127,8 +127,11 @@ def _title(workdir: epath.Path, config: Config, step: int) -> tuple[str, str]:
     data, diffusion, today = config.data, config.diffusion, datetime.date.today()
     name = data.source if data.source.startswith("tfds:") else epath.Path(data.source).name
     of = f" of {config.train.steps:,}" if step <= config.train.steps else ""
+    height, width = data.size
+    channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels} channels")
+    floats = f", float32 in [{plain(data.value_range[0])}, {plain(data.value_range[1])}]" if data.value_range else ""
     facts = (
-        f"{data.image_size}\u00d7{data.image_size} {'grey' if data.channels == 1 else 'RGB'}",
+        f"{height}\u00d7{width} {channels}{floats}",
         f"run {workdir.name}",
         f"T = {diffusion.T:,}, {diffusion.schedule} schedule, predicts {diffusion.prediction}, loss {diffusion.loss}",
         f"batch {config.train.batch_size:,}",
@@ -170,17 +173,22 @@ def _samples(workdir: epath.Path, config: Config) -> tuple[str, epath.Path, bool
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
+def _pixelated(config: Config) -> str:
+    """The class of images that are small enough to show their pixels."""
+    return "pixels" if max(config.data.size) <= PIXELATED else ""
+
+
 def _strip(workdir: epath.Path, config: Config) -> str:
     """The first rows of samples; a click shows all. A training's grid is shown whole."""
     found = _samples(workdir, config)
     if found is None:
         return ""
     alt, path, in_rows = found
-    content, size = path.read_bytes(), config.data.image_size
+    content, (down, across) = path.read_bytes(), config.data.size
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))  # of a PNG
-    pixels = "pixels" if size <= PIXELATED else ""
-    scale = width // (COLUMNS * (size + 1) - 1)
-    top = scale * (STRIP_ROWS * (size + 1) - 1)
+    scale = width // (COLUMNS * (across + 1) - 1)
+    top = scale * (STRIP_ROWS * (down + 1) - 1)
+    pixels = _pixelated(config)
     if not in_rows or height <= top:
         image = _image(content, "png", alt, classes=f"whole {pixels}")
         return f'<figure class="strip">{image}<figcaption>{alt}.</figcaption></figure>'
@@ -309,7 +317,7 @@ def _curves(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
 
 
 def _figures(workdir: epath.Path, config: Config) -> str:
-    pixels, said = "pixels" if config.data.image_size <= PIXELATED else "", []
+    pixels, said = _pixelated(config), []
     for name, caption in CAPTIONS.items():
         for end, parameters in (("", ""), ("-raw", ", raw parameters")):
             if found := _newest(workdir / EVALUATION / FOLDER, f"{name}-", end):

@@ -59,4 +59,4 @@ def _seen(
     labels = label_table(options.labels, run.experiment.num_classes, run.classes)
     generate = generator_of(run, options, watch=watch)
     _, x_t = generate(parameters(run), sample_key(seed), places, labels_at(labels, places))
-    return np.asarray(x_t)[:, :count]
+    return run.experiment.pixels.to_pictures(np.asarray(x_t)[:, :count])

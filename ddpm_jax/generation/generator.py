@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Key, Shaped
 
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.core.room import check_devices
-from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.generation.labels import Table, labels_at
 from ddpm_jax.generation.options import SamplerOptions
@@ -154,9 +153,9 @@ def make_generator(
         other: The experiment of the run that guides (`guided`).
 
     Returns:
-        The compiled function: indices int (B,) to uint8 images (B, H, W, C), replicated on every device. Of an experiment with
-        classes, labels are int (B,), by default all classes in turn. With `watch` it returns (images, x_t), with x_t uint8
-        (len(watch), B, H, W, C).
+        The compiled function: indices int (B,) to images (B, H, W, C), uint8 or float32 as the data set's, replicated on every
+        device. Of an experiment with classes, labels are int (B,), by default all classes in turn. With `watch` it returns
+        (images, x_t), with x_t (len(watch), B, H, W, C) of the same type.
 
     Raises:
         UsageError: For options that do not go together.
@@ -171,7 +170,8 @@ def make_generator(
             labels = jax.lax.with_sharding_constraint(labels, sharding.split(mesh))
         x_T = draw_x_T(key, indices, experiment.image_shape)
         x, seen = reverse(sampler, model(params, labels), key, indices, x_T, watch=watch)
-        return (to_uint8(x), to_uint8(seen.x)) if len(watch) else to_uint8(x)
+        stored = experiment.pixels.from_network
+        return (stored(x), stored(seen.x)) if len(watch) else stored(x)
 
     return jax.jit(generate, out_shardings=sharding.replicated(mesh))
 
@@ -219,7 +219,7 @@ def generate_batches(
     batch_size: int,
     num_devices: int,
     labels: Table | None = None,
-) -> Iterator[tuple[range, UInt8[np.ndarray, "n H W C"]]]:
+) -> Iterator[tuple[range, Shaped[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 
     Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. labels: the table

@@ -4,10 +4,12 @@
     OUT/parts/000000.npz      the batch from image 0 on, written after its PNGs: it marks the batch as done
     OUT/000000.png, ...       single images, format `png` and `both`
     OUT/images.npz            all images, joined from the parts at the end, with classes their labels; format `npz` and `both`
-    OUT/grid.png              the first 64
+    OUT/images.npy            the images as an array without an archive, format `npy`
+    OUT/grid.png              the first 64, as 8-bit pictures
 
-Format `shards` keeps the parts, for sets too large for one file. Missing or damaged files are reported and made again: from
-intact copies of the same images in the set, or else by sampling their batches again.
+Images are uint8, or float32 with data.value_range. PNG holds those of 8 bits that are grey or RGB. Format `shards` keeps the
+parts, for sets too large for one file. Missing or damaged files are reported and made again: from intact copies of the same
+images in the set, or else by sampling their batches again.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +27,7 @@ from typing import IO, Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -48,6 +51,7 @@ from ddpm_jax.core.files import (
 )
 from ddpm_jax.core.room import check_disk
 from ddpm_jax.data.arrays import parse_arrays, write_arrays
+from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.data.sheets import class_grid, enlarge, grid, png_bytes
 from ddpm_jax.generation.generator import (
     Batches,
@@ -61,9 +65,11 @@ from ddpm_jax.generation.generator import (
 from ddpm_jax.generation.labels import Table, label_table
 from ddpm_jax.generation.options import Format, SamplerOptions
 from ddpm_jax.generation.set_mark import SET, Mark, read_mark, tell
+from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
 
-IMAGES, GRID = "images.npz", "grid.png"
+ONE_FILE = {"npz": "images.npz", "both": "images.npz", "npy": "images.npy"}  # by format
+GRID = "grid.png"
 GRID_IMAGES = 64
 MOST_LABELS = 1000  # that set.json lists; of more it has the digest
 BYTES_OF_A_LINE = 200  # of set.json for each file and batch; an upper bound
@@ -76,8 +82,8 @@ def _sha(content: bytes) -> str:
 class ImageSet:
     """The images of `batches`, of an image_shape (H, W, C), in a folder that is locked until `close`.
 
-    definition: everything that the images depend on, as JSON values. Raises UsageError if the folder holds another set or
-    other files, or cannot be written.
+    definition: everything that the images depend on, as JSON values. pixels: how they are stored. Raises UsageError if the
+    folder holds another set or other files, or cannot be written.
     """
 
     def __init__(
@@ -88,16 +94,17 @@ class ImageSet:
         definition: dict[str, Any],
         *,
         format: Format,
+        pixels: Pixels = EIGHT_BITS,
     ):
         self.folder = folder
         self.parts = folder / "parts"
         self.batches = batches
         self.image_shape = image_shape
+        self.pixels = pixels
+        self.image_bytes = math.prod(image_shape) * pixels.dtype.itemsize
         self.format = format
-        self.has_pngs, self.has_one_file = format in ("png", "both"), format in ("npz", "both")
-        self.classes: tuple[Table, Sequence[str]] | None = (
-            None  # the labels in turn, and the classes' names, for the grid
-        )
+        self.has_pngs, self.one_file = format in ("png", "both"), ONE_FILE.get(format)
+        self.classes: tuple[Table, Sequence[str]] | None = None  # the labels in turn, and the classes' names
         definition = definition | {"images": [batches.indices.start, batches.indices.stop], "format": format}
         self.mark = Mark(json.loads(json.dumps(definition)), files={})
         self.identity = digest(definition)
@@ -168,8 +175,8 @@ class ImageSet:
             yield from (f"{i:06d}.png" for i in self.batches.indices)
         if self.format == "shards":
             yield from (f"parts/{part.start:06d}.npz" for part in self.batches)
-        if self.has_one_file:
-            yield IMAGES
+        if self.one_file:
+            yield self.one_file
         yield GRID
 
     def _damaged(self) -> Iterator[tuple[epath.Path, str]]:
@@ -203,23 +210,25 @@ class ImageSet:
         self.mark.write(self.folder)
 
     def _from_one_file(self, part: range) -> np.ndarray | None:
-        path, size, head = self.folder / IMAGES, int(np.prod(self.image_shape)), io.BytesIO()
+        if not self.one_file or not is_regular(path := self.folder / self.one_file):
+            return None
+        size, head = self.image_bytes, io.BytesIO()
         with self._array(head):
             start = head.tell()  # of the pixels, computed, since the file's header may be damaged
-        if not is_regular(path):
-            return None
         with path.open("rb") as file:
             file.seek(start + (part.start - self.batches.indices.start) * size)
-            return np.frombuffer(file.read(len(part) * size), np.uint8).reshape(-1, *self.image_shape)
+            return np.frombuffer(file.read(len(part) * size), self.pixels.dtype).reshape(-1, *self.image_shape)
 
-    def _from_pngs(self, part: range) -> np.ndarray:
+    def _from_pngs(self, part: range) -> np.ndarray | None:
+        if not self.has_pngs:
+            return None
         pictures = [np.asarray(Image.open(io.BytesIO(read_bytes(self._png(i))))) for i in part]
         return np.stack(pictures).reshape(-1, *self.image_shape)
 
     def _check_room(self) -> None:
-        image, count = int(np.prod(self.image_shape)), len(self.batches.indices)
+        image, count = self.image_bytes, len(self.batches.indices)
         left = max(0, count - self.batches.size * sum(1 for _ in self.parts.glob("*.npz")))
-        needed = image * (left + (left // 2 if self.has_pngs else 0) + (count if self.has_one_file else 0))
+        needed = image * (left + (left // 2 if self.has_pngs else 0) + (count if self.one_file else 0))
         advice = "make room, give an --out on another disk, or ask for fewer --num-images"
         check_disk(self.folder, needed, f"a set of {count:,} images, --format {self.format},", advice)
 
@@ -258,11 +267,11 @@ class ImageSet:
                 raise DamagedFileError(path, "it is missing")
             arrays = parse_arrays(path, path.read_bytes(), of=self._of(part))
             images = arrays.get("images", np.zeros(()))
-            if images.dtype != np.uint8 or images.shape != (len(part), *self.image_shape):
+            if images.dtype != self.pixels.dtype or images.shape != (len(part), *self.image_shape):
                 raise DamagedFileError(path, f"it does not hold {len(part)} images of shape {self.image_shape}")
         return arrays
 
-    def add(self, part: range, images: UInt8[np.ndarray, "n H W C"]) -> None:
+    def add(self, part: range, images: Shaped[np.ndarray, "n H W C"]) -> None:
         """Writes a batch in the background. Waits for the previous one, and raises its error."""
         self.wait()
         self._pending = self._writer.submit(self._write, part, images)
@@ -293,7 +302,7 @@ class ImageSet:
         self.wait()
         if not self.mark.complete:
             files, batches, first = dict(self.mark.files or {}), list[str](), list[np.ndarray]()
-            with self._joined() if self.has_one_file else open(os.devnull, "wb") as joined:
+            with self._joined(self.one_file) if self.one_file else open(os.devnull, "wb") as joined:
                 for part in self.batches:
                     arrays = self._read(part)
                     images = arrays["images"]
@@ -301,8 +310,8 @@ class ImageSet:
                     files |= self._list(part, arrays)
                     first += [*images[: GRID_IMAGES - len(first)]]
                     joined.write(images.tobytes())
-            (self.folder / GRID).write_bytes(png_bytes(self._sheet(np.stack(first))))
-            for name in [GRID, IMAGES] if self.has_one_file else [GRID]:
+            (self.folder / GRID).write_bytes(png_bytes(self._sheet(self.pixels.to_pictures(np.stack(first)))))
+            for name in [GRID, self.one_file] if self.one_file else [GRID]:
                 files[name] = fingerprint(self.folder / name)
             files = dict(sorted(files.items()))
             self.mark = dataclasses.replace(self.mark, complete=True, files=files, batches=batches)
@@ -310,7 +319,7 @@ class ImageSet:
         if self.format != "shards" and self.parts.exists():
             self.parts.rmtree()
 
-    def _sheet(self, first: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "h w C"]:
+    def _sheet(self, first: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "h w c"]:
         if self.classes is None:
             return enlarge(grid(first))
         return class_grid(first, self._labels(len(first)), self.classes[1])
@@ -339,33 +348,62 @@ class ImageSet:
         return files
 
     @contextlib.contextmanager
-    def _joined(self) -> Iterator[IO[bytes]]:
-        """Yields images.npz as a file to which the pixels are written."""
-        with whole(self.folder / IMAGES) as temporary, temporary.open("wb") as file, self._array(file) as array:
+    def _joined(self, name: str) -> Iterator[IO[bytes]]:
+        """Yields images.npz or .npy as a file to which the pixels are written."""
+        with whole(self.folder / name) as temporary, temporary.open("wb") as file, self._array(file) as array:
             yield array
 
     @contextlib.contextmanager
     def _array(self, file: IO[bytes]) -> Iterator[IO[bytes]]:
-        """Begins an archive in a file and the array `images` in it, up to the pixels."""
+        """Begins the array of all images in a file, for .npz inside of an archive, up to the pixels."""
         shape = (len(self.batches.indices), *self.image_shape)
-        with zipfile.ZipFile(file, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        described = {"descr": np.lib.format.dtype_to_descr(self.pixels.dtype), "fortran_order": False, "shape": shape}
+        with contextlib.ExitStack() as opened:
+            array, archive = file, None
+            if self.format != "npy":
+                archive = opened.enter_context(zipfile.ZipFile(file, "w"))
+                array = opened.enter_context(archive.open("images.npy", "w", force_zip64=True))
+            np.lib.format.write_array_header_1_0(array, described)
             yield array
-            array.close()
-            if self.classes is not None:
+            if archive is not None and self.classes is not None:
+                array.close()
                 with archive.open("labels.npy", "w") as labels:
                     np.lib.format.write_array(labels, self._labels(shape[0]), allow_pickle=False)
 
 
+def choose_format(experiment: Experiment, format: Format | None) -> Format:
+    """The format asked for; without one `both`, or `npy` for images that PNG cannot hold.
+
+    Raises UsageError if PNGs are asked for that cannot hold the images.
+    """
+    if experiment.makes_pictures:
+        return format or "both"
+    if format in ("both", "png"):
+        raise UsageError(
+            f"--format {format} writes PNG, which holds 8-bit images of 1 or 3 channels, and these are "
+            f"{experiment.pixels.dtype} of {experiment.image_shape[-1]} channel(s); use --format npy, npz or shards"
+        )
+    return format or "npy"
+
+
 def generate_set(
-    run: Run, folder: epath.Path, indices: range, *, seed: int, options: SamplerOptions, batch_size: int, format: Format
+    run: Run,
+    folder: epath.Path,
+    indices: range,
+    *,
+    seed: int,
+    options: SamplerOptions,
+    batch_size: int,
+    format: Format | None,
 ) -> None:
     """Generates the images `indices` of a seed into a folder, or resumes an incomplete set there.
 
     All processes compute; process 0 reads and writes the folder. Raises UsageError if the folder holds something else or is
-    locked, the disk has no room, or the sampler's options do not go together.
+    locked, the disk has no room, the format cannot hold the images (`choose_format`), or the sampler's options do not go
+    together.
     """
-    generator, labels = generator_of(run, options), label_table(options.labels, run.experiment.num_classes, run.classes)
+    experiment, format = run.experiment, choose_format(run.experiment, format)
+    generator, labels = generator_of(run, options), label_table(options.labels, experiment.num_classes, run.classes)
     devices = run.mesh.devices.size
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
@@ -379,8 +417,8 @@ def generate_set(
 
     def open_set() -> bytes:
         nonlocal images
-        check_batch(run.experiment, run.mesh, batches.size)
-        images = ImageSet(folder, batches, run.experiment.image_shape, definition, format=format)
+        check_batch(experiment, run.mesh, batches.size)
+        images = ImageSet(folder, batches, experiment.image_shape, definition, format=format, pixels=experiment.pixels)
         if labels is not None:
             images.classes = labels, run.classes
         return json.dumps([(gap.start, gap.stop) for gap in images.missing()]).encode()

@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ddpm_jax.core.options import Choices
 
 LAST_IMAGE = 2 * 10**9  # indices are int32; this leaves room for a batch
-Format = Literal["both", "png", "npz", "shards"]
+Format = Literal["both", "png", "npz", "npy", "shards"]
 SAMPLER = Choices("ddpm_jax.sampling:SAMPLERS", "ancestral", "ddim", "dpm++1s", "dpm++2m", "dpm++3m", "heun")
 SPACING = Choices("ddpm_jax.sampling.spacing:SPACINGS", "linspace", "leading", "trailing", "quadratic", "logsnr")
 ANIMATION = PrimitiveConstructorSpec[str](  # --animation alone is WebP

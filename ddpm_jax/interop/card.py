@@ -6,6 +6,7 @@ import jax
 from etils import epath
 
 from ddpm_jax import config as configs
+from ddpm_jax.config import DataConfig
 from ddpm_jax.evaluation.results import results_of_step
 from ddpm_jax.training.workdir import Run
 
@@ -16,14 +17,14 @@ tags: [ddpm, ddpm_jax]
 ---
 # {title}
 
-A denoising diffusion probabilistic model (Ho, Jain & Abbeel 2020) of {size}x{size} images with {channels} channel(s), exported
+A denoising diffusion probabilistic model (Ho, Jain & Abbeel 2020) of {height}x{width} images with {channels} channel(s), exported
 by ddpm_jax: {which} of step {step}, {count:,} of them.
 
 ```python
 from diffusers import DDPMPipeline
-images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference_steps={T}).images
+images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference_steps={T}{as_arrays}).images
 ```
-
+{scale}
 ## Evaluation
 
 {evaluation}
@@ -36,18 +37,29 @@ images = DDPMPipeline.from_pretrained("this folder")(batch_size=4, num_inference
 """
 
 
+def _scale(data: DataConfig) -> str:
+    """What the pipeline's values stand for, where they are not those of 8-bit images."""
+    if data.value_range is None:
+        return ""
+    low, high = data.value_range
+    return f"\nThe images are float32 in [0, 1], which stands for values from {low:g} to {high:g}.\n"
+
+
 def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
     """The card in Markdown. It lists the workdir's results of the same step and kind of parameters."""
     results = results_of_step(epath.Path(workdir), run.step, weights)
     rows = [f"| {' | '.join(result)} |" for result in results]
     return _CARD.format(
         title=title,
-        size=run.config.data.image_size,
+        height=run.config.data.size[0],
+        width=run.config.data.size[1],
         channels=run.config.data.channels,
         which="the moving average of the parameters" if weights == "ema" else "the parameters",
         step=run.step,
         count=sum(array.size for array in jax.tree.leaves(run.params)),
         T=run.config.diffusion.T,
+        as_arrays="" if run.experiment.makes_pictures else ', output_type="np"',
+        scale=_scale(run.config.data),
         evaluation="\n".join(["| metric | value | of |", "|---|---|---|", *rows]) if rows else "Not evaluated.",
         config=json.dumps(configs.to_json(run.config), indent=2),
     )

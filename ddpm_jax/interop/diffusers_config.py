@@ -82,7 +82,7 @@ def unet_config(experiment: Experiment) -> dict[str, Any]:
 def _unet_fields(config: Config) -> dict[str, Any]:
     """`unet_config` of a config that may not be one that can be run."""
     data, model = config.data, config.model
-    attends = [data.image_size // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
+    attends = [min(data.size) // 2**i in model.attn_resolutions for i in range(len(model.ch_mult))]
     return _NETWORK | {
         "_diffusers_version": VERSION,
         "block_out_channels": [model.ch * mult for mult in model.ch_mult],
@@ -93,7 +93,7 @@ def _unet_fields(config: Config) -> dict[str, Any]:
         "norm_num_groups": model.groups,
         "num_class_embeds": num_labels(config) or None,
         "out_channels": data.channels * (2 if config.diffusion.variance in ("learned", "learned_range") else 1),
-        "sample_size": data.image_size,
+        "sample_size": list(data.size) if isinstance(data.image_size, tuple) else data.image_size,
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
     }
 
@@ -139,18 +139,18 @@ def from_diffusers_configs(unet: dict[str, Any], scheduler: dict[str, Any] | Non
     diffusion = _diffusion(scheduler)
     attends = [kind == "AttnDownBlock2D" for kind in given["down_block_types"]]
     widths, size = given["block_out_channels"], given["sample_size"]
-    if isinstance(size, list) and len(set(size)) == 1:
-        size = size[0]
-    if not isinstance(size, int):
-        raise UsageError(f"its network's sample_size is {json.dumps(size)}, expected equal height and width")
-    ch = widths[0]
+    if isinstance(size, list):
+        size = tuple(size * 2 if len(size) == 1 else size)
+    if not isinstance(size, int) and (not isinstance(size, tuple) or len(size) != 2):
+        raise UsageError(f"its network's sample_size is {json.dumps(size)}, expected one number, or height and width")
+    ch, data = widths[0], DataConfig(source="none", image_size=size, channels=given["in_channels"])
     config = Config(
-        data=DataConfig(source="none", image_size=size, channels=given["in_channels"]),
+        data=data,
         model=ModelConfig(
             ch=ch,
             ch_mult=tuple(width // ch for width in widths),
             num_res_blocks=given["layers_per_block"],
-            attn_resolutions=tuple(size // 2**i for i, attend in enumerate(attends) if attend),
+            attn_resolutions=tuple(min(data.size) // 2**i for i, attend in enumerate(attends) if attend),
             dropout=given["dropout"],
             groups=given["norm_num_groups"],
             num_classes=given["num_class_embeds"] or 0,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import export
-from jaxtyping import Array, Int, UInt8, UInt32
+from jaxtyping import Array, Int, Shaped, UInt32
 from safetensors.numpy import save
 
 from ddpm_jax import config as configs
@@ -19,7 +19,6 @@ from ddpm_jax.core import rng
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import check_place, write_bytes
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.interop.names import flatten
 from ddpm_jax.sampling import sample
 from ddpm_jax.training.workdir import Run
@@ -34,9 +33,10 @@ def parameters_file(run: Run, weights: str) -> bytes:
 
 
 def sampler_file(run: Run) -> bytes:
-    """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> uint8 (B, H, W, C), for any B.
+    """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> images (B, H, W, C), for any B.
 
-    Of a run with classes it takes a third argument, the labels, int32 (B,).
+    Images are uint8, or float32 with data.value_range. Of a run with classes the program takes a third argument, the labels,
+    int32 (B,).
 
     It gives the images of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
 
@@ -47,7 +47,7 @@ def sampler_file(run: Run) -> bytes:
 
     def program(
         seed: UInt32[Array, ""], indices: Int[Array, " B"], labels: Int[Array, " B"] | None = None
-    ) -> UInt8[Array, "B H W C"]:
+    ) -> Shaped[Array, "B H W C"]:
         # The parameters are constants of the program; the barrier prevents constant folding.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
@@ -57,7 +57,7 @@ def sampler_file(run: Run) -> bytes:
             indices,
             image_shape=run.experiment.image_shape,
         )
-        return to_uint8(images)
+        return run.experiment.pixels.from_network(images)
 
     (B,) = export.symbolic_shape("B")
     each = jax.ShapeDtypeStruct((B,), jnp.int32)

@@ -147,7 +147,7 @@ class UNet(nn.Module):
         ch: Base channels, even.
         ch_mult: Channels of each level, in units of ch.
         num_res_blocks: Residual blocks per level on the way down, one more on the way up.
-        attn_resolutions: Heights with attention after every block; the middle always has it.
+        attn_resolutions: Shorter sides with attention after every block; the middle always has it.
         out_channels: Channels of the output; twice the image's for a learned variance.
         dropout: Probability that a feature is dropped.
         groups: Groups of every group normalisation; divides every number of channels.
@@ -212,7 +212,7 @@ class UNet(nn.Module):
         for i, mult in enumerate(self.ch_mult):
             for j in range(self.num_res_blocks):
                 h = block(h, self.ch * mult, f"down_{i}_block_{j}")
-                if h.shape[1] in self.attn_resolutions:
+                if min(h.shape[1:3]) in self.attn_resolutions:
                     h = attention(h, f"down_{i}_attn_{j}")
                 skips.append(h)
             if i != len(self.ch_mult) - 1:
@@ -226,7 +226,7 @@ class UNet(nn.Module):
         for i, mult in reversed(list(enumerate(self.ch_mult))):
             for j in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.ch * mult, f"up_{i}_block_{j}")
-                if h.shape[1] in self.attn_resolutions:
+                if min(h.shape[1:3]) in self.attn_resolutions:
                     h = attention(h, f"up_{i}_attn_{j}")
             if i != 0:
                 h = conv3x3(self.ch * mult, name=f"up_{i}_upsample")(upsample(h))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.config import Config, ConfigError, check, num_labels
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.data.pixels import Pixels
 from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
 from ddpm_jax.diffusion.process import Process
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -84,7 +85,7 @@ class Experiment:
             config=config,
             process=process,
             network=cast(Network, _unet(config, process)) if network is None else network,
-            image_shape=(data.image_size, data.image_size, data.channels),
+            image_shape=(*data.size, data.channels),
             loss=_loss(config, process),
             learning_rate=learning_rate,
             optimizer=_optimizer(config, learning_rate),
@@ -149,6 +150,16 @@ class Experiment:
                 "cannot be guided without classes; give labels, or train with --train.label-dropout 0.1"
             )
         return self.num_classes
+
+    @property
+    def pixels(self) -> Pixels:
+        """How the images are stored, and what their values become."""
+        return Pixels(self.config.data.value_range)
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the images are what PNG holds: of 8 bits, and grey or RGB."""
+        return self.config.data.value_range is None and self.config.data.channels in (1, 3)
 
     @property
     def has_own_network(self) -> bool:

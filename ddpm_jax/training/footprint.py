@@ -3,6 +3,7 @@
 A config that fits is never refused, since every number is a lower bound.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -24,10 +25,10 @@ FEWER_SAMPLES = "lower train.eval_samples"
 
 
 class Layer(NamedTuple):
-    """A layer of the U-Net. size: height and width of its output."""
+    """A layer of the U-Net. size: (height, width) of its output."""
 
     kind: Literal["conv", "block", "attention"]
-    size: int
+    size: tuple[int, int]
     channels_in: int
     channels: int
 
@@ -42,29 +43,29 @@ class Layer(NamedTuple):
     @property
     def values(self) -> int:
         """The number of values of its output for one image."""
-        return self.size**2 * self.channels
+        return math.prod(self.size) * self.channels
 
     def kept(self, remat: bool) -> int:
         """The number of values for one image that a block or attention keeps for the backward pass."""
         if remat:  # a block's input, which is the output of the layer before
             return self.values if self.kind == "block" else 0
-        norms = self.size**2 * (self.channels_in + self.channels)  # their inputs
+        norms = math.prod(self.size) * (self.channels_in + self.channels)  # their inputs
         return {"conv": 0, "attention": 3 * self.values, "block": norms}[self.kind]  # of attention q, k and v
 
 
-def _block(config: Config, size: int, channels_in: int, channels: int) -> Iterator[Layer]:
+def _block(config: Config, size: tuple[int, int], channels_in: int, channels: int) -> Iterator[Layer]:
     yield Layer("block", size, channels_in, channels)
-    if size in config.model.attn_resolutions:
+    if min(size) in config.model.attn_resolutions:
         yield Layer("attention", size, channels, channels)
 
 
 def down_layers(config: Config) -> Iterator[Layer]:
     """The layers of the way down."""
-    model, size, c = config.model, config.data.image_size, config.model.ch
+    model, size, c = config.model, config.data.size, config.model.ch
     yield Layer("conv", size, config.data.channels, c)
     for i, mult in enumerate(model.ch_mult):
         if i:
-            size //= 2
+            size = size[0] // 2, size[1] // 2
             yield Layer("conv", size, c, c)
         for _ in range(model.num_res_blocks):
             yield from _block(config, size, c, c := model.ch * mult)
@@ -85,7 +86,7 @@ def layers(config: Config) -> Iterator[Layer]:
         for _ in range(model.num_res_blocks + 1):
             yield from _block(config, size, c + left.pop().channels, c := model.ch * mult)
         if i:
-            size *= 2
+            size = size[0] * 2, size[1] * 2
             yield Layer("conv", size, c, c)
     learned = config.diffusion.variance in ("learned", "learned_range")
     yield Layer("conv", size, c, config.data.channels * (2 if learned else 1))
@@ -115,7 +116,7 @@ class Need(NamedTuple):
 def needs(config: Config, num_devices: int) -> list[Need]:
     """The least memory that each phase of training needs on each device. num_devices: devices of all processes."""
     train, data = config.train, config.data
-    image = data.image_size**2 * data.channels
+    image = math.prod(data.size) * data.channels
     computed = np.dtype("float16").itemsize if config.model.dtype == "bfloat16" else FLOAT32
     for_gradient = computed * sum(layer.kept(config.model.remat) for layer in layers(config))
     for_output = computed * sum(layer.values for layer in skips(config))  # all held at the middle

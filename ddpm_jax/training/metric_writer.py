@@ -149,7 +149,7 @@ class MetricWriter:
         """Writes a line of metrics.jsonl, {"step": step, **numbers, "crc32": checksum}, and the same to TensorBoard.
 
         numbers: scalars, and texts, which go to the line alone. pictures: images uint8 (N, H, W, C) by name, each written as
-        a grid to <name>/step_<step>.png and to TensorBoard.
+        a grid (data/sheets.py) to <name>/step_<step>.png and to TensorBoard.
         """
         for name, images in (pictures or {}).items():
             sheet, path = enlarge(grid(images)), self._grid_path(name, step)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion import losses
+from ddpm_jax.training.augmentation import augment
 from ddpm_jax.training.ema import decay_at
 from ddpm_jax.training.experiment import Experiment, Params
 
@@ -92,7 +92,7 @@ def init_sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(experiment, key), out_shardings=layout)()
 
 
-Batch = UInt8[Array, "B H W C"] | tuple[UInt8[Array, "B H W C"], Int[Array, " B"]]
+Batch = Shaped[Array, "B H W C"] | tuple[Shaped[Array, "B H W C"], Int[Array, " B"]]
 
 
 class Draws(NamedTuple):
@@ -104,6 +104,8 @@ class Draws(NamedTuple):
     eps: Float[Array, "B H W C"]
     dropout_keys: Key[Array, " B"]
     drop_label: Bool[Array, " B"]
+    flip_ud: Bool[Array, " B"]
+    turn: Int[Array, " B"]  # quarter turns
 
 
 def draw(
@@ -127,6 +129,8 @@ def draw(
         eps=jax.random.normal(keys[Purpose.EPS], shape),
         dropout_keys=rng.image_keys(keys[Purpose.DROPOUT], jnp.arange(B)),
         drop_label=jax.random.bernoulli(keys[Purpose.LABEL_DROPOUT], experiment.config.train.label_dropout, shape=(B,)),
+        flip_ud=jax.random.bernoulli(keys[Purpose.FLIP_UD], shape=(B,)),
+        turn=jax.random.randint(keys[Purpose.TURN], (B,), 0, 4),
     )
 
 
@@ -138,8 +142,8 @@ def _parts(x: Array, n: int) -> Array:
 def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
 
-    batch: uint8 images (B, H, W, C), with classes a pair of them and int labels (B,). metrics: float32 scalars `loss` (mean
-    over the batch) and `grad_norm` (before clipping).
+    batch: images (B, H, W, C) as they are stored, with classes a pair of them and int labels (B,). metrics: float32 scalars
+    `loss` (mean over the batch) and `grad_norm` (before clipping).
     """
     options = experiment.config.train
     n = options.accumulation
@@ -166,12 +170,12 @@ def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[Trai
         images, labels = batch if isinstance(batch, tuple) else (batch, None)
         if labels is None and experiment.num_classes:
             raise ValueError(f"got images alone, expected images and labels of {experiment.num_classes} classes")
-        x_0 = from_uint8(images)
-        flip, t, weights, eps, dropout_keys, drop_label = draw(experiment, state.step, x_0.shape, state.loss_history)
+        x_0 = experiment.pixels.to_network(images)
+        draws = draw(experiment, state.step, x_0.shape, state.loss_history)
+        t, weights, eps, dropout_keys = draws.t, draws.weights, draws.eps, draws.dropout_keys
+        x_0 = augment(options, x_0, draws.flip, draws.flip_ud, draws.turn)
         if options.label_dropout:
-            labels = jnp.where(drop_label, experiment.null_label, labels)
-        if options.flip:
-            x_0 = jnp.where(flip[:, None, None, None], x_0[:, :, ::-1], x_0)
+            labels = jnp.where(draws.drop_label, experiment.null_label, labels)
         (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys, labels))
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -200,8 +204,8 @@ def make_train_step(
         mesh: The devices of the state and the batches (`sharding.make_mesh`); default all devices.
 
     Returns:
-        The compiled function. batches: uint8 (S, B, H, W, C), the images of S steps, with dataset None; or int32 (S, B), their
-        indices into `dataset`, uint8 (N, H, W, C) on the devices. With classes, images are a pair: these and their labels,
+        The compiled function. batches: (S, B, H, W, C), the stored images of S steps, with dataset None; or int32 (S, B),
+        their indices into `dataset`, (N, H, W, C) on the devices. With classes, images are a pair: these and their labels,
         int32 (S, B) or (N,). metrics: `loss` and `grad_norm`, float32 (S,). The state is
         donated: use the returned one.
 
