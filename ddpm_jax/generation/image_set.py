@@ -386,6 +386,16 @@ def choose_format(experiment: Experiment, format: Format | None) -> Format:
     return format or "npy"
 
 
+def _definition(run: Run, options: SamplerOptions, labels: Table | None) -> dict[str, Any]:
+    """What the images of any seed depend on."""
+    values = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, **options.definition()}
+    if run.guide is not None:
+        values["guide"] = run.guide.checkpoint
+    if labels is not None:
+        values["labels"] = labels.tolist() if len(labels) <= MOST_LABELS else digest(labels.tolist())
+    return values
+
+
 def generate_set(
     run: Run,
     folder: epath.Path,
@@ -406,13 +416,8 @@ def generate_set(
     generator, labels = generator_of(run, options), label_table(options.labels, experiment.num_classes, run.classes)
     devices = run.mesh.devices.size
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
-    definition = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, "seed": seed}
     # The rounded batch size: with another number of devices the parts could overlap.
-    definition |= {"batch_size": batches.size, **options.definition()}
-    if run.guide is not None:
-        definition |= {"guide": run.guide.checkpoint}
-    if labels is not None:
-        definition |= {"labels": labels.tolist() if len(labels) <= MOST_LABELS else digest(labels.tolist())}
+    definition = _definition(run, options, labels) | {"seed": seed, "batch_size": batches.size}
     images: ImageSet | None = None
 
     def open_set() -> bytes:
