@@ -161,6 +161,7 @@ def test_any_field_can_be_overridden(run, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train", lambda *given, **options: calls.append((given, options)))
     base = load_config(DIGITS)
     options = "--seed 3 --train.batch-size 64 --model.ch-mult 1 3 --train.lr 1e-4 --train.flip --model.dtype bfloat16"
+    options += " --data.image-size 8 12 --data.value-range -1 1.5"
     assert run("train", DIGITS, "--workdir", tmp_path, *options.split()) == (0, "", "")
     assert run("train", DIGITS, "--workdir", tmp_path, "--train.no-flip", "--unverified") == (0, "", "")
     (((config, workdir), more), ((again, _), unverified)) = calls
@@ -168,7 +169,7 @@ def test_any_field_can_be_overridden(run, monkeypatch, tmp_path):
     assert more == {"unverified": False, "changed_data": False}
     assert unverified == {"unverified": True, "changed_data": False}
     changed = {"seed": 3, "train.batch_size": 64, "model.ch_mult": (1, 3), "train.lr": 1e-4, "model.dtype": "bfloat16"}
-    changed["train.flip"] = True
+    changed |= {"train.flip": True, "data.image_size": (8, 12), "data.value_range": (-1.0, 1.5)}
     assert configs.flatten(config.config) == configs.flatten(base) | changed
     assert configs.flatten(again.config) == configs.flatten(base) | {"train.flip": False}
 
@@ -191,6 +192,7 @@ def test_help_shows_every_field_with_its_text_and_this_configs_default(run):
     for name, value in values.items():
         option = f"--{name.replace('_', '-')}"
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        shown = "8-bit images" if name == "data.value_range" else shown
         entry = re.search(rf"{re.escape(option)}[ ,].*?\(default: (.*?)\)", out)
         assert entry, name
         assert entry.group(1) in (shown, f"'{shown}'"), name
