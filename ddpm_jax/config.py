@@ -47,7 +47,7 @@ class DataConfig:
 
     source: Annotated[str, MAY_CHANGE] = "digits"
     """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see ddpm-jax prepare-data), a file
-    `x.npy` or `x.npz` of uint8 images, or `digits` (scikit-learn's)."""
+    `x.npy` or `x.npz` of uint8 images or `x.gz` of MNIST's format (IDX), or `digits` (scikit-learn's)."""
     image_size: Annotated[int, Bounds(1)] = 32
     """Height and width in pixels that the network sees; pictures are cropped and resized to it."""
     channels: Literal[1, 3] = 3

@@ -173,7 +173,7 @@ def test_what_needs_an_extra_says_so(call, monkeypatch, tmp_path):
 
 def test_the_wheel_is_told_every_package():
     folders = [path.parent.relative_to(ROOT) for path in (ROOT / "ddpm_jax").rglob("__init__.py")]
-    packages = {".".join(folder.parts) for folder in folders} | {"ddpm_jax.configs"}
+    packages = {".".join(folder.parts) for folder in folders} | {"ddpm_jax.configs", "ddpm_jax.results"}
     assert sorted(packages) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
@@ -224,7 +224,7 @@ def bin_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("ddpm_jax", "configs"):
+    for name in ("ddpm_jax", "configs", "results"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist", folder]
@@ -245,7 +245,7 @@ def bin_folder(tmp_path_factory):
         wheel,
     ]
     subprocess.run(into, check=True)
-    for name in ("ddpm_jax", "configs"):
+    for name in ("ddpm_jax", "configs", "results"):
         shutil.rmtree(folder / name)
     return folder / "env/bin"
 
