@@ -251,6 +251,14 @@ def bin_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_the_wheel_stays_small(bin_folder):
+    """Results are shipped without their pictures, and in less than 5 MB."""
+    results = [*bin_folder.parent.glob("lib/python*/site-packages/ddpm_jax/results/**/*")]
+    assert {path.suffix for path in results if path.is_file()} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in results if path.is_file()) < 5e6
+
+
+@pytest.mark.slow
 def test_the_installed_wheel_trains_and_samples_digits_from_another_folder(bin_folder, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"DDPM_JAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
@@ -277,6 +285,8 @@ def test_the_installed_wheel_trains_and_samples_digits_from_another_folder(bin_f
     call(command, "train", "digits", "--workdir", "run", "--train.steps", "20", "--train.sample-every", "20", *small)
     call(command, "sample", "run", "--num-images", "8", "--out", "samples")
     assert len([*(empty / "samples").glob("*.png")]) == 8 + 1  # and the grid
-    assert sorted(path.name for path in empty.iterdir()) == ["run", "samples"]
+    call(command, "sample", "pretrained:digits", "--num-images", "8", "--out", "pretrained")
+    assert len([*(empty / "pretrained").glob("*.png")]) == 8 + 1
+    assert sorted(path.name for path in empty.iterdir()) == ["pretrained", "run", "samples"]
     (licence,) = bin_folder.parent.glob("lib/python*/site-packages/ddpm_jax-*.dist-info/licenses/LICENSE")
     assert licence.read_text() == (ROOT / "LICENSE").read_text()
