@@ -1,7 +1,9 @@
 """A run reduced to a result that is shipped, and what users have of one: pretrained weights, and a curve beside their own."""
 
 import dataclasses
+import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -25,8 +27,9 @@ from ddpm_jax.core.files import DamagedFileError, fingerprint
 from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.data import open_source
 from ddpm_jax.data.sheets import enlarge, grid
-from ddpm_jax.evaluation.reference import bin_means, find_reference, losses_of
+from ddpm_jax.evaluation.reference import Curve, Reference, bin_means, find_reference, losses_of, say_verdict
 from ddpm_jax.evaluation.report import write_report
+from ddpm_jax.evaluation.results import plain
 from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
 from ddpm_jax.interop.result import seconds_of
 from ddpm_jax.training import shipped as shipped_module
@@ -46,6 +49,7 @@ CONFIG = tiny(
     },
 )
 SEEDS = (0, 1, 2)
+ROOT = Path(__file__).parent.parent
 
 
 def with_seed(seed):
@@ -313,3 +317,15 @@ def test_every_shipped_result_is_whole():
         assert PARSERS["train"](shlex.split(result["command"])[2:]).config == config
         assert find_reference(config, result["data"]).name == name
         json.dumps(result)
+
+
+def test_the_training_document_has_the_digits_curve():
+    text = (ROOT / "docs" / "training.md").read_text()
+    curve = Curve(**read_result(shipped_module.shipped_results()["digits"])["curve"])
+    bins = zip(itertools.pairwise(curve.edges), curve.loss, *curve.interval(), strict=True)
+    rows = [
+        f"| {a + 1:,} to {b:,} | {plain(loss)} | {plain(low)} to {plain(high)} |" for (a, b), loss, low, high in bins
+    ]
+    assert re.findall(r"^\| [\d,]+ to .* \|$", text, re.MULTILINE) == rows
+    typical = [{"step": step, "loss": loss} for step, loss in zip(curve.edges[1:], curve.loss, strict=True)]
+    assert f"\n{say_verdict(typical, Reference('digits', curve, {}))}\n" in text

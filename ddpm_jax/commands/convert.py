@@ -83,7 +83,7 @@ def to_result(workdir: str, folder: str, more: tuple[str, ...], command: str, ha
     """Reduces a run to a result."""
     check_place(f"{folder}/{RESULT}", "give another folder")
     run = load_run(workdir, mesh=one_device())
-    told = Told(command or command_of(run.config, workdir), hardware or processor())
+    told = Told(command or command_of(run.config, f"runs/{Path(folder).name}"), hardware or processor())
     write_result(run, epath.Path(folder), [epath.Path(name) for name in (workdir, *more)], told)
     print(f"Step {run.step} of {workdir} is now the result {folder}")
 

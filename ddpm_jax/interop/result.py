@@ -17,6 +17,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.evaluation.evaluation import software
+from ddpm_jax.evaluation.metrics import step_of
 from ddpm_jax.evaluation.reference import held_out_of, is_repeated, losses_of, make_curve
 from ddpm_jax.evaluation.results import read_results
 from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
@@ -104,7 +105,7 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
         "seconds": [round(seconds_of(lines), 1) for lines in logs],
         "curve": vars(make_curve(logs)),
         "held_out": held_out_of(logs[0]),
-        "evaluations": read_results(workdirs[0])[0],
+        "evaluations": [result for result in read_results(workdirs[0])[0] if step_of(result) == run.step],
         "files": {name: fingerprint(folder / name) for name in (SAMPLES, WEIGHTS)},
     }
     result = json.loads(json.dumps(result))
