@@ -1,4 +1,4 @@
-"""Weights in and out: python convert.py {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
+"""Weights in and out: python convert.py --help lists the ways"""
 
 from ddpm_jax.cli import run
 

@@ -54,7 +54,7 @@ class DataConfig:
 
     source: Annotated[str, MAY_CHANGE] = "digits"
     """Where the images come from: a folder or a zip file of pictures, `tfds:NAME[:split]` (see ddpm-jax prepare-data), a file
-    `x.npy` or `x.npz` of images, or `digits` (scikit-learn's)."""
+    `x.npy` or `x.npz` of images or `x.gz` of MNIST's format (IDX), or `digits` (scikit-learn's)."""
     image_size: Annotated[int | tuple[int, int], Bounds(1), tyro.conf.arg(metavar="INT [INT]")] = 32
     """Height and width in pixels that the network sees, one number for both or two; pictures are cropped and resized to it."""
     channels: Annotated[int, Bounds(1)] = 3

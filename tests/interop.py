@@ -12,7 +12,8 @@ import pytest
 from tiny import experiment
 
 from ddpm_jax import cli
-from ddpm_jax.interop.names import parameters, unflatten
+from ddpm_jax.interop.names import parameters
+from ddpm_jax.training.parameters import unflatten
 from ddpm_jax.training.step import state_from_params
 from ddpm_jax.training.workdir import write_run
 

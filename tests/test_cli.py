@@ -339,7 +339,7 @@ def test_wrong_type_in_a_config_file_is_refused(code, message, refused, tmp_path
 def test_config_that_cannot_be_run_leaves_nothing_behind(refused, tmp_path):
     message = "train.batch_size=100 is not divisible by the 8 devices; use 96 or 104"
     refused(message, "train", DIGITS, "--workdir", tmp_path / "run", "--train.batch-size", 100)
-    kinds = "digits, tfds:NAME, .npy, .npz, .zip, a folder (endings stand for a file's path)"
+    kinds = "digits, tfds:NAME, .npy, .npz, .gz, .zip, a folder (endings stand for a file's path)"
     message = f"data.source='x.npy' does not exist; use one of {kinds}"
     refused(message, "train", DIGITS, "--workdir", tmp_path / "run", "--data.source", "x.npy")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from tiny import experiment, tiny
 from ddpm_jax import config as configs
 from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
-from ddpm_jax.interop.names import flatten
+from ddpm_jax.training.parameters import flatten
 
 CONFIG = tiny(diffusion={"T": 8})
 SEED, INDICES = 2**32 - 1, range(3, 6)

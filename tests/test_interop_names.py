@@ -12,7 +12,8 @@ from tiny import TINY, experiment, tiny
 
 from ddpm_jax.config import Config
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.interop.names import check_fit, parameters
+from ddpm_jax.interop.names import parameters
+from ddpm_jax.training.parameters import check_fit
 
 # Some of the CIFAR-10 network's, each in three lines: in the authors' checkpoint, in diffusers, in its older versions.
 ROWS = """

@@ -22,10 +22,11 @@ from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.diffusers_config import from_diffusers_configs, scheduler_config, unet_config
-from ddpm_jax.interop.names import flatten, parameters
+from ddpm_jax.interop.names import parameters
 from ddpm_jax.interop.tensorflow import _told
 from ddpm_jax.training import workdir as workdirs
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.step import state_from_params
 from ddpm_jax.training.workdir import write_run
 

@@ -12,9 +12,10 @@ from tiny import TINY, experiment
 
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.interop import tensorflow
-from ddpm_jax.interop.names import flatten, parameters
+from ddpm_jax.interop.names import parameters
 from ddpm_jax.interop.tensorflow import read_checkpoint
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.step import init_state
 from ddpm_jax.training.workdir import load_run
 

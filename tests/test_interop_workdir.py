@@ -12,8 +12,8 @@ from tiny import TINY, experiment, tiny
 
 from ddpm_jax.commands.train import train
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.interop.names import flatten
 from ddpm_jax.training.checkpoint import MANIFEST
+from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.step import state_from_params
 from ddpm_jax.training.workdir import load_run, write_run
 

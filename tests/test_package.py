@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import jax
@@ -173,7 +174,7 @@ def test_what_needs_an_extra_says_so(call, monkeypatch, tmp_path):
 
 def test_the_wheel_is_told_every_package():
     folders = [path.parent.relative_to(ROOT) for path in (ROOT / "ddpm_jax").rglob("__init__.py")]
-    packages = {".".join(folder.parts) for folder in folders} | {"ddpm_jax.configs"}
+    packages = {".".join(folder.parts) for folder in folders} | {"ddpm_jax.configs", "ddpm_jax.results"}
     assert sorted(packages) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
@@ -224,7 +225,7 @@ def bin_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("ddpm_jax", "configs"):
+    for name in ("ddpm_jax", "configs", "results"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist", folder]
@@ -245,9 +246,19 @@ def bin_folder(tmp_path_factory):
         wheel,
     ]
     subprocess.run(into, check=True)
-    for name in ("ddpm_jax", "configs"):
+    for name in ("ddpm_jax", "configs", "results"):
         shutil.rmtree(folder / name)
     return folder / "env/bin"
+
+
+@pytest.mark.slow
+def test_the_wheel_stays_small(bin_folder):
+    """Results are shipped without their pictures, and in less than 5 MB."""
+    (wheel,) = (bin_folder.parent.parent / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        results = [entry for entry in archive.infolist() if entry.filename.startswith("ddpm_jax/results/")]
+    assert {Path(entry.filename).suffix for entry in results} == {".json", ".safetensors"}
+    assert sum(entry.compress_size for entry in results) < 5e6
 
 
 @pytest.mark.slow
@@ -277,6 +288,8 @@ def test_the_installed_wheel_trains_and_samples_digits_from_another_folder(bin_f
     call(command, "train", "digits", "--workdir", "run", "--train.steps", "20", "--train.sample-every", "20", *small)
     call(command, "sample", "run", "--num-images", "8", "--out", "samples")
     assert len([*(empty / "samples").glob("*.png")]) == 8 + 1  # and the grid
-    assert sorted(path.name for path in empty.iterdir()) == ["run", "samples"]
+    call(command, "sample", "pretrained:digits", "--num-images", "8", "--out", "pretrained")
+    assert len([*(empty / "pretrained").glob("*.png")]) == 8 + 1
+    assert sorted(path.name for path in empty.iterdir()) == ["pretrained", "run", "samples"]
     (licence,) = bin_folder.parent.glob("lib/python*/site-packages/ddpm_jax-*.dist-info/licenses/LICENSE")
     assert licence.read_text() == (ROOT / "LICENSE").read_text()

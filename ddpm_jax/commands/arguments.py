@@ -67,14 +67,14 @@ class Sample:
     """Sample images from a run. The same command resumes an incomplete set."""
 
     workdir: Annotated[Positional, shown("WORKDIR")]
-    """Folder of the run."""
+    """Folder of the run; or pretrained:NAME, such as pretrained:digits, or a file that convert export made."""
     num_images: Annotated[int, Bounds(1, LAST_IMAGE)] = 64
     """Number of images; image i of a seed does not depend on it."""
     first_image: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
     """Index of the first image, to make a set in several pieces."""
     seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
     """Seed of every draw, 0 to 4294967295."""
-    out: Annotated[str, shown("FOLDER", "WORKDIR/generated/ and a name by step and options")] = ""
+    out: Annotated[str, shown("FOLDER", "WORKDIR/generated/ or generated/NAME/, and a name by step and options")] = ""
     """Folder that the images are written to."""
     format: Annotated[
         Format | None, shown("{both,png,npz,npy,shards}", "both, or npy where PNG cannot hold the images")
@@ -102,8 +102,9 @@ class Evaluate:
         tyro.conf.arg(help_behavior_hint="(default: all that the features allow)"),
     ] = ()
     """What is computed. Without Inception weights the default is what needs no features."""
-    features: Literal["inception", "pixels"] = "inception"
-    """Features that compare images: those of Inception-v3, as in papers, or raw pixels."""
+    features: Annotated[str, shown("{inception,pixels}|FILE")] = "inception"
+    """Features that compare images: those of Inception-v3, as in papers, raw pixels, or a program of jax.export in a file, such
+    as convert classifier makes."""
     preprocessing: Preprocessing = "tensorflow"
     """Resizing and scaling for Inception: as in the original FID, or as in pytorch-fid."""
     figures: bool = True
@@ -202,6 +203,34 @@ class Export:
 
 
 @dataclass(frozen=True)
+class FromParameters:
+    """Import parameters (pretrained:NAME, or a .safetensors file that export made) as a run at their step."""
+
+    source: Annotated[Positional, shown("PARAMETERS")]
+    """pretrained:NAME, or a file."""
+    workdir: NewWorkdir
+    """New folder that the run is written to."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The kind of parameters that the file holds."""
+
+
+@dataclass(frozen=True)
+class ToResult:
+    """Reduce the run in WORKDIR to a result, results/NAME: its curve, evaluations, first samples and EMA parameters."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run."""
+    folder: Annotated[Positional, shown("FOLDER")]
+    """New folder that the result is written to."""
+    more: Annotated[tuple[str, ...], shown("WORKDIR", "none")] = ()
+    """Folders of runs of the same config with other seeds, 2 or more, for the spread of the curve."""
+    command: Annotated[str, shown("TEXT", "train, the config's name, and the fields that differ")] = ""
+    """The command that trained it."""
+    hardware: Annotated[str, shown("TEXT", "this machine's processor")] = ""
+    """The hardware that trained it, in words."""
+
+
+@dataclass(frozen=True)
 class Inception:
     """Convert the public PyTorch weights of Inception-v3 into the cache, for evaluate.py."""
 
@@ -209,12 +238,29 @@ class Inception:
     """The weights, as they were downloaded (docs/evaluation.md)."""
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """Train a small classifier on the labelled images of the run in WORKDIR, as features for evaluate.py --features FILE."""
+
+    workdir: Annotated[Positional, shown("WORKDIR")]
+    """Folder of the run."""
+    file: Annotated[Positional, shown("FILE")]
+    """New file, the classifier as a program of jax.export."""
+    test: Annotated[str, shown("SOURCE", "the run's train.eval_source")] = ""
+    """Labelled images that the accuracy is told of, as data.source names them."""
+    epochs: Annotated[int, Bounds(1, 1000)] = 5
+    """Passes over the training images."""
+
+
 CONVERSIONS: dict[str, Callable[..., Any]] = {
     "from-diffusers": FromDiffusers,
     "from-tensorflow": FromTensorflow,
+    "from-parameters": FromParameters,
     "to-diffusers": ToDiffusers,
+    "to-result": ToResult,
     "export": Export,
     "inception": Inception,
+    "classifier": Classifier,
 }
 
 
@@ -301,9 +347,11 @@ def benchmark(words: Sequence[str]) -> Benchmark:
 def convert(words: Sequence[str]) -> Any:
     """The command line of convert.py: one of CONVERSIONS."""
     about = "Weights in and out."
-    return tyro.extras.subcommand_cli_from_dict(
+    arguments = tyro.extras.subcommand_cli_from_dict(
         CONVERSIONS, prog=program(), args=words, description=about, sort_subcommands=False
     )
+    check_bounds(arguments)
+    return arguments
 
 
 def prepare_data(words: Sequence[str]) -> PrepareData:

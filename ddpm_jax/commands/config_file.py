@@ -5,10 +5,11 @@ No other file is executed: a config file is the user's own program.
 
 import difflib
 import importlib.util
+import shlex
 from pathlib import Path
 
 from ddpm_jax.commands.configs import shipped
-from ddpm_jax.config import Config, check_types
+from ddpm_jax.config import Config, check_types, differences, flatten
 from ddpm_jax.core.errors import UsageError
 
 
@@ -39,6 +40,21 @@ def load_config(name: str) -> Config:
         raise UsageError(f"the config {name} does not define `config = Config(...)`")
     check_types(config)
     return config
+
+
+def command_of(config: Config, workdir: str) -> str:
+    """The command that trains a config: the shipped config that differs least, and an option for each field that differs."""
+    there = {name: load_config(name) for name in shipped()}
+    name = min(there, key=lambda name: len(differences(there[name], config)))
+    words, values = ["ddpm-jax", "train", name, "--workdir", workdir], flatten(config)
+    for field in differences(there[name], config):
+        section, _, last = field.rpartition(".")
+        prefix, option, value = f"--{section}." if section else "--", last.replace("_", "-"), values[field]
+        if isinstance(value, bool):
+            words.append(f"{prefix}{option}" if value else f"{prefix}no-{option}")
+        else:
+            words += [f"{prefix}{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
 
 
 def are_pictures(name: str) -> bool:

@@ -1,22 +1,45 @@
-"""Weights in and out: ddpm-jax convert {from-diffusers,from-tensorflow,to-diffusers,export,inception} --help"""
+"""Weights in and out: ddpm-jax convert --help lists the ways"""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
-from ddpm_jax.commands.arguments import Export, FromDiffusers, FromTensorflow, Inception, Parameters, ToDiffusers
-from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.benchmark.timing import processor
+from ddpm_jax.commands.arguments import (
+    Classifier,
+    Export,
+    FromDiffusers,
+    FromParameters,
+    FromTensorflow,
+    Inception,
+    Parameters,
+    ToDiffusers,
+    ToResult,
+)
+from ddpm_jax.commands.config_file import command_of, load_config
 from ddpm_jax.core import sharding
-from ddpm_jax.core.files import check_place
+from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import check_place, write_bytes
+from ddpm_jax.data import open_source
+from ddpm_jax.evaluation.classifier import PART, accuracy, classifier_file, labels_of, train_classifier
 from ddpm_jax.evaluation.inception_weights import convert_inception
+from ddpm_jax.evaluation.program import program_features
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
-from ddpm_jax.training.config_json import CONFIG
+from ddpm_jax.interop.result import Told, write_result
+from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.parameters import ENDING
+from ddpm_jax.training.shipped import RESULT
 from ddpm_jax.training.step import state_from_params
-from ddpm_jax.training.workdir import Run, check_empty, load_run, write_run
+from ddpm_jax.training.workdir import Run, check_empty, is_parameters, load_run, write_run
 
 
 def check_workdir(workdir: str) -> None:
@@ -45,9 +68,34 @@ def from_tensorflow(checkpoint: str, workdir: str, config: str) -> None:
     print(f"{checkpoint} is now the run {workdir} at step {state.step}; sample from it: ddpm-jax sample {workdir}")
 
 
+def from_parameters(source: str, workdir: str, weights: str) -> None:
+    """Writes parameters that come with the package, or of an exported file, as a run at their step."""
+    check_workdir(workdir)
+    if not is_parameters(source):
+        raise UsageError(f"{source} is no file of parameters; give pretrained:NAME, or a file that ends in {ENDING}")
+    run = load_run(source, weights=weights, mesh=one_device())
+    state = dataclasses.replace(state_from_params(run.experiment, run.params), step=jnp.asarray(run.step, jnp.int32))
+    write_run(workdir, run.experiment, state)
+    print(f"{source} is now the run {workdir} at step {run.step}, with a fresh optimizer")
+
+
+def to_result(workdir: str, folder: str, more: tuple[str, ...], command: str, hardware: str) -> None:
+    """Reduces a run to a result."""
+    check_place(f"{folder}/{RESULT}", "give another folder")
+    run = load_run(workdir, mesh=one_device())
+    told = Told(command or command_of(run.config, f"runs/{Path(folder).name}"), hardware or processor())
+    write_result(run, epath.Path(folder), [epath.Path(name) for name in (workdir, *more)], told)
+    print(f"Step {run.step} of {workdir} is now the result {folder}")
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device, for what is not computed much."""
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 def load(workdir: str, parameters: Parameters) -> Run:
     """Loads a run onto one device, since nothing is computed, and says if its EMA is of little use."""
-    run = load_run(workdir, **dataclasses.asdict(parameters), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    run = load_run(workdir, **dataclasses.asdict(parameters), mesh=one_device())
     if run.note:
         print(f"Note: {run.note}.")
     return run
@@ -74,13 +122,35 @@ def inception(file: str) -> None:
     print(f"The weights of Inception-v3 are now in {convert_inception(file)}")
 
 
-def main(arguments: FromDiffusers | FromTensorflow | ToDiffusers | Export | Inception) -> None:
+def classifier(workdir: str, file: str, test: str, epochs: int) -> None:
+    """Trains a classifier on a run's images, writes it as a program, and tells its accuracy on held-out images."""
+    check_place(file, "give another file")
+    if (path := epath.Path(file)).exists():
+        raise UsageError(f"{file} exists; choose another name, or move it away")
+    config = read_config(epath.Path(workdir))
+    source = open_source(config.data)
+    held_out = test or config.train.eval_source
+    model, params = train_classifier(source, epochs=epochs, seed=config.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, classifier_file(model, params, source.images.shape[1:]))
+    print(f"The classifier is now in {file}")
+    if held_out:
+        features = program_features(path, one_device(), image_shape=source.images.shape[1:], batch_size=PART)
+        tested = open_source(dataclasses.replace(config.data, source=held_out))
+        share = accuracy(features.compute, tested, np.unique(labels_of(source)))
+        print(f"It is right about {share:.2%} of the images of {held_out}")
+
+
+def main(arguments: Any) -> None:
     """Converts."""
     convert: dict[type, Callable[..., None]] = {
         FromDiffusers: from_diffusers,
         FromTensorflow: from_tensorflow,
+        FromParameters: from_parameters,
         ToDiffusers: to_diffusers,
+        ToResult: to_result,
         Export: export_file,
         Inception: inception,
+        Classifier: classifier,
     }
     convert[type(arguments)](**vars(arguments))

@@ -10,16 +10,38 @@ from etils import epath
 
 from ddpm_jax.commands.arguments import Evaluate
 from ddpm_jax.core import sharding
-from ddpm_jax.core.errors import import_extra, program
+from ddpm_jax.core.errors import UsageError, import_extra, program
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation
-from ddpm_jax.evaluation.features import check_pictures, of_pictures, pixel_features
+from ddpm_jax.evaluation.features import PIXELS, Features, check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
 from ddpm_jax.evaluation.metrics import BITS, METRICS, WITHOUT_FEATURES, evaluate
+from ddpm_jax.evaluation.program import program_features
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe
 from ddpm_jax.generation.generator import with_guide
-from ddpm_jax.training.workdir import load_run
+from ddpm_jax.training.workdir import Run, is_parameters, load_run
+
+
+def choose(run: Run, arguments: Evaluate) -> tuple[tuple[str, ...], Features]:
+    """The metrics that are computed, and the features. Without Inception weights the default is what needs none."""
+    metrics, batch_size, pixels = arguments.metrics, arguments.options.batch_size, run.experiment.pixels
+    offered = tuple(name for name in METRICS if pixels.value_range is None or name not in BITS)
+    if arguments.features == "inception":
+        if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
+            check_pictures(run.experiment)
+            inception = inception_features(run.mesh, preprocessing=arguments.preprocessing, batch_size=batch_size)
+            return metrics or offered, of_pictures(inception, pixels)
+        without = tuple(name for name in offered if name in WITHOUT_FEATURES)
+        if not metrics and jax.process_index() == 0:
+            print(f"Without Inception weights only {', '.join(without)} are computed; {HOW_TO_GET}.")
+        return metrics or without, pixel_features(pixels)
+    features = pixel_features(pixels)
+    if arguments.features != PIXELS.name:
+        shape = run.experiment.image_shape
+        program = program_features(arguments.features, run.mesh, image_shape=shape, batch_size=batch_size)
+        features = of_pictures(program, pixels)
+    return metrics or tuple(name for name in offered if name != "is"), features
 
 
 def main(arguments: Evaluate) -> None:
@@ -29,24 +51,12 @@ def main(arguments: Evaluate) -> None:
         import_extra(module, "evaluation", program())
     if arguments.distributed:
         sharding.start_processes()
+    if is_parameters(workdir):
+        made = f"ddpm-jax convert from-parameters {workdir} runs/NAME"
+        raise UsageError(f"{workdir} is parameters and no folder, where the results would go; make it one: {made}")
     first = jax.process_index() == 0
     run = with_guide(load_run(workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
-    metrics: tuple[str, ...] = arguments.metrics
-    pixels, of_8_bits = run.experiment.pixels, run.config.data.value_range is None
-    features, offered = pixel_features(pixels), tuple(name for name in METRICS if of_8_bits or name not in BITS)
-    if arguments.features == "inception":
-        if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
-            check_pictures(run.experiment)
-            inception = inception_features(
-                run.mesh, preprocessing=arguments.preprocessing, batch_size=arguments.options.batch_size
-            )
-            features = of_pictures(inception, pixels)
-        elif not metrics:
-            metrics = tuple(name for name in offered if name in WITHOUT_FEATURES)
-            if first:
-                print(f"Without Inception weights only {', '.join(metrics)} are computed; {HOW_TO_GET}.")
-    if not metrics:
-        metrics = tuple(name for name in offered if name != "is" or arguments.features == "inception")
+    metrics, features = choose(run, arguments)
     evaluation = Evaluation.of_run(run, workdir, features, arguments.options, arguments.sampler)
     with evaluation.alone():
         results = evaluate(

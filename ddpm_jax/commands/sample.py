@@ -11,7 +11,7 @@ from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import with_guide
 from ddpm_jax.generation.image_set import generate_set
 from ddpm_jax.generation.options import SamplerOptions
-from ddpm_jax.training.workdir import load_run
+from ddpm_jax.training.workdir import folder_of_outputs, load_run
 
 
 def default_name(step: int, arguments: Sample) -> str:
@@ -34,7 +34,7 @@ def main(arguments: Sample) -> None:
     if arguments.distributed:
         sharding.start_processes()
     run = with_guide(load_run(arguments.workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
-    out = epath.Path(arguments.out or f"{arguments.workdir}/generated/{default_name(run.step, arguments)}")
+    out = epath.Path(arguments.out or f"{folder_of_outputs(arguments.workdir)}/{default_name(run.step, arguments)}")
     indices = range(arguments.first_image, arguments.first_image + arguments.num_images)
     generate_set(
         run,

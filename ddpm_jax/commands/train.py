@@ -19,6 +19,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
 from ddpm_jax.data import make_feed, open_source
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
+from ddpm_jax.evaluation.reference import find_reference, make_track
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.footprint import check_training
@@ -77,13 +78,14 @@ def train(
                     f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
                 )
             tqdm.write(describe(experiment, source, mesh, state, workdir))
+            reference = find_reference(config, source.identity)
             parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),
                 learning_rate=experiment.learning_rate,
                 checkpoints=checkpoints,
                 writer=MetricWriter(workdir, last_step=step, say=tqdm.write) if jax.process_index() == 0 else None,
-                evaluators=make_evaluators(experiment, mesh, source, held_out),
+                evaluators=make_evaluators(experiment, mesh, source, held_out) + make_track(workdir, config, reference),
                 check=lambda: check_there(workdir),
             )
             return train_loop(config.train, parts, state, meta, stop)

@@ -24,7 +24,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.core import room
 from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.core.files import digest
-from ddpm_jax.data import tfds
+from ddpm_jax.data import idx, tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
 from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
@@ -124,6 +124,13 @@ def array_file(name: str) -> Arrays:
     return Arrays(arrays["images"], arrays.get("labels"), [str(name) for name in arrays.get("classes", np.array([]))])
 
 
+def idx_file(name: str) -> Arrays:
+    """The images of a gzip-compressed IDX file, MNIST's format, and the labels of the file beside it."""
+    if not os.path.isfile(name):
+        raise UsageError(f"data.source={name!r} is not a file; give the path of a file like train-images-idx3-ubyte.gz")
+    return Arrays(*idx.read_images(name))
+
+
 def folder(name: str) -> Pictures:
     """The pictures of a folder and its sub-folders, sorted by relative name; each sub-folder is a class."""
     files = find_files(name)
@@ -188,6 +195,7 @@ SOURCES: dict[str, Callable[[str], Arrays | Pictures]] = {
     "tfds:NAME": tfds.pictures,
     ".npy": array_file,
     ".npz": array_file,
+    ".gz": idx_file,
     ".zip": zip_file,
     "a folder": folder,
 }

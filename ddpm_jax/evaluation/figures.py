@@ -10,6 +10,7 @@ nearest          samples and the real images nearest to them                    
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -150,8 +151,14 @@ def curves(
     y: str,
     marks: bool = False,
     log: bool = False,
+    dashed: Mapping[str, tuple[Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
 ) -> bytes:
-    """Plots lines, (x, y) by name, as the content of an SVG file without a background. log: the y axis, if all y are positive."""
+    """Plots lines, (x, y) by name, as the content of an SVG file without a background.
+
+    log: the y axis, if all y are positive. dashed: more lines, beside those of the same names in their colours. band: (x, low,
+    high), shaded.
+    """
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
@@ -159,7 +166,11 @@ def curves(
     axes = figure.subplots()
     axes.set_prop_cycle(color=COLORS)
     for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, marker="o" if marks or len(xs) == 1 else None, linewidth=1.8)
+        (line,) = axes.plot(xs, ys, label=name, marker="o" if marks or len(xs) == 1 else None, linewidth=1.8)
+        if name in dashed:
+            axes.plot(*dashed[name], color=line.get_color(), linestyle="--", linewidth=1.2)
+    if band is not None:
+        axes.fill_between(*band, color=COLORS[0], alpha=0.2, linewidth=0)
     finite = [value for _, ys in lines.values() for value in ys if np.isfinite(value)]
     log = log and bool(finite) and min(finite) > 0
     whole_numbers = all(float(value).is_integer() for xs, _ in lines.values() for value in xs)

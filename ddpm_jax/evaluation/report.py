@@ -20,10 +20,11 @@ from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
 from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
+from ddpm_jax.evaluation.reference import QUARTERS, Reference, find_reference, say_verdict
 from ddpm_jax.evaluation.results import PRDC, describe, made_of, number_of, plain, progressive_code, read_results
 from ddpm_jax.training import ema
 from ddpm_jax.training.metric_writer import read_metrics
-from ddpm_jax.training.workdir import read_config
+from ddpm_jax.training.workdir import data_of, read_config
 
 REPORT = "report.html"
 # The first four that were computed are shown.
@@ -261,22 +262,53 @@ def _results(results: list[dict[str, Any]], paper: dict[str, str]) -> str:
     return _table(head, rows) + (of_paper if paper else "")
 
 
-def _training(workdir: epath.Path, results: list[dict[str, Any]]) -> list[str]:
+Line = tuple[list[int], list[float]]
+
+
+def _line(logged: list[dict[str, Any]], name: str) -> Line:
+    """A logged number against steps."""
+    there = [values for values in logged if isinstance(values.get(name), float | int)]
+    return [values["step"] for values in there], [values[name] for values in there]
+
+
+def _losses(logged: list[dict[str, Any]], reference: Reference | None) -> list[str]:
+    """The losses, also by quarter of t, and held-out bits/dim, each beside the reference's."""
+    figures, said = [], ""
+    options: dict[str, Any] = {}
+    dashed: dict[str, Line] = {}
+    if reference is not None:
+        curve, held_out = reference.curve, reference.held_out
+        options = {"band": (curve.edges[1:], *curve.interval())}
+        said = f" {say_verdict(logged, reference)} Shaded: what is expected of 99 of 100 runs."
+        if held_out and any(values.get("eval_of") == held_out["of"] for values in logged):
+            dashed = {name: (held_out["step"], held_out[name]) for name in (*QUARTERS, "eval_bits_per_dim")}
+    beside = " Dashed: the reference." if dashed else ""
+    losses = {"training images": _line(logged, "loss"), "held-out images, EMA parameters": _line(logged, "eval_loss")}
+    if losses := {name: points for name, points in losses.items() if points[0]}:
+        figures.append(_curve(losses, f"The training loss.{said}", x="step", y="loss", log=True, **options))
+    quarters = {f"quarter {i + 1} of t": (_line(logged, name), dashed.get(name)) for i, name in enumerate(QUARTERS)}
+    if all(points[0] for points, _ in quarters.values()):
+        figures.append(
+            _curve(
+                {name: points for name, (points, _) in quarters.items()},
+                f"The loss of held-out images by quarter of t, from little noise to much.{beside}",
+                x="step",
+                y="loss",
+                log=True,
+                dashed={name: points for name, (_, points) in quarters.items() if points},
+            )
+        )
+    if (bits := _line(logged, "eval_bits_per_dim"))[0]:
+        caption, name = f"Bits per dimension of held-out images.{beside}", "held-out images"
+        options = {"dashed": {name: dashed["eval_bits_per_dim"]}} if dashed else {}
+        figures.append(_curve({name: bits}, caption, x="step", y="bits/dim", **options))
+    return figures
+
+
+def _training(workdir: epath.Path, results: list[dict[str, Any]], reference: Reference | None) -> list[str]:
     """Curves against steps: losses, held-out bits/dim, and the Fréchet distance by provenance, if it has more than one step."""
     logged = read_metrics(workdir)
-
-    def line(name: str) -> tuple[list[int], list[float]]:
-        there = [values for values in logged if isinstance(values.get(name), float | int)]
-        return [values["step"] for values in there], [values[name] for values in there]
-
-    figures = []
-    losses = {"training images": line("loss"), "held-out images, EMA parameters": line("eval_loss")}
-    if losses := {name: points for name, points in losses.items() if points[0]}:
-        figures.append(_curve(losses, "The training loss.", x="step", y="loss", log=True))
-    if (bits := line("eval_bits_per_dim"))[0]:
-        figures.append(
-            _curve({"held-out images": bits}, "Bits per dimension of held-out images.", x="step", y="bits/dim")
-        )
+    figures = _losses(logged, reference)
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["metric"] == "fid":
@@ -311,8 +343,8 @@ def _rate_distortion(results: list[dict[str, Any]]) -> tuple[list[str], str]:
     return figures, _folded("Rate and distortion at tenths of the reverse process", _table([*columns], rows) + of)
 
 
-def _curves(workdir: epath.Path, results: list[dict[str, Any]]) -> str:
-    training, (along, table) = _training(workdir, results), _rate_distortion(results)
+def _curves(workdir: epath.Path, results: list[dict[str, Any]], reference: Reference | None) -> str:
+    training, (along, table) = _training(workdir, results, reference), _rate_distortion(results)
     return f"<h2>Curves</h2>{_pair(training + along)}{table}" if training or along else ""
 
 
@@ -350,13 +382,14 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     logged = [values["step"] for values in read_metrics(workdir)]
     step = max([step_of(result) for result in results] or logged or [0])
     name, facts = _title(workdir, config, step)
+    reference = find_reference(config, data_of(workdir))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(f'{name}, step {step:,}: {workdir.name}')}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p></header>"
         f"{_strip(workdir, config)}{_cards(results, step, _better(config, step), paper)}{_ema_notes(config, results)}"
-        + _curves(workdir, results)
+        + _curves(workdir, results, reference)
         + _figures(workdir, config)
         + f"<h2>All results</h2>{_results(results, paper)}"
         + "".join(f"<p><small>{html.escape(note)}</small></p>" for note in notes)

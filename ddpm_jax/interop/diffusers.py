@@ -21,8 +21,9 @@ from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.core.files import advising, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
-from ddpm_jax.interop.names import Parameter, check_fit, flatten, parameters, unflatten
+from ddpm_jax.interop.names import Parameter, parameters
 from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.parameters import check_fit, flatten, unflatten
 from ddpm_jax.training.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"

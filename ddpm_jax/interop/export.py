@@ -19,8 +19,8 @@ from ddpm_jax.core import rng
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import check_place, write_bytes
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.interop.names import flatten
 from ddpm_jax.sampling import sample
+from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.workdir import Run
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -10,15 +10,13 @@ It is derived from the config's network, so it holds every parameter exactly onc
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.step import abstract_state
 
 _BLOCK = re.compile(
@@ -130,33 +128,3 @@ def _diffusers(path: str, levels: int, names: dict[str, str]) -> str:
             "upsample": ".upsamplers.0.conv",
         }[what]
     return ".".join([*(names.get(name, name) for name in (module, *layer)), "bias" if kind == "bias" else "weight"])
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """A tree of parameters as {"down_1_attn_0/q/kernel": array}."""
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def unflatten(params: Mapping[str, Any]) -> Any:
-    """The inverse of `flatten`."""
-    return traverse_util.unflatten_dict(dict(params), sep="/")
-
-
-def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raises UsageError, naming the first differences, unless tensors have exactly the expected names and shapes.
-
-    where: their file, for the message.
-    """
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not of this network" for name in found if name not in expected]
-    wrong += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 3} more differ" if len(wrong) > 3 else ""
-        raise UsageError(
-            f"{where} does not fit the network of its config: {', '.join(wrong[:3])}{more}; use the config that it was "
-            "trained with, or a whole copy of the file"
-        )

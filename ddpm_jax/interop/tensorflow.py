@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
-from ddpm_jax.interop.names import check_fit, parameters, unflatten
+from ddpm_jax.interop.names import parameters
 from ddpm_jax.training.experiment import Experiment
+from ddpm_jax.training.parameters import check_fit, unflatten
 from ddpm_jax.training.step import TrainState, state_from_params
 
 PARAMS, EMA, MOMENT_1, MOMENT_2 = "", "/ExponentialMovingAverage", "/Adam", "/Adam_1"

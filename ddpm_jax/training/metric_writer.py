@@ -6,7 +6,7 @@ import math
 import struct
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,16 @@ def _step_of_event(data: bytes) -> int | None:
         return Event.FromString(data[:-4]).step
     except DecodeError:
         return None
+
+
+def write_scalars(folder: epath.Path, name: str, values: Mapping[int, float]) -> None:
+    """Writes one scalar by step as TensorBoard events into a folder of their own, unless that is there."""
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    with contextlib.closing(EventsWriter(str(folder / "events"))) as events:
+        for step, value in values.items():
+            events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
 
 
 class MetricWriter:

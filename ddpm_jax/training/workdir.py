@@ -4,12 +4,15 @@ WORKDIR/config.json      the resolved config
 WORKDIR/checkpoints/     see checkpoint.py
 WORKDIR/metrics.jsonl    every logged scalar
 WORKDIR/events/          the same for TensorBoard
+WORKDIR/reference/       the curve of the shipped result of this config, if there is one, for TensorBoard
 WORKDIR/samples/         sample grids
 WORKDIR/lock             while it is trained: which process trains it
 """
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +32,8 @@ from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_ste
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
+from ddpm_jax.training.parameters import ENDING, check_fit, flatten, parse_parameters, read_content, unflatten
+from ddpm_jax.training.shipped import PREFIX, pretrained_file
 from ddpm_jax.training.step import TrainState, abstract_state
 
 CHECKPOINTS = "checkpoints"
@@ -155,6 +160,14 @@ def check_network(meta: dict[str, Any], experiment: Experiment) -> None:
         )
 
 
+def data_of(workdir: epath.Path) -> dict[str, Any] | None:
+    """The identity of the data set that a run was trained on, by its newest checkpoint; None if that says nothing."""
+    steps = saved_steps(workdir / CHECKPOINTS)
+    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints, contextlib.suppress(UsageError):
+        return checkpoints.restore_meta(steps[-1])["data"] if steps else None
+    return None
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained run, ready to sample, evaluate and export.
@@ -162,7 +175,7 @@ class Run:
     Attributes:
         experiment: What was trained.
         step: The step of the checkpoint.
-        checkpoint: SHA-256 of its manifest, "" if it has none.
+        checkpoint: SHA-256 of its manifest, or of the file that it was loaded from; "" if it has none.
         weights: Which parameters: "ema" or "raw".
         params: The network's parameters, on the mesh.
         mesh: The devices.
@@ -211,13 +224,13 @@ def load_run(
     mesh: Mesh | None = None,
     network: Network | None = None,
 ) -> Run:
-    """Loads a run from its workdir, at its newest intact checkpoint.
+    """Loads a run from its workdir, at its newest intact checkpoint, or from a file of its parameters.
 
     Checks the parameters and the config against the checkpoint's manifest. Executes no code of the workdir.
 
     Args:
-        workdir: The folder of a run.
-        step: The step of another checkpoint; "best" is the one at which train.keep_best was least (see train.eval_every).
+        workdir: The folder of a run, pretrained:NAME, or a .safetensors file that `ddpm-jax convert export` made.
+        step: Another checkpoint's step; "best": where train.keep_best was least (see train.eval_every).
         weights: "ema", or "raw" for the parameters of the optimizer.
         unverified: Skip the check.
         mesh: The devices of the parameters; default all devices.
@@ -236,6 +249,8 @@ def load_run(
     """
     if weights not in ("ema", "raw"):
         raise UsageError(f"got weights {weights!r}, expected ema or raw")
+    if is_parameters(workdir):
+        return _load_parameters(str(workdir), step=step, weights=weights, mesh=mesh, network=network)
     workdir = open_folder(workdir)
     config = read_config(workdir, own_network=network is not None)
     experiment = Experiment.from_config(config, network)
@@ -261,3 +276,39 @@ def load_run(
         checkpoints.close()
     manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
     return Run(experiment, chosen, manifest, weights, params, mesh, tuple(meta.get("classes", ())))
+
+
+def is_parameters(name: epath.PathLike) -> bool:
+    """Whether what stands in a workdir's place is parameters: pretrained:NAME, or a file with their ending."""
+    name = os.fspath(name)
+    return name.startswith(PREFIX) or (name.endswith(ENDING) and not open_folder(name).is_dir())
+
+
+def folder_of_outputs(name: epath.PathLike) -> str:
+    """The folder for what is made of a run: WORKDIR/generated, or generated/NAME here, if it is a file of parameters."""
+    if not is_parameters(name):
+        return f"{os.fspath(name)}/generated"
+    return f"generated/{os.path.basename(os.fspath(name)).removeprefix(PREFIX).removesuffix(ENDING)}"
+
+
+def _load_parameters(
+    name: str, *, step: int | Literal["best"] | None, weights: str, mesh: Mesh | None, network: Network | None
+) -> Run:
+    """The run of a file of parameters."""
+
+    def read() -> bytes:
+        return read_content(pretrained_file(name) if name.startswith(PREFIX) else open_folder(name))
+
+    content = sharding.first_gives(read) or b""
+    stored = parse_parameters(epath.Path(name), content)
+    if step not in (None, stored.step):
+        raise UsageError(f"{name} holds the parameters of step {stored.step}, not of step {step}; leave out the step")
+    if weights != stored.weights:
+        raise UsageError(f"{name} holds the {stored.weights} parameters; ask for --weights {stored.weights}")
+    experiment = Experiment.from_config(stored.config, network)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat))).ema_params
+    shapes = {path: array.shape for path, array in flatten(like).items()}
+    check_fit({path: array.shape for path, array in stored.arrays.items()}, shapes, name)
+    params = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), unflatten(stored.arrays), like)
+    return Run(experiment, stored.step, hashlib.sha256(content).hexdigest(), weights, params, mesh)
