@@ -61,6 +61,7 @@ def test_it_is_the_same_data_set_as_an_npz_of_its_arrays(path, tmp_path):
         (gzip.compress(b""), "starts with the bytes []"),
         (gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12), "of memory"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # the bytes hold the time
 )
 def test_a_file_that_is_none_is_refused(content, reason, path):
     path.write_bytes(content)
