@@ -97,7 +97,10 @@ def test_its_curve_is_the_mean_of_the_runs(made):
     assert curve["runs"] == 3
     means = [bin_means(losses_of(read_metrics(epath.Path(w))), curve["edges"]) for w in workdirs]
     np.testing.assert_allclose(curve["loss"], np.mean(means, axis=0), rtol=1e-12)
-    np.testing.assert_allclose(curve["spread"], np.std(means, axis=0, ddof=1), rtol=1e-9)
+    relative = np.var(means, axis=0, ddof=1) / np.mean(means, axis=0) ** 2  # averaged over a bin and its neighbours
+    expected = [relative[:2].mean(), *np.convolve(relative, np.full(3, 1 / 3), "valid"), relative[-2:].mean()]
+    np.testing.assert_allclose((np.array(curve["spread"]) / curve["loss"]) ** 2, expected, rtol=1e-9)
+    assert curve["freedom"] == [4, *[6] * (len(relative) - 2), 4]
 
 
 def test_its_time_is_that_of_the_logged_steps():

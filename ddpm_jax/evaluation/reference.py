@@ -97,10 +97,21 @@ def make_curve(runs: Sequence[Lines]) -> Curve:
     edges = edges_of(sorted(set.intersection(*(set(losses) for losses in logged))))
     means = np.stack([bin_means(losses, edges) for losses in logged])  # (runs, bins)
     if len(runs) >= SEVERAL:
-        spread, freedom = means.std(axis=0, ddof=1), np.full(means.shape[1], len(runs) - 1)
+        spread, freedom = _between(means)
     else:
         spread, freedom = _scatter(logged, edges)
     return Curve(len(runs), edges, means.mean(axis=0).tolist(), spread.tolist(), freedom.tolist())
+
+
+def _between(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The standard deviation between runs in each bin, and the degrees of freedom. means: (runs, bins).
+
+    Few runs leave a bin's own deviation uncertain, so the squares of the relative ones are averaged with both neighbours'.
+    """
+    squares = (means.std(axis=0, ddof=1) / means.mean(axis=0)) ** 2
+    near = [squares[max(0, i - 1) : i + 2] for i in range(len(squares))]
+    spread = means.mean(axis=0) * np.sqrt([some.mean() for some in near])
+    return spread, np.array([len(some) * (len(means) - 1) for some in near])
 
 
 def _scatter(logged: Sequence[dict[int, float]], edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
