@@ -264,8 +264,7 @@ def load_run(
         chosen = checkpoints.choose(step=step, unverified=unverified, items=items)
         if chosen is None:
             raise UsageError(f"{workdir} has no checkpoint yet; train longer, or give another workdir")
-        mesh = sharding.make_mesh() if mesh is None else mesh
-        meta = checkpoints.restore_meta(chosen)
+        mesh, meta = sharding.make_mesh() if mesh is None else mesh, checkpoints.restore_meta(chosen)
         check_network(meta, experiment)
         like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat)))
         if weights == "ema":
