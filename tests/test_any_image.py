@@ -16,6 +16,7 @@ from tiny import experiment, tiny
 
 from ddpm_jax import load_run
 from ddpm_jax.commands.arguments import PARSERS
+from ddpm_jax.commands.convert import classifier
 from ddpm_jax.commands.train import train
 from ddpm_jax.config import Config, DataConfig, check, fixed_fields, from_json, to_json
 from ddpm_jax.core import sharding
@@ -28,6 +29,7 @@ from ddpm_jax.evaluation.metrics import evaluate
 from ddpm_jax.generation.image_set import choose_format, generate_set
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.interop.card import model_card
+from ddpm_jax.interop.result import first_samples
 
 ROOT = Path(__file__).parent.parent
 SHAPE, RANGE = (12, 16, 4), (-2.0, 5.0)
@@ -162,6 +164,14 @@ def test_exported_parameters_and_sampler_are_the_runs(trained, run, tmp_path):
     options = SamplerOptions()
     generate_set(run, epath.Path(tmp_path / "o"), range(2), seed=3, options=options, batch_size=2, format="npy")
     np.testing.assert_allclose(images, np.load(tmp_path / "o" / "images.npy"), atol=(RANGE[1] - RANGE[0]) / 255)
+
+
+def test_a_result_shows_them_as_pictures_and_a_classifier_of_them_is_refused(trained, run, tmp_path):
+    pictures = first_samples(run)
+    assert (pictures.dtype, pictures.shape) == (np.uint8, (64, *SHAPE))
+    assert len(np.unique(pictures)) > 100  # the whole range, not floats cut to whole numbers
+    with pytest.raises(UsageError, match="the classifier is of 8-bit images"):
+        classifier(str(trained[0]), str(tmp_path / "c.jax_export"), "", 1)
 
 
 def test_the_model_card_says_how_to_get_their_values(run, trained):

@@ -128,6 +128,10 @@ def classifier(workdir: str, file: str, test: str, epochs: int) -> None:
     if (path := epath.Path(file)).exists():
         raise UsageError(f"{file} exists; choose another name, or move it away")
     config = read_config(epath.Path(workdir))
+    if config.data.value_range is not None:
+        raise UsageError(
+            "the classifier is of 8-bit images, and data.value_range makes these float32; give a run of 8-bit images"
+        )
     source = open_source(config.data)
     held_out = test or config.train.eval_source
     model, params = train_classifier(source, epochs=epochs, seed=config.seed)

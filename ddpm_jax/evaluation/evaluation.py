@@ -246,6 +246,7 @@ class Evaluation:
 
     # ---- Computation, part by part
 
+    @once
     def _table(self) -> np.ndarray | None:
         """The samples' labels: those of the real images in a random order, so that every class has its share of any number."""
         words = self.programs.sampler.labels

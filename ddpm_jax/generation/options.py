@@ -58,9 +58,5 @@ class SamplerOptions:
     def definition(self) -> dict[str, Any]:
         """The options that the images of a run without classes depend on, by name; guidance only if there is some."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        of_classes = (
-            "labels",
-            "guide_with",
-            *(name for name in values if name.startswith("guidance") and self.guidance == 1),
-        )
-        return {name: value for name, value in values.items() if name not in of_classes}
+        unguided = ("guidance", "guidance_interval", "guidance_rescale") if self.guidance == 1 else ()
+        return {name: value for name, value in values.items() if name not in ("labels", "guide_with", *unguided)}

@@ -45,7 +45,7 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
 
 
 def first_samples(run: Run) -> UInt8[np.ndarray, "N H W C"]:
-    """The first 64 samples of seed 0, as `sample.py` draws them."""
+    """The first 64 samples of seed 0, as `sample.py` draws them; float32 images as 8-bit pictures."""
     devices, batch = run.mesh.devices.size, [range(NUM_SAMPLES)]
     made = generate_batches(
         make_generator(run.experiment, run.mesh),
@@ -55,7 +55,7 @@ def first_samples(run: Run) -> UInt8[np.ndarray, "N H W C"]:
         batch_size=NUM_SAMPLES,
         num_devices=devices,
     )
-    return np.concatenate([images for _, images in made])
+    return run.experiment.pixels.to_pictures(np.concatenate([images for _, images in made]))
 
 
 def read_logs(workdirs: Sequence[epath.Path]) -> list[list[dict[str, Any]]]:

@@ -130,9 +130,8 @@ class Experiment:
             labels = self.null_label
 
         def model(x_t, t):
-            if labels is not None:
-                options["labels"] = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), t.shape)
-            return jnp.asarray(self.network.apply({"params": params}, x_t, t, **options))
+            of = {} if labels is None else {"labels": jnp.broadcast_to(jnp.asarray(labels, jnp.int32), t.shape)}
+            return jnp.asarray(self.network.apply({"params": params}, x_t, t, **options, **of))
 
         return model
 
