@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ddpm_jax.core import peers
-from ddpm_jax.core.errors import RunError, UsageError, first_line, program, say
+from ddpm_jax.core.errors import RunError, UsageError, first_line, say
 from ddpm_jax.core.version import __version__
 
 
@@ -125,9 +125,7 @@ def _ignore_signals() -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with one sentence on standard error."""
-    with contextlib.suppress(OSError):  # standard error is closed
-        print(f"{program()}: {message}", file=sys.stderr)
-    peers.leave(code)
+    peers.leave(code, message)
     raise SystemExit(code)
 
 

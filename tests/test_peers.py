@@ -81,6 +81,22 @@ def test_process_that_fails_does_not_wait_for_the_others_for_ever():
     assert (code, err) == (2, "")  # it has said its own
 
 
+def test_process_that_is_aborted_while_it_says_why_says_it_once():
+    """C++ notices the other process's end while this one is printing that sentence."""
+    code, _, err = child(
+        f"""peers.listen()
+class Slow:
+    def write(self, text):
+        os.write(2, b"{FATAL}")
+        time.sleep(1)
+        sys.__stderr__.write(text)
+sys.__stderr__, sys.stderr = sys.stderr, Slow()
+peers.leave(1, "said")
+ctypes.CDLL(None).abort()"""
+    )
+    assert (code, err) == (1, "train.py: said\n")
+
+
 @pytest.mark.parametrize(
     ("message", "is_lost"),
     [

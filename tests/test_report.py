@@ -36,7 +36,8 @@ from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe, plain, results_of_step, with_spread
-from ddpm_jax.training.workdir import load_run
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.workdir import data_of, load_run
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,13 @@ def test_samples_come_first_then_four_numbers_then_curves_and_folded_configurati
     assert page.index('class="card"') < page.index("The training loss")
     for folded in ("Definitions", "Configuration"):
         assert f"<details><summary>{folded}</summary>" in page
+
+
+def test_one_of_several_processes_writes_the_report_alone(reported, monkeypatch):
+    """Without Orbax, whose restore would wait for the others."""
+    monkeypatch.delattr(Checkpoints, "_restore")
+    assert data_of(reported[0]) is not None
+    assert write_report(reported[0]).exists()
 
 
 def test_a_card_has_the_number_of_most_samples(reported, tmp_path):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from ddpm_jax.core.errors import say
+from ddpm_jax.core.errors import program, say
 
 END_SECONDS = 5.0  # how long a failed process waits for the others
 FATAL = b"Terminating process because the JAX distributed service"
@@ -33,6 +33,7 @@ LOST = re.compile(
 _listening = False
 others: list[int] = []  # indices of the other processes, once they have joined
 _leaving: int | None = None  # the exit code, once this process is ending by itself
+_speaking = threading.Lock()  # held by the one thread that says why this process ends
 
 
 def listen() -> None:
@@ -117,15 +118,23 @@ def lost(error: BaseException | None) -> str | None:
     return None
 
 
-def leave(code: int) -> None:
-    """Ends a failed process after END_SECONDS. Otherwise JAX would wait for the others, which may wait for this one."""
+def leave(code: int, sentence: str = "") -> None:
+    """Says why a process has failed, unless its traceback will, and ends it after END_SECONDS at the latest.
+
+    Otherwise JAX would wait for the others, which may wait for this one.
+    """
     global _leaving
-    if _listening:
-        _leaving = code
-        _end_in(END_SECONDS, code)
+    with _speaking:
+        if sentence:
+            with contextlib.suppress(OSError):  # standard error is closed
+                print(f"{program()}: {sentence}", file=sys.stderr)
+        if _listening:
+            _leaving = code
+            _end_in(END_SECONDS, code)
 
 
 def _end(sentence: str) -> NoReturn:
+    _speaking.acquire()  # never released: `leave` may be saying the same
     if _leaving is None:
         say(sentence)
     os._exit(1 if _leaving is None else _leaving)

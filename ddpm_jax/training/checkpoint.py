@@ -96,6 +96,15 @@ def manifest_digest(folder: epath.Path) -> str:
     return found[1] if found else ""
 
 
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """The JSON saved with a step, unverified, read by this process alone: a restore by Orbax waits for all processes.
+
+    Raises OSError or DamagedFileError.
+    """
+    path = folder / "meta" / "metadata"
+    return parse_json(path, read_text(path))
+
+
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         if path.is_dir():

@@ -25,10 +25,18 @@ from ddpm_jax import config as configs
 from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.core.files import LOCK, is_remnant, open_folder, remove_remnants, sole_writer, write_text
+from ddpm_jax.core.files import (
+    LOCK,
+    DamagedFileError,
+    is_remnant,
+    open_folder,
+    remove_remnants,
+    sole_writer,
+    write_text,
+)
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training import ema
-from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, saved_steps
+from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, read_meta, saved_steps
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
@@ -160,11 +168,15 @@ def check_network(meta: dict[str, Any], experiment: Experiment) -> None:
         )
 
 
-def data_of(workdir: epath.Path) -> dict[str, Any] | None:
-    """The identity of the data set that a run was trained on, by its newest checkpoint; None if that says nothing."""
-    steps = saved_steps(workdir / CHECKPOINTS)
-    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints, contextlib.suppress(UsageError):
-        return checkpoints.restore_meta(steps[-1])["data"] if steps else None
+def data_of(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The identity of the data set that a run was trained on, by its newest checkpoint; None if that says nothing.
+
+    Reads a file and no more, so one of several processes may ask alone.
+    """
+    checkpoints = epath.Path(workdir) / CHECKPOINTS
+    steps = saved_steps(checkpoints)
+    with contextlib.suppress(OSError, DamagedFileError, KeyError, TypeError):
+        return read_meta(checkpoints / str(steps[-1]))["data"] if steps else None
     return None
 
 
