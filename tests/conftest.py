@@ -1,5 +1,6 @@
 """Strict switches for every test: shapes checked, rank promotion and reused keys refused, eight CPU devices."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,10 @@ jax.config.update("jax_debug_key_reuse", True)
 # Programs that several tests compile are compiled once, also over the workers of pytest-xdist and from run to run.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Tracing makes very many objects. Python's collector would visit them, and all that is imported, again and again.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ class Mixer(nn.Module):
 
 def train_mixer(workdir, steps=24):
     """Trains the mixer on the digits."""
-    from tiny import tiny
+    from tiny import one_device, tiny
 
     from ddpm_jax import Experiment, train
 
     config = tiny(train={"steps": steps, "save_every": 4, "log_every": 4, "sample_every": 12})
-    return train(Experiment.from_config(config, network=Mixer()), workdir)
+    return train(Experiment.from_config(config, network=Mixer()), workdir, mesh=one_device())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import safetensors
 from etils import epath
 from interop import run_script
 from PIL import Image
-from tiny import experiment, tiny
+from tiny import experiment, one_device, tiny
 
 from ddpm_jax import load_run
 from ddpm_jax.commands.arguments import PARSERS
@@ -62,7 +62,7 @@ def trained(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "waves"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield workdir, jax.device_get(train(experiment(config), workdir))
+        yield workdir, jax.device_get(train(experiment(config), workdir, mesh=one_device()))
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def sampled(trained, tmp_path_factory):
 
 def test_it_continues_bit_for_bit(config, trained, tmp_path):
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
-    train(experiment(half), tmp_path / "run")
-    again = jax.device_get(train(experiment(config), tmp_path / "run"))
+    train(experiment(half), tmp_path / "run", mesh=one_device())
+    again = jax.device_get(train(experiment(config), tmp_path / "run", mesh=one_device()))
     for a, b in zip(*map(jax.tree.leaves, (again, trained[1])), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -181,6 +181,7 @@ def test_the_model_card_says_how_to_get_their_values(run, trained):
     assert "The images are float32 in [0, 1], which stands for values from -2 to 5." in card
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_by_pixels_and_reported(trained, capsys):
     options = ("--num-images", 4, "--num-real", 8, "--batch-size", 4, "--sampler", "ddim", "--steps", 2)
     run_script("evaluate", trained[0], "--features", "pixels", *options)
@@ -234,6 +235,7 @@ def photos(folder, size, mode="RGB"):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_trains_at_their_aspect(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
     folder = photos(tmp_path / "photos", (32, 48))

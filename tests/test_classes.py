@@ -13,7 +13,7 @@ from test_cli import refused  # noqa: F401  fixtures
 from test_interop_diffusers import drawn_peer
 from test_training import assert_metrics_agree, equal
 from test_training import run as trained
-from tiny import experiment, tiny
+from tiny import experiment, one_device, tiny
 
 from ddpm_jax import train
 from ddpm_jax.config import ConfigError
@@ -153,11 +153,12 @@ def test_images_without_labels_are_no_batch_of_a_run_with_classes():
         jax.eval_shape(training.one_step(experiment(CLASSES)), state, jnp.zeros((16, 8, 8, 1), jnp.uint8))
 
 
+@pytest.mark.slow
 def test_class_names_are_kept_in_the_workdir_and_shown_in_grids(tmp_path):
     config = dataclasses.replace(
         CLASSES, train=dataclasses.replace(CLASSES.train, steps=10, sample_every=10, num_samples=16)
     )
-    train(experiment(config), tmp_path / "run")
+    train(experiment(config), tmp_path / "run", mesh=one_device())
     run = load_run(tmp_path / "run")
     assert run.classes == tuple("0123456789")
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["num_classes"] == 10
@@ -451,7 +452,7 @@ def test_images_without_labels_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((20, 8, 8, 1), np.uint8))
     config = dataclasses.replace(CLASSES, data=dataclasses.replace(CLASSES.data, source=str(tmp_path / "x.npy")))
     with pytest.raises(UsageError, match="the images have no labels"):
-        train(experiment(config), tmp_path / "run")
+        train(experiment(config), tmp_path / "run", mesh=one_device())
     assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "checkpoints").exists()
 
 

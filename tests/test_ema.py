@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import experiment, tiny
+from tiny import experiment, one_device, tiny
 
 from ddpm_jax.commands import arguments, sample
 from ddpm_jax.commands.config_file import load_config
@@ -74,7 +74,11 @@ def slow_and_warm(tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     for name, config in (("slow", CONFIG), ("warm", warmed(CONFIG))):
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            runs[name] = folder / name, jax.device_get(train(experiment(config), folder / name)), said.getvalue()
+            runs[name] = (
+                folder / name,
+                jax.device_get(train(experiment(config), folder / name, mesh=one_device())),
+                said.getvalue(),
+            )
     return runs
 
 
@@ -142,7 +146,7 @@ def test_sample_tells_of_an_ema_of_little_use(slow_and_warm, capsys, tmp_path):
 def test_train_says_how_long_the_run_is_and_when_the_first_grid_comes(tmp_path, capsys):
     config = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)}, train=LATE | {"steps": 120, "log_every": 60})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=120, sample_every=120))
-    train(experiment(config), tmp_path / "w")
+    train(experiment(config), tmp_path / "w", mesh=one_device())
     said = capsys.readouterr()
     for told in (
         " parameters, 1,797 images",
@@ -152,7 +156,11 @@ def test_train_says_how_long_the_run_is_and_when_the_first_grid_comes(tmp_path, 
         assert told in said.out
     assert "The other 68 steps will take about" in said.out
     assert "of the EMA" not in said.out
-    train(experiment(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=240))), tmp_path / "w")
+    train(
+        experiment(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=240))),
+        tmp_path / "w",
+        mesh=one_device(),
+    )
     assert "next grid of samples comes at step 240" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import read_images, tiny
+from tiny import one_device, read_images, tiny
 
 from ddpm_jax import Experiment, cli, load_run, make_sampler, make_schedule, sample, train
 from ddpm_jax.config import ConfigError, check
@@ -185,7 +185,7 @@ def test_the_network_trains_and_is_loaded_again(tmp_path):
     assert names["experiment"].has_own_network
     network = names["Small"]()
     experiment = Experiment.from_config(tiny(train={"steps": 2, "save_every": 2, "log_every": 2}), network=network)
-    state = train(experiment, tmp_path / "run")
+    state = train(experiment, tmp_path / "run", mesh=one_device())
     run = load_run(tmp_path / "run", network=network)
     assert run.step == int(state.step) == 2
     jax.tree.map(np.testing.assert_array_equal, run.params, state.ema_params)

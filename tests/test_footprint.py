@@ -5,9 +5,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import experiment, tiny
 
@@ -65,9 +67,8 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "tiny")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_compiled_programs_take_no_less_than_the_estimate(name):
     config = CONFIGS[name]()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, sample_every=10, steps=40))
@@ -121,10 +122,10 @@ def test_a_training_that_fits_is_not_refused(monkeypatch):
     check(config, num_devices=jax.device_count())
     needed = max(need.total for need in needs(config, jax.device_count())) * jax.local_device_count()
     monkeypatch.setattr(room, "free_memory", lambda: needed)
-    check_training(config)
+    check_training(config, sharding.make_mesh())
     monkeypatch.setattr(room, "free_memory", lambda: needed - 1)
     with pytest.raises(UsageError, match="free; lower"):
-        check_training(config)
+        check_training(config, sharding.make_mesh())
 
 
 class Accelerator:
@@ -137,15 +138,18 @@ class Accelerator:
         return None if self.limit is None else {"bytes_limit": self.limit}
 
 
-def test_an_accelerator_is_asked_for_its_own_limit(monkeypatch):
+def of_devices(device):
+    """What `check_training` asks a mesh of 8 such devices."""
+    return SimpleNamespace(devices=np.empty(jax.device_count()), local_devices=[device])
+
+
+def test_an_accelerator_is_asked_for_its_own_limit():
     config = tiny()
     needed = max(need.total for need in needs(config, jax.device_count()))
     for limit in (None, needed):
-        monkeypatch.setattr(jax, "local_devices", lambda limit=limit: [Accelerator(limit)])
-        check_training(config)
-    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(needed - 1)])
+        check_training(config, of_devices(Accelerator(limit)))
     with pytest.raises(UsageError, match=r"of memory on each device, and .* are free on .*; lower"):
-        check_training(config)
+        check_training(config, of_devices(Accelerator(needed - 1)))
 
 
 @pytest.mark.slow

@@ -50,7 +50,11 @@ def test_it_is_trained_and_continued_bit_for_bit(trained, tmp_path):
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert (workdir / "samples" / "step_00000024.png").exists()
     train_mixer(tmp_path / "run", steps=12)
-    assert_same(jax.device_get(train_mixer(tmp_path / "run")), state)
+    again = train_mixer(tmp_path / "run")
+    assert_same(jax.device_get(again), state)
+    assert {device.id for leaf in jax.tree.leaves(again) for device in leaf.devices()} == {
+        0
+    }  # the mesh that it was given
 
 
 @pytest.mark.slow

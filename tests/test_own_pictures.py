@@ -65,6 +65,7 @@ def test_the_folder_of_a_run_is_no_folder_of_pictures(tmp_path):
         config_of_pictures(str(tmp_path), [])
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_and_continues(tmp_path, capsys):
     """What a resume does not name is as the run has it, whatever would be chosen now."""
     name, workdir = pictures(tmp_path / "p", (16, 16), (16, 16)), str(tmp_path / "w")

@@ -15,7 +15,7 @@ from evaluated import make_workdir
 from interop import convert, run_script
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
-from tiny import experiment, read_images, tiny
+from tiny import experiment, one_device, read_images, tiny
 
 from ddpm_jax.commands.arguments import PARSERS
 from ddpm_jax.commands.config_file import command_of, load_config
@@ -62,7 +62,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     workdirs = [folder / f"seed_{seed}" for seed in SEEDS]
     for seed, workdir in zip(SEEDS, workdirs, strict=True):
-        train(experiment(with_seed(seed)), workdir)
+        train(experiment(with_seed(seed)), workdir, mesh=one_device())
     convert("to-result", workdirs[0], folder / "results/tiny", "--more", *workdirs[1:], "--hardware", "a machine")
     return folder / "results", workdirs
 
@@ -77,6 +77,7 @@ def results(made, monkeypatch):
 # ---- What a result holds
 
 
+@pytest.mark.slow
 def test_a_result_holds_what_the_runs_were(made):
     folder, workdirs = made
     result, lines = read_result(epath.Path(folder / "tiny")), read_metrics(epath.Path(workdirs[0]))
@@ -91,6 +92,7 @@ def test_a_result_holds_what_the_runs_were(made):
     assert PARSERS["train"](shlex.split(result["command"])[2:]).config == CONFIG
 
 
+@pytest.mark.slow
 def test_its_curve_is_the_mean_of_the_runs(made):
     folder, workdirs = made
     curve = read_result(epath.Path(folder / "tiny"))["curve"]
@@ -109,6 +111,7 @@ def test_its_time_is_that_of_the_logged_steps():
     assert seconds_of(lines) == pytest.approx(10 / 5 + 30 / 10)
 
 
+@pytest.mark.slow
 def test_its_picture_is_the_first_64_samples_of_seed_0(made):
     folder, workdirs = made
     run = load_run(workdirs[0])
@@ -120,6 +123,7 @@ def test_its_picture_is_the_first_64_samples_of_seed_0(made):
     np.testing.assert_array_equal(picture, enlarge(grid(images))[..., 0])
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_go_together_are_refused(made, tmp_path):
     folder, workdirs = made
     other = make_workdir(tmp_path / "other")
@@ -152,6 +156,7 @@ def test_the_command_that_is_told_has_every_field_that_differs():
 # ---- Pretrained weights
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_the_runs(results, made):
     ours, theirs = load_run("pretrained:tiny"), load_run(made[1][0])
     assert (ours.config, ours.step, ours.weights) == (CONFIG, 40, "ema")
@@ -160,6 +165,7 @@ def test_pretrained_weights_are_the_runs(results, made):
         assert flatten(ours.params)[path].sharding == array.sharding
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_sampled_from_by_name(results, made, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     run_script("sample", "pretrained:tiny", "--num-images", 8)
@@ -169,6 +175,7 @@ def test_pretrained_weights_are_sampled_from_by_name(results, made, monkeypatch,
     np.testing.assert_array_equal(read_images(out / "images.npz"), read_images(Path("theirs/images.npz")))
 
 
+@pytest.mark.slow
 def test_a_file_that_export_made_is_taken_in_a_workdirs_place(made, tmp_path):
     convert("export", made[1][0], tmp_path / "mine.safetensors", "--weights", "raw")
     one = make_mesh(devices=jax.devices()[:1])
@@ -179,6 +186,7 @@ def test_a_file_that_export_made_is_taken_in_a_workdirs_place(made, tmp_path):
         load_run(tmp_path / "mine.safetensors")
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_refused(results):
     with pytest.raises(
         UsageError, match=r"^pretrained:tinny does not come with this package; perhaps you meant pretrained:tiny$"
@@ -196,6 +204,7 @@ def test_what_is_not_there_is_refused(results):
         load_run("none.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights.safetensors", "result.json"])
 def test_a_flipped_bit_is_noticed(name, results, made):
     path = made[0] / "tiny" / name
@@ -210,6 +219,7 @@ def test_a_flipped_bit_is_noticed(name, results, made):
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -227,24 +237,26 @@ def test_a_file_that_is_no_run_is_refused(change, reason, made, tmp_path):
         load_run(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 def test_pretrained_weights_become_a_run_that_goes_on(results, tmp_path):
     convert("from-parameters", "pretrained:tiny", tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert run.step == 40
     jax.tree.map(np.testing.assert_array_equal, run.params, load_run("pretrained:tiny").params)
     longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=44, save_every=4, eval_every=0))
-    assert int(train(experiment(longer), tmp_path / "run").step) == 44
+    assert int(train(experiment(longer), tmp_path / "run", mesh=one_device()).step) == 44
 
 
 @pytest.mark.slow
 def test_another_training_may_start_from_them(results, tmp_path):
     start = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=2, save_every=2, eval_every=0))
     start = dataclasses.replace(start, train=dataclasses.replace(start.train, init_from="pretrained:tiny", log_every=2))
-    state = train(experiment(start), tmp_path / "run")
+    state = train(experiment(start), tmp_path / "run", mesh=one_device())
     given = flatten(load_run("pretrained:tiny").params)["conv_in/kernel"]
     assert 0 < np.abs(np.asarray(flatten(state.params)["conv_in/kernel"]) - given).max() < 0.01
 
 
+@pytest.mark.slow
 def test_evaluate_says_that_they_need_a_folder(results):
     with pytest.raises(UsageError, match="ddpm-jax convert from-parameters pretrained:tiny runs/NAME"):
         run_script("evaluate", "pretrained:tiny", "--features", "pixels")
@@ -265,9 +277,10 @@ def scalars(folder):
     return found
 
 
+@pytest.mark.slow
 def test_training_says_where_its_loss_lies_and_tensorboard_shows_the_reference(results, made, tmp_path, capsys):
     shown = tmp_path / "with"
-    train(experiment(with_seed(1)), shown)
+    train(experiment(with_seed(1)), shown, mesh=one_device())
     said = capsys.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if "what is expected" in line]
     assert len(lines) == 2  # one at each checkpoint
@@ -285,6 +298,7 @@ def test_training_says_where_its_loss_lies_and_tensorboard_shows_the_reference(r
         assert {**ours, **theirs} == {**ours, **{k: v for k, v in theirs.items() if "_per_s" in k}}
 
 
+@pytest.mark.slow
 def test_a_reference_is_of_the_same_config_and_data(results):
     data = open_source(CONFIG.data).identity
     assert find_reference(with_seed(9), data).name == "tiny"
@@ -293,6 +307,7 @@ def test_a_reference_is_of_the_same_config_and_data(results):
     assert find_reference(tiny(), data) is None
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_run_beside_the_reference(results, made, tmp_path):
     page = write_report(made[1][1]).read_text()
     assert "3 runs of results/tiny have" in page
@@ -300,6 +315,7 @@ def test_the_report_shows_the_run_beside_the_reference(results, made, tmp_path):
     assert "The loss of held-out images by quarter of t, from little noise to much. Dashed: the reference." in page
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_without_reference_has_none(made):
     page = write_report(made[1][2]).read_text()
     assert "expected" not in page

@@ -10,6 +10,7 @@ import sys
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm_jax.commands.arguments import Train
@@ -31,13 +32,19 @@ from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
 
 
 def train(
-    experiment: Experiment, workdir: epath.PathLike, *, unverified: bool = False, changed_data: bool = False
+    experiment: Experiment,
+    workdir: epath.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    unverified: bool = False,
+    changed_data: bool = False,
 ) -> TrainState:
     """Trains an experiment to train.steps, from the workdir's newest intact checkpoint or from the start.
 
     Args:
         experiment: What is trained: `Experiment.from_config(config)`, also with your own network.
         workdir: The folder that the run is written to.
+        mesh: The devices (`make_mesh`); default all, with an fsdp axis of train.fsdp.
         unverified: Resume from the newest checkpoint without checking it.
         changed_data: Resume even if the data set has changed.
 
@@ -55,16 +62,17 @@ def train(
         >>> from ddpm_jax import Experiment, train
         >>> train(Experiment.from_config(config), "runs/mine")    # doctest: +SKIP
     """
-    config, workdir = experiment.config, open_folder(workdir)
-    for warning in check(config, num_devices=jax.device_count(), own_network=experiment.has_own_network):
+    config, workdir, stop = experiment.config, open_folder(workdir), StopSignal()
+    num_devices = jax.device_count() if mesh is None else mesh.devices.size
+    for warning in check(config, num_devices=num_devices, own_network=experiment.has_own_network):
         tqdm.write(f"Note: {warning}.")
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp) if mesh is None else mesh
     if not experiment.has_own_network:
-        check_training(config)
+        check_training(config, mesh)
     with held(workdir):
         source = open_source(config.data)
         held_out = open_held_out(experiment) if config.train.eval_every else None
         enter(workdir, config, own_network=experiment.has_own_network)
-        mesh, stop = sharding.make_mesh(fsdp=config.train.fsdp), StopSignal()
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)
         with stop.collected(), contextlib.closing(checkpoints):
@@ -72,11 +80,7 @@ def train(
                 experiment, source, mesh, checkpoints, unverified=unverified, changed_data=changed_data
             )
             step = int(state.step)
-            if step % config.train.steps_per_dispatch:
-                raise UsageError(
-                    f"the run stands at step {step}, which is not a multiple of "
-                    f"train.steps_per_dispatch={config.train.steps_per_dispatch}; choose a divisor of it"
-                )
+            _check_dispatch(step, config.train.steps_per_dispatch)
             tqdm.write(describe(experiment, source, mesh, state, workdir))
             reference = find_reference(config, source.identity)
             parts = LoopParts(
@@ -89,6 +93,14 @@ def train(
                 check=lambda: check_there(workdir),
             )
             return train_loop(config.train, parts, state, meta, stop)
+
+
+def _check_dispatch(step: int, steps: int) -> None:
+    if step % steps:
+        raise UsageError(
+            f"the run stands at step {step}, which is not a multiple of train.steps_per_dispatch={steps}; "
+            "choose a divisor of it"
+        )
 
 
 def main(arguments: Train) -> None:

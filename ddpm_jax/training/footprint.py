@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax.config import Config, num_labels
 from ddpm_jax.core import room, sharding
@@ -146,15 +146,15 @@ def needs(config: Config, num_devices: int) -> list[Need]:
     return found
 
 
-def check_training(config: Config) -> None:
-    """Raises UsageError if the devices cannot hold the training of a config that `config.check` accepts.
+def check_training(config: Config, mesh: Mesh) -> None:
+    """Raises UsageError if the mesh's devices cannot hold the training of a config that `config.check` accepts.
 
     All processes must call it, and all raise if process 0 does.
     """
 
     def check() -> None:
-        need = max(needs(config, jax.device_count()), key=lambda need: need.total)
+        need = max(needs(config, mesh.devices.size), key=lambda need: need.total)
         remedy = max(need.parts, key=lambda part: need.parts[part])
-        room.check_devices(jax.local_devices(), need.total, need.what, remedy)
+        room.check_devices(mesh.local_devices, need.total, need.what, remedy)
 
     sharding.first_decides(check)

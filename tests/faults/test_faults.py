@@ -21,11 +21,6 @@ def made(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", ["sample"])
-def test_some_damages_are_never_silent(name, made, tmp_path):
-    assert judge(made(name), name, range(3), "some", tmp_path) == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", scenes.SCENES)
 def test_damages_are_never_silent(name, made, tmp_path):
