@@ -83,6 +83,16 @@ def test_late_updates_keep_their_digits_in_float32():
         np.testing.assert_allclose(updated[f"width:{width}"], expected, rtol=1e-6)
 
 
+def test_further_decays_have_the_warmup_too():
+    """The first steps' decays are 1/10 and 2/11."""
+    options = TrainConfig(ema_warmup=True, ema_decays=(0.15, 0.99))
+    averages = {name: jnp.zeros(1) for name in tracked(options)}
+    for n in range(2):
+        averages = update_averages(options, averages, jnp.ones(1), jnp.int32(n))
+    np.testing.assert_allclose(averages["ema:0.15"], 1 - 0.1 * 0.15, rtol=1e-6)
+    np.testing.assert_allclose(averages["ema:0.99"], 1 - 0.1 * 2 / 11, rtol=1e-6)
+
+
 # ---- Rebuilding
 
 
