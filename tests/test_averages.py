@@ -360,15 +360,6 @@ def test_what_a_run_without_widths_cannot_give_is_refused(runs, workdir):
         load(workdir, weights="width:0.15", step=3)
 
 
-def test_the_command_line_refuses_other_words(capsys):
-    with pytest.raises(SystemExit) as stop:
-        arguments.sample(["runs/x", "--weights", "mean"])
-    assert stop.value.code == 2
-    assert "got weights 'mean', expected ema, raw, ema:DECAY or width:WIDTH" in " ".join(
-        capsys.readouterr().err.split()
-    )
-
-
 def test_weights_have_one_spelling():
     assert canonical("ema:.9990") == "ema:0.999"
     assert canonical("width:15e-2") == "width:0.15"

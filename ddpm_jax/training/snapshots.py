@@ -51,7 +51,16 @@ class Snapshots:
 
 
 def make_snapshots(workdir: epath.Path, config: Config, *, last_step: int) -> tuple[Evaluator, ...]:
-    """`Snapshots`, if the config has train.ema_widths. Removes snapshots after `last_step`, which will be trained again."""
+    """The evaluator that writes snapshots, after removing those of a future that will be trained again.
+
+    Args:
+        workdir: The folder of the run.
+        config: The run's config.
+        last_step: The step that the training starts from; later snapshots are removed.
+
+    Returns:
+        One `Snapshots`, or none without train.ema_widths.
+    """
 
     def cut() -> None:
         remove_remnants(workdir / SNAPSHOTS)
