@@ -305,6 +305,8 @@ def test_every_command_takes_them_like_a_runs(unet, tmp_path, capsys):
     loaded, file = load_run(unet, weights="width:0.12"), load_run(tmp_path / "wide.safetensors")
     assert_same(file.params, loaded.params)
     assert (file.step, file.weights, file.note) == (40, "width:0.12", "")
+    convert("from-parameters", tmp_path / "wide.safetensors", tmp_path / "wide")
+    assert_same(load_run(tmp_path / "wide").params, loaded.params)
     short = ["--num-images", "8", "--format", "npz"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

@@ -49,6 +49,7 @@ from ddpm_jax.training.step import TrainState, abstract_state
 from ddpm_jax.training.weights import canonical, check_tracked, width_of
 
 CHECKPOINTS = "checkpoints"
+ITEMS_OF = {"ema": ("ema",), "raw": ("state", "ema", "averages")}  # of a checkpoint, by weights; else the averages
 
 
 @contextlib.contextmanager
@@ -286,9 +287,6 @@ def load_run(
             read = functools.partial(rebuild, workdir, config, width, step=step, unverified=unverified)
             params, chosen, proof = _rebuilt(sharding.first_gives(read) or b"", like, workdir / SNAPSHOTS)
     return Run(experiment, chosen, proof, weights, params, mesh, tuple(meta.get("classes", ())))
-
-
-ITEMS_OF = {"ema": ("ema",), "raw": ("state", "ema", "averages")}  # of a checkpoint, by weights; else the averages
 
 
 def _restore(checkpoints: Checkpoints, step: int, like: TrainState, weights: str) -> Any:
