@@ -41,6 +41,7 @@ RANGE = tyro.conf.arg(
     metavar="LOW HIGH",
     help_behavior_hint=lambda value: "(default: 8-bit images)" if value == "None" else f"(default: {value})",
 )
+WIDTH = Bounds(0.001, 0.288)  # relative, of an average by a power function; a rising one's is below 1/sqrt(12) = 0.2887
 LONGEST = 31  # of a tuple: levels that halve an image so often leave nothing
 
 # Marks fields that may change when a run resumes: its length, its speed and its outputs, not what it computes. The source of
@@ -157,6 +158,11 @@ class TrainConfig:
     """Decay of the exponential moving average of the parameters, which samples are drawn from."""
     ema_warmup: bool = False
     """Lower that decay to (1 + n) / (10 + n) at early steps n, so that a short run's average forgets the initial parameters."""
+    ema_decays: Annotated[tuple[float, ...], FRACTION] = ()
+    """Decays of further such averages, for `--weights ema:DECAY`; each costs memory like the parameters."""
+    ema_widths: Annotated[tuple[float, ...], WIDTH] = ()
+    """Relative widths of power-function averages, 0.05 0.1 say, whose snapshots at every save_every give the average of any
+    width afterwards, by `--weights width:WIDTH` (docs/training.md)."""
     label_dropout: Annotated[float, FRACTION] = 0.0
     """Probability that an image is trained without its label, as classifier-free guidance needs; 0.1 is usual."""
     flip: bool = True
@@ -245,6 +251,7 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
             f"train.label_dropout={config.train.label_dropout} needs classes; set model.num_classes, or leave it at 0"
         )
     schedule = _check_diffusion(config.diffusion)
+    _check_averages(config.train)
     _check_intervals(config.train)
     if num_devices is not None:
         _check_devices(config.train, num_devices)
@@ -449,6 +456,18 @@ def _check_diffusion(diffusion: DiffusionConfig) -> "Schedule":
             f"got loss {diffusion.loss} and prediction {diffusion.prediction}"
         )
     return schedule
+
+
+def _check_averages(train: TrainConfig) -> None:
+    for name in ("ema_decays", "ema_widths"):
+        values = getattr(train, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"train.{name}={values} has a number twice; give each once")
+    if len(train.ema_widths) == 1:
+        raise ConfigError(
+            f"train.ema_widths={train.ema_widths} is one width, and others are rebuilt from two; add one, such as "
+            f"{0.1 if train.ema_widths[0] < 0.1 else 0.05}"
+        )
 
 
 def _check_intervals(train: TrainConfig) -> None:

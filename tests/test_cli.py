@@ -505,7 +505,8 @@ def test_wrong_options_of_sample_are_refused(refused, boxed, tmp_path):
     beyond = "--first-image and --num-images go beyond image 2000000000; choose smaller ones"
     refused(beyond, "sample", tmp_path, "--first-image", 2 * 10**9)
     assert "--num-images INT Number of images" in boxed("sample", tmp_path, "--num-image", 3)
-    assert "'ema', 'raw'" in boxed("sample", tmp_path, "--weights", "best")
+    weights = "got weights 'best', expected ema, raw, ema:DECAY or width:WIDTH, such as ema:0.999"
+    assert weights in boxed("sample", tmp_path, "--weights", "best")
 
 
 # ---- How a script ends

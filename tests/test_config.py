@@ -173,6 +173,17 @@ MISTAKES = {
     "model.dropout=1.0 is outside of [0, 1); choose a value inside": {"model": {"dropout": 1.0}},
     "model.dropout=nan is outside of [0, 1); choose a value inside": {"model": {"dropout": math.nan}},
     "train.ema_decay=1.0 is outside of [0, 1); choose a value inside": {"train": {"ema_decay": 1.0}},
+    "train.ema_decays=1.0 is outside of [0, 1); choose a value inside": {"train": {"ema_decays": (0.9, 1.0)}},
+    "train.ema_decays=(0.9, 0.9) has a number twice; give each once": {"train": {"ema_decays": (0.9, 0.9)}},
+    "train.ema_widths=0.289 is too large; use 0.288 or less": {"train": {"ema_widths": (0.05, 0.289)}},
+    "train.ema_widths=0 is too small; use 0.001 or more": {"train": {"ema_widths": (0, 0.1)}},
+    "train.ema_widths=(0.1, 0.1) has a number twice; give each once": {"train": {"ema_widths": (0.1, 0.1)}},
+    "train.ema_widths=(0.05,) is one width, and others are rebuilt from two; add one, such as 0.1": {
+        "train": {"ema_widths": (0.05,)}
+    },
+    "train.ema_widths=(0.1,) is one width, and others are rebuilt from two; add one, such as 0.05": {
+        "train": {"ema_widths": (0.1,)}
+    },
     "train.lr=0.0 is not a positive number": {"train": {"lr": 0.0}},
     "train.lr=nan is not a positive number": {"train": {"lr": math.nan}},
     "train.grad_clip=inf is not a positive number": {"train": {"grad_clip": math.inf}},
@@ -455,6 +466,7 @@ def test_what_may_change_exists_and_computes_nothing():
     }
     deciding |= {"model.num_classes", "train.label_dropout"}
     deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.flip_ud", "train.turn", "train.init_from"}
+    deciding |= {"train.ema_decays", "train.ema_widths"}
     assert deciding | changeable() == set(flatten(Config()))  # a new field is put into one of the two
     assert not deciding & changeable()
 

@@ -62,6 +62,7 @@ CONFIGS = {
     "remat": lambda: tiny(model={"remat": True}, train={"batch_size": 64}),
     "accumulated": lambda: tiny(train={"batch_size": 64, "accumulation": 2}),
     "bfloat16": lambda: tiny(train={"batch_size": 64}, model={"dtype": "bfloat16"}),
+    "averages": lambda: tiny(train={"batch_size": 64, "ema_decays": (0.5,), "ema_widths": (0.05, 0.1)}),
     "digits": lambda: load_config(str(ROOT / "configs" / "digits.py")),
     "cifar10": cifar10,
 }
@@ -81,7 +82,8 @@ def test_the_compiled_programs_take_no_less_than_the_estimate(name):
     indices = jax.ShapeDtypeStruct((config.train.num_samples,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     drawn = bytes_of(make_generator(experiment(config), mesh).lower(state.params, key, indices).compile())
-    others = 3 * footprint.FLOAT32 * count_params(config)  # that the generator does not take, but the state holds
+    held = 3 + len(config.train.ema_decays) + len(config.train.ema_widths)
+    others = held * footprint.FLOAT32 * count_params(config)  # that the generator does not take, but the state holds
     assert drawn / 10 < grid.total - others <= drawn
 
 
@@ -91,6 +93,16 @@ def test_the_estimate_is_for_one_device_and_falls_with_their_number():
     assert eighth.parts[footprint.SMALLER_NETWORK] == whole.parts[footprint.SMALLER_NETWORK]
     split = needs(tiny(train={"batch_size": 1024, "fsdp": 8}), 8)[0]
     assert split.parts[footprint.SMALLER_NETWORK] == whole.parts[footprint.SMALLER_NETWORK] // 8
+
+
+def test_further_averages_count_like_parameters():
+    plain, more = (
+        needs(tiny(train={"sample_every": 10, "fsdp": 2, **averages}), 2)
+        for averages in ({}, {"ema_decays": (0.5,), "ema_widths": (0.05, 0.1)})
+    )
+    for a, b in zip(plain, more, strict=True):
+        added = b.parts[footprint.SMALLER_NETWORK] - a.parts[footprint.SMALLER_NETWORK]
+        assert abs(added - 3 * footprint.FLOAT32 * count_params(tiny()) // 2) <= 1
 
 
 # ---- What cannot fit is refused at once, with the bytes and what to lower

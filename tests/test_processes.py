@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from processes import ROOT, finish, one_device, start
+from safetensors.numpy import load_file
 from tiny import read_images
 
 from ddpm_jax.training.metric_writer import read_metrics
@@ -32,6 +34,7 @@ TRAIN = [
     *("--train.steps", "24", "--train.log-every", "4", "--train.save-every", "8", "--train.sample-every", "8"),
     *("--train.num-samples", "4", "--train.eval-every", "8", "--train.eval-source", "digits"),
     *("--train.eval-images", "20", "--train.eval-samples", "6", "--train.eval-features", "pixels"),
+    *("--train.ema-widths", "0.05", "0.1"),
 ]
 SAMPLE = ["--num-images", "10", "--batch-size", "4", "--steps", "5"]
 
@@ -89,10 +92,18 @@ def test_two_processes_measure_the_same_on_held_out_images(alone, together):
         np.testing.assert_allclose(values_together, values, rtol=tolerance)
 
 
-def test_two_processes_sample_the_same_images(alone, environment, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(["sample.py", str(alone), *SAMPLE, "--out", str(one)], environment, 1))
-    finish(start(["sample.py", str(alone), *SAMPLE, "--out", str(two)], environment, 2))
+def test_two_processes_write_the_same_snapshots_of_averages(alone, together):
+    names = [sorted(p.name for p in (w / "snapshots").iterdir()) for w in (alone, together)]
+    assert names[0] == names[1] == [f"{step:08d}.safetensors" for step in (8, 16, 24)]
+    a, b = (load_file(w / "snapshots" / names[0][-1]) for w in (alone, together))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), a, b)
+
+
+@pytest.mark.parametrize("weights", ["ema", "width:0.08"])
+def test_two_processes_sample_the_same_images(weights, alone, environment, tmp_path):
+    one, two, command = tmp_path / "one", tmp_path / "two", ["sample.py", str(alone), *SAMPLE, "--weights", weights]
+    finish(start([*command, "--out", str(one)], environment, 1))
+    finish(start([*command, "--out", str(two)], environment, 2))
     names = [sorted(p.name for p in folder.iterdir()) for folder in (one, two)]
     assert names[0] == names[1]
     images = [read_images(folder / "images.npz").astype(int) for folder in (one, two)]

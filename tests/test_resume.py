@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import experiment
 
 from ddpm_jax import config as configs
@@ -31,6 +32,7 @@ OPTIONS = [
     *("--train.steps", "120", "--train.steps-per-dispatch", "2", "--train.log-every", "6"),
     *("--train.save-every", "20", "--train.sample-every", "0"),
     *("--model.num-classes", "10", "--train.label-dropout", "0.2"),
+    *("--train.ema-decays", "0.5", "--train.ema-widths", "0.05", "0.1"),
 ]
 
 
@@ -69,7 +71,12 @@ def last_state(workdir):
 def logged(workdir):
     """The logged losses and norms by step, and the steps in the order of the file."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines if "loss" in line]
+
+
+def snapshots(workdir):
+    """The snapshots' names, and what they hold."""
+    return {path.name: load_file(path) for path in sorted((workdir / "snapshots").iterdir())}
 
 
 def last_logged(workdir):
@@ -94,6 +101,9 @@ def assert_same_end(workdir, uninterrupted):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
     assert logged(workdir) == logged(uninterrupted)
+    a, b = snapshots(uninterrupted), snapshots(workdir)
+    assert list(a) == list(b) == [f"{step:08d}.safetensors" for step in range(20, 121, 20)]
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_five_kills_at_random_moments_change_no_bit(tmp_path, uninterrupted, environment):

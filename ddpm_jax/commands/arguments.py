@@ -20,6 +20,7 @@ from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
 from ddpm_jax.evaluation.options import METRIC, Options, Preprocessing, check_options
 from ddpm_jax.generation.options import ANIMATION, LAST_IMAGE, Format, SamplerOptions
 from ddpm_jax.training.config_json import read_config
+from ddpm_jax.training.weights import WEIGHTS
 
 
 def shown(metavar: str, default: str = "") -> Any:
@@ -50,8 +51,9 @@ class Train:
 class Parameters:
     """Which parameters of the run."""
 
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the parameters, or the parameters themselves."""
+    weights: Annotated[str, WEIGHTS] = "ema"
+    """The moving average of the parameters, the parameters themselves, or another average: ema:0.999 is one of
+    train.ema_decays, width:0.15 is rebuilt from a run with train.ema_widths (docs/training.md)."""
     step: Step = None
     """The checkpoint's step, or best, by train.keep_best."""
     unverified: Flag = False

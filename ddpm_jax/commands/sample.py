@@ -11,13 +11,14 @@ from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import with_guide
 from ddpm_jax.generation.image_set import generate_set
 from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.training.weights import file_part
 from ddpm_jax.training.workdir import folder_of_outputs, load_run
 
 
 def default_name(step: int, arguments: Sample) -> str:
     """A folder's name by step and options other than the defaults: step_40_ema_ddim_steps_50_eta_0.2_seed_0."""
     options, default = arguments.sampler, SamplerOptions()
-    parts: list[object] = ["step", step, arguments.parameters.weights, options.sampler]
+    parts: list[object] = ["step", step, file_part(arguments.parameters.weights), options.sampler]
     for name in (f.name for f in dataclasses.fields(options) if f.name != "sampler"):
         value = getattr(options, name)
         if value != getattr(default, name):

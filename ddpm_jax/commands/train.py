@@ -26,6 +26,7 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.footprint import check_training
 from ddpm_jax.training.loop import Interrupted, LoopParts, StopSignal, train_loop
 from ddpm_jax.training.metric_writer import MetricWriter
+from ddpm_jax.training.snapshots import make_snapshots
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
@@ -82,14 +83,15 @@ def train(
             step = int(state.step)
             _check_dispatch(step, config.train.steps_per_dispatch)
             tqdm.write(describe(experiment, source, mesh, state, workdir))
-            reference = find_reference(config, source.identity)
+            snapshots = make_snapshots(workdir, config, last_step=step)
+            track = make_track(workdir, config, find_reference(config, source.identity))
             parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),
                 learning_rate=experiment.learning_rate,
                 checkpoints=checkpoints,
                 writer=MetricWriter(workdir, last_step=step, say=tqdm.write) if jax.process_index() == 0 else None,
-                evaluators=make_evaluators(experiment, mesh, source, held_out) + make_track(workdir, config, reference),
+                evaluators=[*snapshots, *make_evaluators(experiment, mesh, source, held_out), *track],
                 check=lambda: check_there(workdir),
             )
             return train_loop(config.train, parts, state, meta, stop)

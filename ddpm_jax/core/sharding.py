@@ -169,3 +169,13 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
         return replicated(mesh)
 
     return jax.tree.map(one, state)
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as NumPy arrays, each whole on every process. All processes must call it."""
+
+    def one(array):
+        whole = array.is_fully_addressable or array.is_fully_replicated
+        return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(one, tree)

@@ -29,6 +29,7 @@ from ddpm_jax.sampling import latents
 from ddpm_jax.sampling.ancestral import ancestral
 from ddpm_jax.sampling.latents import Chain
 from ddpm_jax.sampling.scan import advance
+from ddpm_jax.training.weights import file_part
 from ddpm_jax.training.workdir import Run
 
 COLUMNS = 8
@@ -127,7 +128,7 @@ def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    end = "-raw" if run.weights == "raw" else ""
+    end = "" if run.weights == "ema" else f"-{file_part(run.weights)}"
     for name, sheet in pictures.items():
         write_bytes(folder / f"{name}-{run.step:08d}{end}.png", png_bytes(enlarge(sheet)))
 

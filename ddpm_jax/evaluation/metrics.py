@@ -157,8 +157,14 @@ def step_of(result: dict[str, Any]) -> int:
 
 
 def weights_of(result: dict[str, Any]) -> str:
-    """The parameters that a result is of: ema or raw."""
+    """The parameters that a result is of (`Run.weights`)."""
     return _model_of(result).get("weights", "ema")
+
+
+def said_weights(result: dict[str, Any]) -> list[str]:
+    """The parameters that a result is of, in words; nothing for the EMA, which is the usual."""
+    weights = weights_of(result)
+    return {"ema": [], "raw": ["raw parameters"]}.get(weights, [f"the average {weights}"])
 
 
 def _model_of(result: dict[str, Any]) -> dict[str, Any]:

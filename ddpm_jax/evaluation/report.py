@@ -18,7 +18,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.core.files import remove_remnants, write_text
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
-from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, step_of, weights_of
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, said_weights, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.reference import QUARTERS, Reference, find_reference, say_verdict
 from ddpm_jax.evaluation.results import PRDC, describe, made_of, number_of, plain, progressive_code, read_results
@@ -227,7 +227,7 @@ def _card(name: str, estimate: dict[str, Any], result: dict[str, Any], paper: st
 
 def _of(result: dict[str, Any]) -> str:
     """What a number is of, in a few words."""
-    definition, said = result["definition"], ["raw parameters"] if weights_of(result) == "raw" else []
+    definition, said = result["definition"], said_weights(result)
     real = definition.get("reference") or {}
     if sampling := definition.get("sampling"):
         said.append(f"{sampling['images']:,} samples")

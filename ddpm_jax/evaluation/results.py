@@ -7,7 +7,7 @@ from etils import epath
 
 from ddpm_jax.core.files import DamagedFileError, digest, read_json
 from ddpm_jax.evaluation.evaluation import EVALUATION
-from ddpm_jax.evaluation.metrics import file_name, step_of, weights_of
+from ddpm_jax.evaluation.metrics import file_name, said_weights, step_of, weights_of
 
 SPREADS = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
 PRDC = ("precision", "recall", "density", "coverage")
@@ -79,7 +79,7 @@ def describe(result: dict[str, Any]) -> str:
 
 def made_of(result: dict[str, Any]) -> str:
     """What a result was computed from, in one line."""
-    definition, said = result["definition"], ["raw parameters"] if weights_of(result) == "raw" else []
+    definition, said = result["definition"], said_weights(result)
     if sampling := definition.get("sampling"):
         said.append(
             f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"

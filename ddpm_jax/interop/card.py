@@ -45,6 +45,12 @@ def _scale(data: DataConfig) -> str:
     return f"\nThe images are float32 in [0, 1], which stands for values from {low:g} to {high:g}.\n"
 
 
+def _which(weights: str) -> str:
+    """The parameters in words."""
+    average = "the moving average of the parameters"
+    return {"ema": average, "raw": "the parameters"}.get(weights, f"{average} ({weights})")
+
+
 def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
     """The card in Markdown. It lists the workdir's results of the same step and kind of parameters."""
     results = results_of_step(epath.Path(workdir), run.step, weights)
@@ -54,7 +60,7 @@ def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -
         height=run.config.data.size[0],
         width=run.config.data.size[1],
         channels=run.config.data.channels,
-        which="the moving average of the parameters" if weights == "ema" else "the parameters",
+        which=_which(weights),
         step=run.step,
         count=sum(array.size for array in jax.tree.leaves(run.params)),
         T=run.config.diffusion.T,

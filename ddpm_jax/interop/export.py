@@ -27,7 +27,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def parameters_file(run: Run, weights: str) -> bytes:
-    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (ema or raw)."""
+    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (`Run.weights`)."""
     metadata = {"config": json.dumps(configs.to_json(run.config)), "step": str(run.step), "weights": weights}
     return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)
 

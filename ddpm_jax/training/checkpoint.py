@@ -2,6 +2,7 @@
 
     DIRECTORY/<step>/state      step, params, opt_state, loss_history
     DIRECTORY/<step>/ema        ema_params, a separate item, so that sampling reads nothing else
+    DIRECTORY/<step>/averages   the further averages, if the config asks for some
     DIRECTORY/<step>/meta       JSON: the data set's identity, losses not logged yet
     DIRECTORY/<step>/manifest.json   the step, the config's fixed fields, and path, size and SHA-256 of every other file
 
@@ -33,6 +34,7 @@ from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
 NO_STEP = -1
+ITEMS = ("state", "ema", "averages", "meta")
 SAVING, DELETING = ".saving.tmp", ".deleting.tmp"
 # Orbax measures its 20-minute timeout by the wall clock, which may jump. Several processes keep the timeout: they wait for
 # each other.
@@ -58,7 +60,7 @@ def _restore_as(like: Any) -> ocp.args.PyTreeRestore:
 
 
 def _state_item(state: TrainState) -> dict[str, Any]:
-    """The fields of the item `state`: all but the EMA, and the loss history where there is one."""
+    """The fields of the item `state`: all but the averages, and the loss history where there is one."""
     fields = {name: getattr(state, name) for name in ("step", "params", "opt_state", "loss_history")}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -113,7 +115,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
+def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ITEMS) -> str | None:
     """What is wrong with a step folder, or None if it is intact. Reads the files of the given items and those of no item."""
     try:
         manifest = read_manifest(folder)
@@ -121,7 +123,7 @@ def find_damage(folder: epath.Path, *, items: tuple[str, ...] = ("state", "ema",
         if step != int(folder.name):
             return f"it is a copy of step {step}"
         for name, expected in manifest["files"].items():
-            if name.split("/")[0] in {"state", "ema", "meta"} - set(items):
+            if name.split("/")[0] in set(ITEMS) - set(items):
                 continue
             if not (folder / name).exists():
                 return f"the file {name} is missing"
@@ -165,7 +167,7 @@ class Checkpoints:
         self.keep_every = keep_every
         self.say = say
         handler = ocp.CompositeCheckpointHandler(
-            state=_tree_handler(), ema=_tree_handler(), meta=ocp.JsonCheckpointHandler()
+            state=_tree_handler(), ema=_tree_handler(), averages=_tree_handler(), meta=ocp.JsonCheckpointHandler()
         )
         seconds = SAVE_SECONDS if jax.process_count() == 1 else None
         self._checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=seconds)
@@ -204,6 +206,7 @@ class Checkpoints:
                     state=ocp.args.PyTreeSave(_state_item(state)),
                     ema=ocp.args.PyTreeSave(state.ema_params),
                     meta=ocp.args.JsonSave(meta),
+                    **({"averages": ocp.args.PyTreeSave(state.averages)} if state.averages else {}),
                 ),
             )
         except Exception as error:
@@ -265,7 +268,7 @@ class Checkpoints:
                 self._checkpointer.close()
 
     def choose(
-        self, *, step: int | None = None, unverified: bool = False, items: tuple[str, ...] = ("state", "ema", "meta")
+        self, *, step: int | None = None, unverified: bool = False, items: tuple[str, ...] = ITEMS
     ) -> int | None:
         """The newest intact step, or the given one; None if no save was ever completed. Process 0 decides for all.
 
@@ -324,18 +327,27 @@ class Checkpoints:
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
         """The training state of a step. like: its ShapeDtypeStructs with shardings."""
-        restored = self._restore(step, state=_restore_as(_state_item(like)), ema=_restore_as(like.ema_params))
+        averages = {"averages": _restore_as(like.averages)} if like.averages else {}
+        restored = self._restore(
+            step, state=_restore_as(_state_item(like)), ema=_restore_as(like.ema_params), **averages
+        )
         state = restored.state
         if int(state["step"]) != step:
             raise UsageError(
                 f"the checkpoint of step {step} in {self.directory} holds the state of step {int(state['step'])}; "
                 "choose another step, or restore a copy of this one"
             )
-        return TrainState(ema_params=restored.ema, **{"loss_history": None} | state)
+        return TrainState(
+            ema_params=restored.ema, averages=restored.averages if averages else None, **{"loss_history": None} | state
+        )
 
     def restore_ema(self, step: int, like: Any) -> Any:
         """The EMA parameters of a step, as `like` (ShapeDtypeStructs with shardings)."""
         return self._restore(step, ema=_restore_as(like)).ema
+
+    def restore_averages(self, step: int, like: Any) -> Any:
+        """The further averages of a step by name, as `like` (ShapeDtypeStructs with shardings)."""
+        return self._restore(step, averages=_restore_as(like)).averages
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network"."""

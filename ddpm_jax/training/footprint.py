@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from ddpm_jax.config import Config, num_labels
 from ddpm_jax.core import room, sharding
+from ddpm_jax.training.weights import tracked
 
 FLOAT32 = 4  # bytes
-STATE_COPIES = 4  # parameters, their EMA, Adam's two moments
+STATE_COPIES = 4  # parameters, their EMA, Adam's two moments; further averages are counted by the config
 INCEPTION_FEATURES = 2048
 
 SMALLER_NETWORK = "lower model.ch, model.ch_mult or model.num_res_blocks, or split the state by train.fsdp"
@@ -121,7 +122,7 @@ def needs(config: Config, num_devices: int) -> list[Need]:
     for_gradient = computed * sum(layer.kept(config.model.remat) for layer in layers(config))
     for_output = computed * sum(layer.values for layer in skips(config))  # all held at the middle
     params = FLOAT32 * count_params(config)
-    state = STATE_COPIES * params // train.fsdp
+    state = (STATE_COPIES + len(tracked(train))) * params // train.fsdp
     batch = train.batch_size // num_devices  # `config.check` ensures that it divides
     images = batch * train.steps_per_dispatch * min(FLOAT32, image)  # indices into the data set, or the images
     found = [

@@ -23,7 +23,7 @@ MOST_BYTES = 2**34
 
 
 class Stored(NamedTuple):
-    """The content of a file: the config, the step, the kind of parameters (ema or raw), and the arrays by path."""
+    """The content of a file: the config, the step, which parameters (see `weights`), and the arrays by path."""
 
     config: Config
     step: int
@@ -48,17 +48,21 @@ def read_content(path: epath.Path) -> bytes:
     return read_bytes(path, most=MOST_BYTES)
 
 
+def parse_arrays(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata of a .safetensors file. Raises DamagedFileError for a content that is none."""
+    try:
+        length = int.from_bytes(content[:8], "little")
+        return load(content), json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # other libraries' types are a KeyError
+        raise DamagedFileError(path, f"it is not a whole {ENDING} file: {first_line(error)}") from None
+
+
 def parse_parameters(path: epath.Path, content: bytes) -> Stored:
     """The parameters in a file's content, and what they are of.
 
     Raises UsageError for a file without our metadata, and DamagedFileError for one that is not safetensors.
     """
-    try:
-        arrays = load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # other libraries' types are a KeyError
-        raise DamagedFileError(path, f"it is not a whole {ENDING} file: {first_line(error)}") from None
+    arrays, metadata = parse_arrays(path, content)
     try:
         config, step, weights = (metadata[name] for name in ("config", "step", "weights"))
         return Stored(configs.from_json(json.loads(config)), int(step), weights, arrays)

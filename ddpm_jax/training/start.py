@@ -16,7 +16,7 @@ from ddpm_jax.data import Source
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.ema import MOST_INITIAL, initial_share
 from ddpm_jax.training.experiment import Experiment
-from ddpm_jax.training.step import TrainState, abstract_state, init_sharded_state
+from ddpm_jax.training.step import TrainState, abstract_state, equal_averages, init_sharded_state
 from ddpm_jax.training.workdir import check_network, load_run, network_name
 
 
@@ -84,7 +84,8 @@ def start_state(
     state = init_sharded_state(experiment, mesh)
     if experiment.config.train.init_from:
         params = initial_params(experiment, state, mesh)
-        state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
+        averages = equal_averages(experiment, params)
+        state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params), averages=averages)
     meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
     return state, meta | ({"classes": list(source.read_classes())} if experiment.num_classes else {})
 

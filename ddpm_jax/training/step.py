@@ -18,13 +18,16 @@ from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.diffusion import losses
 from ddpm_jax.training.augmentation import augment
-from ddpm_jax.training.ema import decay_at
+from ddpm_jax.training.ema import update_averages, update_ema
 from ddpm_jax.training.experiment import Experiment, Params
+from ddpm_jax.training.weights import tracked
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that changes in training. It holds no random state, since the draws depend on the step.
+
+    averages: the further averages of the parameters by name (`weights.tracked`); None if there are none.
 
     Example:
         >>> import jax
@@ -39,10 +42,11 @@ class TrainState:
     ema_params: Params
     opt_state: optax.OptState
     loss_history: losses.LossHistory | None
+    averages: dict[str, Params] | None = None
 
 
 def state_from_params(experiment: Experiment, params: Params) -> TrainState:
-    """The state at step 0 with these parameters: an equal EMA and a fresh optimizer state."""
+    """The state at step 0 with these parameters: equal averages and a fresh optimizer state."""
     by_history = experiment.config.diffusion.t_sampler == "loss_history"
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -50,7 +54,13 @@ def state_from_params(experiment: Experiment, params: Params) -> TrainState:
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=experiment.optimizer.init(params),
         loss_history=losses.init_loss_history(experiment.process.schedule.T) if by_history else None,
+        averages=equal_averages(experiment, params),
     )
+
+
+def equal_averages(experiment: Experiment, params: Params) -> dict[str, Params] | None:
+    """The further averages that equal these parameters, which they start from; None if the config asks for none."""
+    return {name: jax.tree.map(jnp.copy, params) for name in tracked(experiment.config.train)} or None
 
 
 def init_state(experiment: Experiment, key: Key[Array, ""]) -> TrainState:
@@ -183,9 +193,10 @@ def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[Trai
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=optax.incremental_update(params, state.ema_params, 1.0 - decay_at(options, state.step)),
+            ema_params=update_ema(options, state.ema_params, params, state.step),
             opt_state=opt_state,
             loss_history=None if history is None else losses.update_loss_history(history, t, values),
+            averages=update_averages(options, state.averages, params, state.step),
         )
         return new_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 

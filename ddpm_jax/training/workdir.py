@@ -6,10 +6,12 @@ WORKDIR/metrics.jsonl    every logged scalar
 WORKDIR/events/          the same for TensorBoard
 WORKDIR/reference/       the curve of the shipped result of this config, if there is one, for TensorBoard
 WORKDIR/samples/         sample grids
+WORKDIR/snapshots/       see snapshots.py
 WORKDIR/lock             while it is trained: which process trains it
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -40,11 +42,22 @@ from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, read_meta
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
-from ddpm_jax.training.parameters import ENDING, check_fit, flatten, parse_parameters, read_content, unflatten
+from ddpm_jax.training.parameters import (
+    ENDING,
+    check_fit,
+    flatten,
+    parse_arrays,
+    parse_parameters,
+    read_content,
+    unflatten,
+)
 from ddpm_jax.training.shipped import PREFIX, pretrained_file
+from ddpm_jax.training.snapshots import SNAPSHOTS, rebuild
 from ddpm_jax.training.step import TrainState, abstract_state
+from ddpm_jax.training.weights import canonical, check_tracked, width_of
 
 CHECKPOINTS = "checkpoints"
+ITEMS_OF = {"ema": ("ema",), "raw": ("state", "ema", "averages")}  # of a checkpoint, by weights; else the averages
 
 
 @contextlib.contextmanager
@@ -187,8 +200,8 @@ class Run:
     Attributes:
         experiment: What was trained.
         step: The step of the checkpoint.
-        checkpoint: SHA-256 of its manifest, or of the file that it was loaded from; "" if it has none.
-        weights: Which parameters: "ema" or "raw".
+        checkpoint: SHA-256 of its manifest, of the file that it was loaded from, or of the snapshots; "" if it has none.
+        weights: Which parameters: "ema", "raw", "ema:0.999" or "width:0.15" (`load_run`).
         params: The network's parameters, on the mesh.
         mesh: The devices.
         classes: The classes' names, if there are classes and they have names.
@@ -217,7 +230,7 @@ class Run:
     @property
     def note(self) -> str:
         """One sentence, with the remedy, if the parameters are an EMA that is of little use; else ""."""
-        return ema.note(self.config.train, self.step) if self.weights == "ema" else ""
+        return ema.note(self.config.train, self.step, self.weights)
 
     def model(self, x_t: jax.Array, t: jax.Array, labels: jax.Array | int | None = None) -> jax.Array:
         """The network's output at (x_t, t), with the run's parameters and without dropout.
@@ -243,7 +256,8 @@ def load_run(
     Args:
         workdir: The folder of a run, pretrained:NAME, or a .safetensors file that `ddpm-jax convert export` made.
         step: Another checkpoint's step; "best": where train.keep_best was least (see train.eval_every).
-        weights: "ema", or "raw" for the parameters of the optimizer.
+        weights: "ema"; "raw" for the parameters of the optimizer; "ema:0.999" for one of train.ema_decays; "width:0.15" for the
+            power-function average of this relative width, if the run has train.ema_widths.
         unverified: Skip the check.
         mesh: The devices of the parameters; default all devices.
         network: Your own network, if the run was trained with one.
@@ -259,34 +273,54 @@ def load_run(
         >>> run = load_run("runs/digits")    # doctest: +SKIP
         >>> run.model(x_t, t)    # doctest: +SKIP
     """
-    if weights not in ("ema", "raw"):
-        raise UsageError(f"got weights {weights!r}, expected ema or raw")
+    weights = canonical(weights)
     if is_parameters(workdir):
         return _load_parameters(str(workdir), step=step, weights=weights, mesh=mesh, network=network)
     workdir = open_folder(workdir)
     config = read_config(workdir, own_network=network is not None)
-    experiment = Experiment.from_config(config, network)
+    check_tracked(weights, config.train)
     if step == "best":
         step = best_step(workdir, config.train.keep_best, saved_steps(workdir / CHECKPOINTS))
         if step is None:
             raise UsageError(f"{workdir} has no {config.train.keep_best} yet; set train.eval_every, or give a step")
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config)
-    try:
-        items = ("ema", "meta") if weights == "ema" else ("state", "ema", "meta")
-        chosen = checkpoints.choose(step=step, unverified=unverified, items=items)
+    experiment, width = Experiment.from_config(config, network), width_of(weights)
+    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS, config=config)) as checkpoints:
+        # For a rebuilt average the newest checkpoint only tells what the run is.
+        items = ("meta", *(ITEMS_OF.get(weights, ("averages",)) if width is None else ()))
+        chosen = checkpoints.choose(step=step if width is None else None, unverified=unverified, items=items)
         if chosen is None:
             raise UsageError(f"{workdir} has no checkpoint yet; train longer, or give another workdir")
         mesh, meta = sharding.make_mesh() if mesh is None else mesh, checkpoints.restore_meta(chosen)
         check_network(meta, experiment)
         like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat)))
-        if weights == "ema":
-            params = checkpoints.restore_ema(chosen, like.ema_params)
+        if width is None:
+            params, proof = _restore(checkpoints, chosen, like, weights), manifest_digest(checkpoints.folder(chosen))
         else:
-            params = checkpoints.restore_state(chosen, like).params
-    finally:
-        checkpoints.close()
-    manifest = manifest_digest(workdir / CHECKPOINTS / str(chosen))
-    return Run(experiment, chosen, manifest, weights, params, mesh, tuple(meta.get("classes", ())))
+            read = functools.partial(rebuild, workdir, config, width, step=step, unverified=unverified)
+            params, chosen, proof = _rebuilt(sharding.first_gives(read) or b"", like, workdir / SNAPSHOTS)
+    return Run(experiment, chosen, proof, weights, params, mesh, tuple(meta.get("classes", ())))
+
+
+def _restore(checkpoints: Checkpoints, step: int, like: TrainState, weights: str) -> Any:
+    """These parameters of a step, as in `like`, a state of ShapeDtypeStructs."""
+    if weights == "ema":
+        return checkpoints.restore_ema(step, like.ema_params)
+    if weights == "raw":
+        return checkpoints.restore_state(step, like).params
+    return checkpoints.restore_averages(step, like.averages)[weights]
+
+
+def _rebuilt(content: bytes, like: TrainState, where: epath.Path) -> tuple[Any, int, str]:
+    """The parameters that `rebuild` gave, their step and digest."""
+    arrays, about = parse_arrays(where, content)
+    return _placed(arrays, like.ema_params, where), int(about["step"]), about["checkpoint"]
+
+
+def _placed(arrays: dict[str, Any], like: Any, where: object) -> Any:
+    """Arrays by path as parameters like `like`, on its devices. Raises UsageError if they do not fit. where: their file."""
+    shapes = {path: array.shape for path, array in flatten(like).items()}
+    check_fit({path: array.shape for path, array in arrays.items()}, shapes, where)
+    return jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), unflatten(arrays), like)
 
 
 def is_parameters(name: epath.PathLike) -> bool:
@@ -314,12 +348,10 @@ def _load_parameters(
     stored = parse_parameters(epath.Path(name), content)
     if step not in (None, stored.step):
         raise UsageError(f"{name} holds the parameters of step {stored.step}, not of step {step}; leave out the step")
-    if weights != stored.weights:
+    if weights != stored.weights and (weights != "ema" or stored.weights == "raw"):  # any average is the file's EMA
         raise UsageError(f"{name} holds the {stored.weights} parameters; ask for --weights {stored.weights}")
     experiment = Experiment.from_config(stored.config, network)
     mesh = sharding.make_mesh() if mesh is None else mesh
     like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat))).ema_params
-    shapes = {path: array.shape for path, array in flatten(like).items()}
-    check_fit({path: array.shape for path, array in stored.arrays.items()}, shapes, name)
-    params = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), unflatten(stored.arrays), like)
-    return Run(experiment, stored.step, hashlib.sha256(content).hexdigest(), weights, params, mesh)
+    params = _placed(stored.arrays, like, name)
+    return Run(experiment, stored.step, hashlib.sha256(content).hexdigest(), stored.weights, params, mesh)
