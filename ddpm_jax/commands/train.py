@@ -64,12 +64,7 @@ def train(
         >>> train(Experiment.from_config(config), "runs/mine")    # doctest: +SKIP
     """
     config, workdir, stop = experiment.config, open_folder(workdir), StopSignal()
-    num_devices = jax.device_count() if mesh is None else mesh.devices.size
-    for warning in check(config, num_devices=num_devices, own_network=experiment.has_own_network):
-        tqdm.write(f"Note: {warning}.")
-    mesh = sharding.make_mesh(fsdp=config.train.fsdp) if mesh is None else mesh
-    if not experiment.has_own_network:
-        check_training(config, mesh)
+    mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
         source = open_source(config.data)
         held_out = open_held_out(experiment) if config.train.eval_every else None
@@ -95,6 +90,18 @@ def train(
                 check=lambda: check_there(workdir),
             )
             return train_loop(config.train, parts, state, meta, stop)
+
+
+def _checked_mesh(experiment: Experiment, mesh: Mesh | None) -> Mesh:
+    """The devices, once the config and the memory that its training takes are checked for them."""
+    config, own_network = experiment.config, experiment.has_own_network
+    num_devices = jax.device_count() if mesh is None else mesh.devices.size
+    for warning in check(config, num_devices=num_devices, own_network=own_network):
+        tqdm.write(f"Note: {warning}.")
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp) if mesh is None else mesh
+    if not own_network:
+        check_training(config, mesh)
+    return mesh
 
 
 def _check_dispatch(step: int, steps: int) -> None:
