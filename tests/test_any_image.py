@@ -77,6 +77,7 @@ def sampled(trained, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_it_continues_bit_for_bit(config, trained, tmp_path):
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
     train(experiment(half), tmp_path / "run", mesh=one_device())

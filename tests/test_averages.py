@@ -299,6 +299,7 @@ def unet(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_every_command_takes_them_like_a_runs(unet, tmp_path, capsys):
     """sample and evaluate from the run, and the same from a file that convert writes."""
     convert("export", unet, tmp_path / "wide.safetensors", "--weights", "width:0.12")

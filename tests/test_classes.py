@@ -226,6 +226,7 @@ def test_guidance_1_evaluates_the_model_once_and_0_ignores_the_class(run):
     np.testing.assert_array_equal(none(x_t, t), run.experiment.model(run.params)(x_t, t))
 
 
+@pytest.mark.slow
 def test_autoguidance_leads_away_from_another_run(run, tmp_path):
     plain = tiny(model={"ch_mult": (1,), "attn_resolutions": (8,)})  # without classes, and so another network
     other = written(tmp_path / "other", plain, drawn(plain, seed=6))

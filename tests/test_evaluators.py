@@ -172,6 +172,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(run):
     assert load_run(run).step == 10
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_gives_way_to_a_better_one(run, monkeypatch):
     monkeypatch.setattr(command, "make_evaluators", measures(1.0, 1.0, 1.0))
     train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16))), run)
@@ -197,6 +198,7 @@ def test_the_best_of_a_run_without_evaluations_is_refused(run):
         load_run(run, step="best")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_when_the_run_goes_on_without_evaluations(run):
     train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0))), run)
     assert sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir()) == [4, 14, 16]

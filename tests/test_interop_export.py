@@ -58,6 +58,7 @@ def test_parameters_are_exported_by_our_names_with_the_config(weights, workdir, 
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_exported_sampler_gives_the_same_images_where_only_jax_and_flatbuffers_are_installed(workdir, tmp_path):
     convert("export", workdir, tmp_path / "sampler.jax_export")
     mesh = make_mesh(devices=jax.devices()[:1])

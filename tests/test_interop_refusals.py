@@ -272,6 +272,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("arguments", [("to-diffusers", "new"), ("export", "new.safetensors")], ids=lambda a: a[0])
 def test_a_disk_that_refuses_leaves_nothing_and_is_told_in_one_sentence(

@@ -100,6 +100,7 @@ def test_a_grid_that_was_lost_between_the_save_and_the_stop_is_made_up_for(finis
     assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
 
 
+@pytest.mark.slow
 def test_samples_and_evaluations_are_of_the_moving_average(finished):
     """load_run gives the EMA unless told otherwise; evaluations and the grid's left half are by it."""
     workdir, state = finished

@@ -74,6 +74,7 @@ def test_the_flow_takes_data_to_a_standard_normal(x):
     np.testing.assert_allclose(end, np.asarray(x)[:, :, 0, 0] @ ROTATION * scale, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_takes_more_evaluations_and_image_i_depends_on_its_index(x):
     def solve(indices, x, **options):
         return ode_log_density(Process(SCHEDULE), model("eps"), jax.random.key(0), indices, x, **options)

@@ -123,6 +123,7 @@ def test_images_without_labels_are_refused(halves):
         train_classifier(Source(images, lambda: None, {}), epochs=1)
 
 
+@pytest.mark.slow
 def test_its_file_gives_evaluate_its_features(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
     workdir, file = make_workdir(tmp_path / "run"), tmp_path / "digits.jax_export"

@@ -64,6 +64,7 @@ def test_a_run_is_repeatable_bit_for_bit(reference):
     assert equal(run(SMALL, STEPS), reference)
 
 
+@pytest.mark.slow
 def test_where_the_data_are_cached_changes_no_bit(reference):
     assert equal(run(tiny(model=ONE_LEVEL, data={"cache": "host"}), STEPS), reference)
 
