@@ -453,7 +453,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "train.adam_eps",
         "train.grad_clip",
     }
-    deciding |= {"model.num_classes", "train.label_dropout"}
+    deciding |= {"model.num_classes", "train.label_dropout", "data.condition", "data.condition_channels"}
     deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.flip_ud", "train.turn", "train.init_from"}
     assert deciding | changeable() == set(flatten(Config()))  # a new field is put into one of the two
     assert not deciding & changeable()

@@ -40,7 +40,8 @@ from ddpm_jax.generation.generator import (
     make_generator,
     sample_key,
 )
-from ddpm_jax.generation.labels import label_table, labels_at
+from ddpm_jax.generation.given import ConditionsOf, Tables, given_at
+from ddpm_jax.generation.labels import label_table
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
@@ -137,7 +138,9 @@ class Evaluation:
         check_options(options)
         programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms, guide=run.guide)
         data = run.config.data
-        source = open_source(dataclasses.replace(data, source=options.source or data.source))
+        if options.source:
+            data = dataclasses.replace(data, source=options.source, condition_source=options.condition_source)
+        source = open_source(data)
         model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
         folder = epath.Path(workdir) / EVALUATION
         evaluation = cls(programs, run.params, source, features, options, model=model, folder=folder)
@@ -216,6 +219,8 @@ class Evaluation:
             drawn |= {"guide": self.programs.guide.checkpoint}
         if self.labels is not None:
             drawn |= {"labels": list(sampler.labels) or self.source.identity}
+        if self.experiment.conditioning is not None:
+            drawn |= {"conditions": self.source.identity, "of_images": self.num_real}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
 
     def reference(self) -> dict[str, Any]:
@@ -247,12 +252,22 @@ class Evaluation:
     # ---- Computation, part by part
 
     @once
-    def _table(self) -> np.ndarray | None:
-        """The samples' labels: those of the real images in a random order, so that every class has its share of any number."""
-        words = self.programs.sampler.labels
+    def _tables(self) -> Tables:
+        """What samples are drawn with: the labels of the real images in a random order, so that every class has its share of any
+        number; with conditions both of the images that count.
+        """
+        words, conditioning, tables = self.programs.sampler.labels, self.experiment.conditioning, dict[str, Any]()
+        count = len(self.source) if conditioning is None else self.num_real
+        order = epoch_order(self.options.seed, 0, count)
         if self.labels is None or words:
-            return label_table(words, self.experiment.num_classes, self.source.read_classes())
-        return self.labels[epoch_order(self.options.seed, 0, len(self.labels))]
+            labels = label_table(words, self.experiment.num_classes, self.source.read_classes())
+        else:
+            labels = self.labels[order]
+        if labels is not None:
+            tables["labels"] = labels
+        if conditioning is not None:
+            tables["conditions"] = ConditionsOf(conditioning, self.source, order)
+        return tables
 
     @once
     def _samples(self) -> Parts:
@@ -265,7 +280,7 @@ class Evaluation:
                 [whole],
                 batch_size=self.batch_size,
                 num_devices=self.mesh.devices.size,
-                labels=self._table(),
+                given=self._tables(),
             )
             return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
 
@@ -328,10 +343,9 @@ class Evaluation:
 
         def compute(part: range) -> Arrays:
             indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
-            labels = labels_at(self.labels, indices)  # of the padding: any
-            return in_one_shape(
-                lambda i: compiled(self.params, key, i, indices, labels), self.read(part), self.batch_size
-            )
+            labels = given_at({} if self.labels is None else {"labels": self.labels}, indices)  # of the padding: any
+            rows = self.source.rows[np.arange(part.start, part.stop)]
+            return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
         parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
