@@ -141,7 +141,7 @@ def test_pairs_that_are_none_are_refused(tmp_path):
         UsageError, match=r"has no condition for the image a/3.png, expected a picture named a/3; add it"
     ):
         open_source(pairs_of(tmp_path))
-    with pytest.raises(UsageError, match="holds no conditions; name them with data.condition_source"):
+    with pytest.raises(UsageError, match=r"holds no conditions; name them with data.condition_source"):
         open_source(dataclasses.replace(pairs_of(tmp_path), condition_source=""))
     with pytest.raises(UsageError, match="no names in common; give two of one kind"):
         open_source(dataclasses.replace(pairs_of(tmp_path), source="digits", channels=1))
@@ -432,6 +432,8 @@ def test_an_exported_program_takes_the_conditions(workdir, run, tmp_path):
 )
 def test_what_knows_no_conditions_says_so(workdir, tmp_path, words):
     name, *others = [{"RUN": workdir, "NEW": tmp_path / "new"}.get(word, word) for word in words]
-    with pytest.raises(UsageError, match=r"knows no conditions, and this network has them .data.condition=downsample2."):
+    with pytest.raises(
+        UsageError, match=r"knows no conditions, and this network has them .data.condition=downsample2."
+    ):
         command(name, *others)
     assert not (tmp_path / "new").exists()

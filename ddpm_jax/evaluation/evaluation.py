@@ -30,6 +30,7 @@ from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
+from ddpm_jax.evaluation.flow import TOLERANCE, check_flow, flow_keys, make_flow_bits
 from ddpm_jax.evaluation.options import Options, check_options
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
@@ -162,8 +163,8 @@ class Evaluation:
         """Raises UsageError if bits/dim are not defined: the decoder of Eq. (13) is of 8-bit images."""
         if self.experiment.pixels.value_range is not None:
             raise UsageError(
-                "bits/dim (nll, rate-distortion) are of 8-bit images, which the decoder of Eq. (13) is made for, and "
-                "data.value_range makes these float32; leave out nll and rate-distortion"
+                "bits/dim (nll, rate-distortion, ode-nll) are of 8-bit images, which the decoder of Eq. (13) is made for, and "
+                "data.value_range makes these float32; leave out these metrics"
             )
 
     def check_distance(self) -> None:
@@ -229,7 +230,7 @@ class Evaluation:
         return {"source": name, "identity": self.source.identity, "images": self.num_real}
 
     def definition(self, *parts: str) -> dict[str, Any]:
-        """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses."""
+        """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses, flow."""
         drawn = {**self.model, "seed": self.options.seed, "T": self.experiment.process.schedule.T}
         values: dict[str, Callable[[], Any]] = {
             "sampling": lambda: {**self.sampling(), "images": self.num_images},
@@ -238,6 +239,7 @@ class Evaluation:
             "statistics": self._statistics,
             "bound": lambda: {**drawn, "terms": len(self.edges) - 1},
             "losses": lambda: drawn,
+            "flow": lambda: {**drawn, "tolerance": TOLERANCE},
         }
         return {**{name: values[name]() for name in parts}, "batch_size": self.batch_size, "software": self.software}
 
@@ -336,6 +338,24 @@ class Evaluation:
     def losses(self) -> np.ndarray:
         """The training loss of each real image in each quarter of t, float (N, 4)."""
         return self._of_real(self.programs.quarter_losses, "losses", title="losses")["losses"]
+
+    @once
+    def flow(self) -> Arrays:
+        """Bits/dim of each real image by the probability-flow ODE. Raises as `check_bits` and `check_flow`."""
+        self.check_bits()
+        check_flow(self.experiment)
+        compiled, keys = make_flow_bits(self.experiment, self.mesh), flow_keys(self.options.seed)
+        return self._of_real(
+            lambda params, _, *given, **labels: compiled(params, keys, *given, **labels), "flow", title="ODE"
+        )
+
+    def restored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Places of real images, and samples that are drawn of their conditions (n, H, W, C), part by part."""
+        conditions, done = self._tables()["conditions"], 0
+        for part in self._samples().each(self.num_images, self.batch_size, title="samples"):
+            places = np.arange(done, done + len(part["images"])) % len(conditions)
+            yield conditions.order[places], part["images"]
+            done += len(places)
 
     def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
         """The results of a compiled program on the real images, part by part."""

@@ -93,6 +93,55 @@ def losses(e: Evaluation) -> dict[str, Any]:
     return {**mean, "quarters": quarters, "definition": e.definition("losses", "reference")}
 
 
+def ode_nll(e: Evaluation) -> dict[str, Any]:
+    """Bits/dim by the probability-flow ODE, an upper bound since the 8 bits are dequantised by uniform noise."""
+    found = e.flow()
+    return {
+        **bits.mean_and_error(found["bits"].astype(np.float64)),
+        "unit": "bits/dim",
+        "evaluations": float(found["evaluations"].mean()),
+        "definition": e.definition("flow", "reference"),
+    }
+
+
+def _psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """10 log10 of the squared range over the mean squared error of each image. Both in [-1, 1]."""
+    mse = ((images - others) ** 2).mean(axis=(1, 2, 3), dtype=np.float64)
+    return 10 * np.log10(4 / np.maximum(mse, 1e-10))  # at most 106 dB, for equal images
+
+
+def psnr(e: Evaluation) -> dict[str, Any]:
+    """The peak signal-to-noise ratio, in dB, of samples to the real images whose conditions they are drawn of.
+
+    The mean of several samples of an image is nearer to it than each of them: its ratio is given too where there are as many
+    samples as several times the images. So is that of the condition, brought to the image's size, where it has its channels.
+    """
+    experiment, conditioning = e.experiment, e.experiment.conditioning
+    if conditioning is None:
+        raise UsageError(
+            "psnr compares samples with the images of their conditions, and this run has none; leave it out"
+        )
+    pixels, repeats = experiment.pixels, e.num_images // e.num_real
+    sums: dict[int, np.ndarray] = {}
+    single, of_conditions = list[np.ndarray](), list[np.ndarray]()
+    for places, samples in e.restored():
+        x, real = np.asarray(pixels.to_network(samples)), np.asarray(pixels.to_network(e.source.read(places)))
+        single.append(_psnr(x, real))
+        for place, image in zip(places.tolist(), x, strict=True) if repeats > 1 else ():
+            sums[place] = sums.get(place, 0.0) + image.astype(np.float64)
+        if conditioning.shape[-1] == experiment.image_shape[-1]:
+            condition = conditioning.to_network(conditioning.split(e.source.rows[places])[1])
+            of_conditions.append(_psnr(np.asarray(pixels.to_network(pixels.from_network(condition))), real))
+    result: dict[str, Any] = {**bits.mean_and_error(np.concatenate(single)), "unit": "dB"}
+    if repeats > 1 and e.num_images % e.num_real == 0:
+        real = np.asarray(pixels.to_network(e.source.read(np.array(list(sums)))))
+        of_means = _psnr(np.stack(list(sums.values())) / repeats, real)
+        result["mean_of_samples"] = {"samples": repeats, **bits.mean_and_error(of_means)}
+    if of_conditions:
+        result["condition"] = bits.mean_and_error(np.concatenate(of_conditions)[: e.num_real])
+    return result | {"definition": e.definition("sampling", "reference")}
+
+
 def rate_distortion(e: Evaluation) -> dict[str, Any]:
     """The rate-distortion curve, and a table at each tenth of the reverse process."""
     rows = bits.rate_distortion(e.drawn(), e.edges)
@@ -131,6 +180,8 @@ METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "prdc": prdc,
     "nll": nll,  # all T for each real image
     "rate-distortion": rate_distortion,
+    "psnr": psnr,  # a chain for each sample
+    "ode-nll": ode_nll,  # some hundred evaluations, and as many gradients, for each real image
 }
 # Metric, or a number of `prdc` -> its full name, and whether "lower" or "higher" is better; "" where neither is.
 DESCRIPTIONS: dict[str, tuple[str, str]] = {
@@ -146,9 +197,12 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "nll": ("Bits per dimension", "lower"),
     "rate-distortion": ("Rate and distortion", ""),
     "nearest": ("Nearest real images", ""),
+    "psnr": ("Peak signal-to-noise ratio", "higher"),
+    "ode-nll": ("Bits per dimension by the ODE", "lower"),
 }
-WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion")
-BITS = ("nll", "rate-distortion")  # of 8-bit images
+WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion", "psnr", "ode-nll")
+ON_REQUEST = ("psnr", "ode-nll")  # not computed by a command that names no metric
+BITS = ("nll", "rate-distortion", "ode-nll")  # of 8-bit images
 
 
 def step_of(result: dict[str, Any]) -> int:
@@ -163,7 +217,7 @@ def weights_of(result: dict[str, Any]) -> str:
 
 def _model_of(result: dict[str, Any]) -> dict[str, Any]:
     definition = result["definition"]
-    return definition.get("sampling") or definition.get("bound") or definition["losses"]
+    return next(definition[name] for name in ("sampling", "bound", "flow", "losses") if name in definition)
 
 
 def file_name(result: dict[str, Any]) -> str:

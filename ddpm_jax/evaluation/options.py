@@ -10,7 +10,17 @@ from ddpm_jax.core.options import LAST_SEED, Bounds, Choices, check_bounds
 from ddpm_jax.generation.options import LAST_IMAGE
 
 METRIC = Choices(
-    "ddpm_jax.evaluation.metrics:METRICS", "losses", "nearest", "is", "kid", "fid", "prdc", "nll", "rate-distortion"
+    "ddpm_jax.evaluation.metrics:METRICS",
+    "losses",
+    "nearest",
+    "is",
+    "kid",
+    "fid",
+    "prdc",
+    "nll",
+    "rate-distortion",
+    "psnr",
+    "ode-nll",
 )
 Preprocessing = Literal["tensorflow", "pytorch-fid"]
 

@@ -41,15 +41,15 @@ class ConditionsOf:
     """The conditions of a source's images, in an order, as a table."""
 
     def __init__(self, conditioning: Conditioning, source: Source, order: Int[np.ndarray, " N"]):
-        self._conditioning, self._source, self._order = conditioning, source, order
+        self._conditioning, self._source, self.order = conditioning, source, order
 
     def __len__(self) -> int:
         """The number of conditions."""
-        return len(self._order)
+        return len(self.order)
 
     def __getitem__(self, places: Int[np.ndarray, " B"]) -> Shaped[np.ndarray, "B h w K"]:
         """The conditions at these places of the order, as they are stored."""
-        return np.asarray(self._conditioning.split(self._source.rows[self._order[places]])[1])
+        return np.asarray(self._conditioning.split(self._source.rows[self.order[places]])[1])
 
 
 @dataclasses.dataclass(frozen=True)
