@@ -12,7 +12,7 @@ config = Config(
     model=ModelConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), dropout=0.0, groups=8),
     diffusion=DiffusionConfig(T=100, schedule="cosine", prediction="v", variance="fixed_small"),
     train=TrainConfig(
-        steps=3000,
+        steps=2000,
         batch_size=32,
         lr=1e-3,
         warmup_steps=200,

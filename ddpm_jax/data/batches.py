@@ -75,7 +75,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
         def read(part):  # one device's steps and indices; called for this process's devices only
             chosen = wanted[part[:2]]
-            return rows[chosen.reshape(-1)].reshape(*chosen.shape, *rows.shape[1:])
+            return source.read_rows(chosen.reshape(-1)).reshape(*chosen.shape, *rows.shape[1:])
 
         batches = jax.make_array_from_callback((*wanted.shape, *rows.shape[1:]), layout, read)
         return batches if labels is None else (batches, _put(labels[wanted], layout)), None

@@ -69,6 +69,10 @@ class Source:
         """What a training step is given: the images, and with paired conditions these as further channels."""
         return self.images if self.conditions is None else Joined(self.images, self.conditions)
 
+    def read_rows(self, indices: np.ndarray) -> Shaped[np.ndarray, "n H W D"]:
+        """The rows at these indices. Raises PictureError if a picture cannot be decoded."""
+        return self.read(indices) if self.conditions is None else self.rows[indices]
+
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The class of each image, int (N,), or None if there are none."""

@@ -364,7 +364,7 @@ class Evaluation:
         def compute(part: range) -> Arrays:
             indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
             labels = given_at({} if self.labels is None else {"labels": self.labels}, indices)  # of the padding: any
-            rows = self.source.rows[np.arange(part.start, part.stop)]
+            rows = self.source.read_rows(np.arange(part.start, part.stop))
             return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
         parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)

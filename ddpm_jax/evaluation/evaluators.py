@@ -84,7 +84,7 @@ class SampleGrid:
         self._tables: dict[str, Any] = {}
         if experiment.conditioning is not None and self.every:
             places = _spaced(source, self._count)
-            self._tables["conditions"] = np.asarray(experiment.conditioning.split(source.rows[places])[1])
+            self._tables["conditions"] = np.asarray(experiment.conditioning.split(source.read_rows(places))[1])
             labels = source.labels_of(experiment.num_classes)
             self._tables |= {} if labels is None else {"labels": labels[places]}
 

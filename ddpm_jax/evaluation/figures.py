@@ -110,7 +110,7 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
     results: of the metrics; its `nearest` gives the nearest real images.
     """
     samples, pixels = evaluation.first_samples(), run.experiment.pixels
-    chain = chain_of(run, seed=evaluation.options.seed, rows=evaluation.source.rows[np.arange(1)])
+    chain = chain_of(run, seed=evaluation.options.seed, rows=evaluation.source.read_rows(np.arange(1)))
     schedule = run.experiment.process.schedule
     pictures = {
         "samples": _sheet(pixels.to_pictures(samples)),

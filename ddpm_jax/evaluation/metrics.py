@@ -130,7 +130,7 @@ def psnr(e: Evaluation) -> dict[str, Any]:
         for place, image in zip(places.tolist(), x, strict=True) if repeats > 1 else ():
             sums[place] = sums.get(place, 0.0) + image.astype(np.float64)
         if conditioning.shape[-1] == experiment.image_shape[-1]:
-            condition = conditioning.to_network(conditioning.split(e.source.rows[places])[1])
+            condition = conditioning.to_network(conditioning.split(e.source.read_rows(places))[1])
             of_conditions.append(_psnr(np.asarray(pixels.to_network(pixels.from_network(condition))), real))
     result: dict[str, Any] = {**bits.mean_and_error(np.concatenate(single)), "unit": "dB"}
     if repeats > 1 and e.num_images % e.num_real == 0:

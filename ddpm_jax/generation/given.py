@@ -49,7 +49,7 @@ class ConditionsOf:
 
     def __getitem__(self, places: Int[np.ndarray, " B"]) -> Shaped[np.ndarray, "B h w K"]:
         """The conditions at these places of the order, as they are stored."""
-        return np.asarray(self._conditioning.split(self._source.rows[self.order[places]])[1])
+        return np.asarray(self._conditioning.split(self._source.read_rows(self.order[places]))[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,16 @@ def build_sampler(process: Process, options: SamplerOptions, *, highest: int | N
 def make_start(experiment: Experiment, options: SamplerOptions, given: GivenOptions | None) -> Start:
     """The whole reverse process from x_T, or what the options say of the pictures given.
 
-    Raises UsageError for options that do not go together.
+    Args:
+        experiment: The experiment of the network.
+        options: The sampler.
+        given: What is done with pictures given; None: there are none.
+
+    Returns:
+        A `Start`.
+
+    Raises:
+        UsageError: For options that do not go together.
     """
     if given is not None and given.inpaint:
         return _beside_a_mask(experiment, options, given)

@@ -148,8 +148,8 @@ def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[Trai
     options = experiment.config.train
     n = options.accumulation
 
-    def mean_loss(params, x_0, t, eps, weights, dropout_keys, labels, condition):
-        values = experiment.loss(experiment.model(params, dropout_keys, labels, condition), x_0, t, eps)
+    def mean_loss(params, x_0, t, eps, weights, *given):
+        values = experiment.loss(experiment.model(params, *given), x_0, t, eps)
         return jnp.mean(values * weights), values
 
     def gradient(params, batch):
