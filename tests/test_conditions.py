@@ -16,7 +16,7 @@ from ddpm_jax import Experiment, cli, load_run, train
 from ddpm_jax.config import ConfigError, DataConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.data import epoch_order, make_feed, open_source
 from ddpm_jax.data.conditions import CONDITIONS, conditioning_of
 from ddpm_jax.evaluation.bits import bound_key, make_bound, strata
 from ddpm_jax.evaluation.evaluation import Programs
@@ -437,3 +437,32 @@ def test_what_knows_no_conditions_says_so(workdir, tmp_path, words):
     ):
         command(name, *others)
     assert not (tmp_path / "new").exists()
+
+
+def test_psnr_is_of_the_images_whose_conditions_the_samples_have(workdir, run):
+    """Against samples drawn here and ratios by their definition, on the scale of 0 to 255."""
+    options = ("--metrics", "psnr", "--num-real", 4, "--num-images", 8, "--batch-size", 8, *FEW, "--no-figures")
+    command("evaluate", workdir, "--features", "pixels", *options)
+    (result,) = (json.loads(path.read_text()) for path in (workdir / "evaluation").glob("psnr-*.json"))
+    order, images = np.tile(epoch_order(0, 0, 4), 2), open_source(UP.data).read(np.arange(4))
+    generate = make_generator(run.experiment, run.mesh, SamplerOptions("ddim", steps=(3,)))
+    conditions = np.asarray(run.experiment.conditioning.split(images)[1])[order]
+    samples = np.asarray(generate(run.params, sample_key(0), np.arange(8), conditions=conditions), float)
+
+    def psnr(a, b):
+        return (10 * np.log10(255**2 / ((a - b) ** 2).mean(axis=(1, 2, 3)))).mean()
+
+    real = images[order].astype(float)
+    assert result["value"] == pytest.approx(psnr(samples, real), abs=0.05)
+    assert result["mean_of_samples"]["value"] == pytest.approx(
+        psnr((samples[:4] + samples[4:]) / 2, real[:4]), abs=0.05
+    )
+    lifted = run.experiment.pixels.from_network(run.experiment.split(images)[1])
+    assert result["condition"]["value"] == pytest.approx(psnr(np.asarray(lifted, float), images), abs=0.01)
+
+
+def test_psnr_of_a_run_without_conditions_is_refused(tmp_path):
+    with pytest.raises(
+        UsageError, match="psnr compares samples with the images of their conditions, and this run has none"
+    ):
+        command("evaluate", make_workdir(tmp_path / "plain"), "--metrics", "psnr", "--no-figures")

@@ -121,24 +121,24 @@ def psnr(e: Evaluation) -> dict[str, Any]:
         raise UsageError(
             "psnr compares samples with the images of their conditions, and this run has none; leave it out"
         )
-    pixels, repeats = experiment.pixels, e.num_images // e.num_real
-    sums: dict[int, np.ndarray] = {}
-    single, of_conditions = list[np.ndarray](), list[np.ndarray]()
+
+    def network(stored: Any) -> np.ndarray:
+        return np.asarray(experiment.pixels.to_network(stored))
+
+    total = np.zeros((e.num_real, *experiment.image_shape))
+    ratio, count = np.zeros(e.num_real), np.zeros(e.num_real, int)
     for places, samples in e.restored():
-        x, real = np.asarray(pixels.to_network(samples)), np.asarray(pixels.to_network(e.source.read(places)))
-        single.append(_psnr(x, real))
-        for place, image in zip(places.tolist(), x, strict=True) if repeats > 1 else ():
-            sums[place] = sums.get(place, 0.0) + image.astype(np.float64)
-        if conditioning.shape[-1] == experiment.image_shape[-1]:
-            condition = conditioning.to_network(conditioning.split(e.source.read_rows(places))[1])
-            of_conditions.append(_psnr(np.asarray(pixels.to_network(pixels.from_network(condition))), real))
-    result: dict[str, Any] = {**bits.mean_and_error(np.concatenate(single)), "unit": "dB"}
+        x = network(samples)
+        for array, values in ((total, x), (ratio, _psnr(x, network(e.source.read(places)))), (count, 1)):
+            np.add.at(array, places, values)
+    drawn = np.flatnonzero(count)
+    real, rows, repeats = network(e.source.read(drawn)), e.source.read_rows(drawn), e.num_images // e.num_real
+    result: dict[str, Any] = {**bits.mean_and_error(ratio[drawn] / count[drawn]), "unit": "dB"}
     if repeats > 1 and e.num_images % e.num_real == 0:
-        real = np.asarray(pixels.to_network(e.source.read(np.array(list(sums)))))
-        of_means = _psnr(np.stack(list(sums.values())) / repeats, real)
-        result["mean_of_samples"] = {"samples": repeats, **bits.mean_and_error(of_means)}
-    if of_conditions:
-        result["condition"] = bits.mean_and_error(np.concatenate(of_conditions)[: e.num_real])
+        result["mean_of_samples"] = {"samples": repeats, **bits.mean_and_error(_psnr(total / repeats, real))}
+    if conditioning.shape[-1] == experiment.image_shape[-1]:
+        condition = experiment.pixels.from_network(conditioning.to_network(conditioning.split(rows)[1]))
+        result["condition"] = bits.mean_and_error(_psnr(network(condition), real))
     return result | {"definition": e.definition("sampling", "reference")}
 
 

@@ -49,7 +49,7 @@ def with_guide(run: Run, options: SamplerOptions) -> Run:
 
     if meaning(guide.experiment) != meaning(run.experiment):
         raise UsageError(
-            f"--guide-with {options.guide_with} is a run of other images or conditions, another prediction or schedule; give one "
+            f"--guide-with {options.guide_with} is a run of other images, conditions or prediction, or another schedule; give one "
             "whose outputs mean the same"
         )
     if guide.experiment.num_classes not in (0, run.experiment.num_classes):
@@ -90,7 +90,7 @@ def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | 
             f"{options.guidance_rescale:g}; give a number, a first t that is not after the last, and a share from 0 to 1"
         )
 
-    def of(params: Any, labels: Any, condition: Any) -> Model:
+    def of(params: Any, labels: Any, condition: Any = None) -> Model:
         if options.guidance == 1:
             return experiment.model(params, labels=labels, condition=condition)
         both = None
