@@ -384,11 +384,16 @@ def _check_images(config: Config) -> None:
             f"train.turn=True turns images by 90 degrees, which needs a square, got data.image_size={data.image_size}; "
             "leave it out, or use one size for both sides"
         )
-    for name in ("condition_source", "condition_channels"):
-        if getattr(data, name) and data.condition != "paired":
+    of_pairs = {
+        "data.condition_source": data.condition_source,
+        "data.condition_channels": data.condition_channels,
+        "train.eval_condition_source": train.eval_condition_source,
+    }
+    for name, value in of_pairs.items():
+        if value and data.condition != "paired":
             raise ConfigError(
-                f"data.{name}={getattr(data, name)} is of paired conditions, got data.condition={data.condition}; leave it out, "
-                "or set data.condition=paired"
+                f"{name}={value} is of paired conditions, got data.condition={data.condition}; leave it out, or set "
+                "data.condition=paired"
             )
     if data.value_range is None:
         return

@@ -313,7 +313,7 @@ def sample(words: Sequence[str]) -> Sample:
     for options in (arguments, given):
         check_bounds(options)
     check_given(given)
-    if arguments.first_image + (arguments.num_images or 0) > LAST_IMAGE:
+    if arguments.first_image + (arguments.num_images or 1) > LAST_IMAGE:
         raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
     if given.interpolate and arguments.first_image:
         raise UsageError("--interpolate draws all of its images together; leave out --first-image")

@@ -49,8 +49,8 @@ def with_guide(run: Run, options: SamplerOptions) -> Run:
 
     if meaning(guide.experiment) != meaning(run.experiment):
         raise UsageError(
-            f"--guide-with {options.guide_with} is a run of other images, conditions or prediction, or another schedule; give one "
-            "whose outputs mean the same"
+            f"--guide-with {options.guide_with} is a run of other images, conditions or prediction, or another schedule; give "
+            "one whose outputs mean the same"
         )
     if guide.experiment.num_classes not in (0, run.experiment.num_classes):
         raise UsageError(
