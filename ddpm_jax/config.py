@@ -36,6 +36,9 @@ SCHEDULE = Choices(
     )
 )
 LOSS = Choices("ddpm_jax.diffusion.losses:LOSSES", "simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid")
+CONDITION = Choices(
+    "ddpm_jax.data.conditions:CONDITIONS", "none", "paired", "grey", "downsample2", "downsample4", "downsample8"
+)
 MOST_VALUE = 2.0**100  # of float32 images: beyond it, as for a range below its inverse, scaling over- or underflows
 RANGE = tyro.conf.arg(
     metavar="LOW HIGH",
@@ -62,6 +65,13 @@ class DataConfig:
     """1 for grey images, 3 for RGB; arrays may have any number."""
     value_range: Annotated[tuple[float, float] | None, RANGE] = None
     """Makes the images float32: the lowest and the highest value, which become -1 and 1 (see docs/data.md)."""
+    condition: Annotated[str, CONDITION] = "none"
+    """A picture that the network is given beside x_t: computed from each image, or paired with it (see docs/conditions.md)."""
+    condition_source: Annotated[str, MAY_CHANGE] = ""
+    """Where paired conditions come from: pictures with the images' names, or arrays in their order; empty: the array
+    `conditions` of the images' .npz file."""
+    condition_channels: Annotated[int, Bounds(0)] = 0
+    """Channels of paired conditions; 0: as many as the images'."""
     cache: Annotated[Literal["auto", "device", "host", "none"], MAY_CHANGE] = "auto"
     """Decode pictures once and keep them on the devices or in a file that the host maps; none: decode them at every step.
     auto: device up to 1 GiB, host up to 8 GiB, else none. Changes speed only."""
@@ -189,6 +199,8 @@ class TrainConfig:
     """Steps between two evaluations of the EMA parameters on held-out images, each at a checkpoint; 0: none."""
     eval_source: Annotated[str, MAY_CHANGE] = ""
     """The held-out images, as data.source names them: a test split, say."""
+    eval_condition_source: Annotated[str, MAY_CHANGE] = ""
+    """Their paired conditions, as data.condition_source names them."""
     eval_images: Annotated[int, Bounds(2), MAY_CHANGE] = 1024
     """How many of them, taken at equal distances, at least 2."""
     eval_samples: Annotated[int, Bounds(0), MAY_CHANGE] = 0
@@ -379,6 +391,17 @@ def _check_images(config: Config) -> None:
             f"train.turn=True turns images by 90 degrees, which needs a square, got data.image_size={data.image_size}; "
             "leave it out, or use one size for both sides"
         )
+    of_pairs = {
+        "data.condition_source": data.condition_source,
+        "data.condition_channels": data.condition_channels,
+        "train.eval_condition_source": train.eval_condition_source,
+    }
+    for name, value in of_pairs.items():
+        if value and data.condition != "paired":
+            raise ConfigError(
+                f"{name}={value} is of paired conditions, got data.condition={data.condition}; leave it out, or set "
+                "data.condition=paired"
+            )
     if data.value_range is None:
         return
     low, high = data.value_range

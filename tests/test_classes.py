@@ -363,7 +363,7 @@ def _bound_key():
 
 
 def test_evaluated_samples_have_the_classes_of_the_real_images(evaluation):
-    table = evaluation._table()
+    table = evaluation._tables()["labels"]
     np.testing.assert_array_equal(np.bincount(table), np.bincount(evaluation.source.labels))
     assert len(set(table[:30].tolist())) > 5  # also of the first few, though a folder is sorted by class
     generated = np.asarray(evaluation._samples().get(range(20))["images"], int)

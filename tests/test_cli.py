@@ -384,13 +384,14 @@ def test_workdir_of_another_config_is_refused_with_the_fields(refused, tmp_path)
 
 def test_workdir_takes_what_may_change(tmp_path):
     workdir = epath.Path(tmp_path / "run")
-    old = Config()
+    old = Config(data=DataConfig(condition="paired"))
     enter(workdir, old)
     assert read_config(workdir) == old
     values = configs.to_json(old)
     for name in changeable():
         section, field = name.split(".")
         texts = {"cache": "host", "on_bad_image": "skip", "source": "mine.npy"}
+        texts |= {"condition_source": "theirs.npy", "eval_condition_source": "others.npy"}
         texts |= {"eval_source": "other.npy", "eval_features": "pixels", "keep_best": "eval_fid"}
         values[section][field] = texts.get(field, field == "remat" or 4)
     new = configs.from_json(values)

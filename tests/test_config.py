@@ -464,7 +464,7 @@ def test_what_may_change_exists_and_computes_nothing():
         "train.adam_eps",
         "train.grad_clip",
     }
-    deciding |= {"model.num_classes", "train.label_dropout"}
+    deciding |= {"model.num_classes", "train.label_dropout", "data.condition", "data.condition_channels"}
     deciding |= {"train.ema_decay", "train.ema_warmup", "train.flip", "train.flip_ud", "train.turn", "train.init_from"}
     deciding |= {"train.ema_decays", "train.ema_widths"}
     assert deciding | changeable() == set(flatten(Config()))  # a new field is put into one of the two

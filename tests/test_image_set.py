@@ -291,7 +291,7 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
     open_set(tmp_path).close()
     there = content(tmp_path)
 
-    def generator(params, key, places, labels):
+    def generator(params, key, places):
         made.append(places.tolist())
         return None, np.zeros((3, len(places), 8, 8, 1), np.uint8)
 

@@ -34,6 +34,7 @@ def test_stated_names_are_those_of_the_table(choices):
 def test_every_table_is_among_them():
     assert {choices.table.split(":")[1] for choices in CHOICES} == {
         "BETAS",
+        "CONDITIONS",
         "LOSSES",
         "SAMPLERS",
         "SPACINGS",

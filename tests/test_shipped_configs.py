@@ -39,14 +39,18 @@ def abstract_run(config):
     state = jax.eval_shape(lambda: init_state(experiment(config), jax.random.key(0)))
     size, channels = config.data.image_size, config.data.channels
     x_t, t = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    output = jax.eval_shape(lambda p, x_t, t: experiment(config).model(p)(x_t, t), state.params, x_t, t)
+    conditioning = experiment(config).conditioning
+    condition = conditioning and jnp.zeros((1, size, size, conditioning.shape[-1]))
+    output = jax.eval_shape(
+        lambda p, x_t, t: experiment(config).model(p, condition=condition)(x_t, t), state.params, x_t, t
+    )
     return state, output
 
 
 @shipped
 def test_shipped_config_builds(path):
     config = load_config(str(path))
-    data = DataConfig(image_size=config.data.image_size, channels=config.data.channels)
+    data = DataConfig(image_size=config.data.image_size, channels=config.data.channels, condition=config.data.condition)
     d = config.diffusion
     deciding = Config(
         data=data,

@@ -18,8 +18,8 @@ from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import write_text
 from ddpm_jax.core.room import check_memory
-from ddpm_jax.generation.generator import build_sampler
 from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.generation.starts import build_sampler
 from ddpm_jax.training.experiment import Experiment
 
 
@@ -30,6 +30,7 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
     """
     check(config)
     check_plan(plan, compiling=compiling)
+    Experiment.from_config(config).check_unconditional("benchmark")
     for options, _, batch in _sampling(plan):
         build_sampler(Experiment.from_config(config).process, options)
         if not compiling and jax.default_backend() == "cpu":

@@ -24,8 +24,9 @@ from ddpm_jax.config import Config, check
 from ddpm_jax.core import sharding
 from ddpm_jax.data import batch_indices, make_feed, open_source
 from ddpm_jax.data.pictures import DecodedPictures, centre_box
-from ddpm_jax.generation.generator import build_sampler, make_generator, sample_key
+from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.generation.starts import build_sampler
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import abstract_state, init_sharded_state, make_train_step, one_step
 

@@ -21,8 +21,9 @@ from ddpm_jax.benchmark.programs import Row, image_shapes, memory
 from ddpm_jax.config import check
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError, first_line
-from ddpm_jax.generation.generator import build_sampler, make_generator, sample_key
+from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.generation.starts import build_sampler
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import abstract_state, make_train_step
 

@@ -18,7 +18,7 @@ from ddpm_jax.config import Config, check
 from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
 from ddpm_jax.evaluation.options import METRIC, Options, Preprocessing, check_options
-from ddpm_jax.generation.options import ANIMATION, LAST_IMAGE, Format, SamplerOptions
+from ddpm_jax.generation.options import ANIMATION, LAST_IMAGE, Format, GivenOptions, SamplerOptions, check_given
 from ddpm_jax.training.config_json import read_config
 from ddpm_jax.training.weights import WEIGHTS
 
@@ -61,6 +61,7 @@ class Parameters:
 
 
 ParametersGroup = Annotated[Parameters, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="parameter")]
+GivenGroup = Annotated[GivenOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="picture")]
 SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler")]
 
 
@@ -70,8 +71,8 @@ class Sample:
 
     workdir: Annotated[Positional, shown("WORKDIR")]
     """Folder of the run; or pretrained:NAME, such as pretrained:digits, or a file that convert export made."""
-    num_images: Annotated[int, Bounds(1, LAST_IMAGE)] = 64
-    """Number of images; image i of a seed does not depend on it."""
+    num_images: Annotated[int | None, Bounds(1, LAST_IMAGE), shown("INT", "64, or one for each picture given")] = None
+    """Number of images; image i of a seed does not depend on it, except with --interpolate."""
     first_image: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
     """Index of the first image, to make a set in several pieces."""
     seed: Annotated[int, Bounds(0, LAST_SEED)] = 0
@@ -89,6 +90,7 @@ class Sample:
     """Images computed together; changes speed only."""
     distributed: Flag = False
     """Join the other processes of a multi-host run (see docs/parallelism.md)."""
+    given: GivenGroup = field(default_factory=GivenOptions)
     sampler: SamplerGroup = field(default_factory=SamplerOptions)
     parameters: ParametersGroup = field(default_factory=Parameters)
 
@@ -309,9 +311,18 @@ def sample(words: Sequence[str]) -> Sample:
     """The command line of sample.py."""
     _check_given(words, "WORKDIR")
     arguments = tyro.cli(Sample, prog=program(), args=words)
-    check_bounds(arguments)
-    if arguments.first_image + arguments.num_images > LAST_IMAGE:
+    given = arguments.given
+    for options in (arguments, given):
+        check_bounds(options)
+    check_given(given)
+    if arguments.first_image + (arguments.num_images or 1) > LAST_IMAGE:
         raise UsageError(f"--first-image and --num-images go beyond image {LAST_IMAGE}; choose smaller ones")
+    if given.interpolate and arguments.first_image:
+        raise UsageError("--interpolate draws all of its images together; leave out --first-image")
+    if arguments.animation != "none" and (given.from_images or given.inpaint or given.interpolate):
+        raise UsageError(
+            "--animation shows the reverse process from noise alone; leave it out with pictures to start from"
+        )
     return arguments
 
 

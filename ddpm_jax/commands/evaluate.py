@@ -15,7 +15,7 @@ from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation
 from ddpm_jax.evaluation.features import PIXELS, Features, check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.figures import FOLDER, draw_figures, draw_samples
 from ddpm_jax.evaluation.inception_weights import HOW_TO_GET, inception_features, inception_path
-from ddpm_jax.evaluation.metrics import BITS, METRICS, WITHOUT_FEATURES, evaluate
+from ddpm_jax.evaluation.metrics import BITS, METRICS, ON_REQUEST, WITHOUT_FEATURES, evaluate
 from ddpm_jax.evaluation.program import program_features
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe
@@ -26,7 +26,9 @@ from ddpm_jax.training.workdir import Run, is_parameters, load_run
 def choose(run: Run, arguments: Evaluate) -> tuple[tuple[str, ...], Features]:
     """The metrics that are computed, and the features. Without Inception weights the default is what needs none."""
     metrics, batch_size, pixels = arguments.metrics, arguments.options.batch_size, run.experiment.pixels
-    offered = tuple(name for name in METRICS if pixels.value_range is None or name not in BITS)
+    offered = tuple(
+        name for name in METRICS if name not in ON_REQUEST and (pixels.value_range is None or name not in BITS)
+    )
     if arguments.features == "inception":
         if (metrics and set(metrics) - set(WITHOUT_FEATURES)) or sharding.first_decides(inception_path().exists):
             check_pictures(run.experiment)

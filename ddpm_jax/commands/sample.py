@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
@@ -9,10 +11,13 @@ from ddpm_jax.commands.arguments import Sample
 from ddpm_jax.core import sharding
 from ddpm_jax.generation.animation import write_animation
 from ddpm_jax.generation.generator import with_guide
+from ddpm_jax.generation.given import with_given
 from ddpm_jax.generation.image_set import generate_set
-from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.generation.options import GivenOptions, SamplerOptions
 from ddpm_jax.training.weights import file_part
 from ddpm_jax.training.workdir import folder_of_outputs, load_run
+
+NUM_IMAGES = 64  # if neither the command line nor pictures given say how many
 
 
 def default_name(step: int, arguments: Sample) -> str:
@@ -24,10 +29,21 @@ def default_name(step: int, arguments: Sample) -> str:
         if value != getattr(default, name):
             value = "-".join(map(str, value)) if isinstance(value, tuple) else value
             parts += [name, re.sub(r"[^\w.-]+", "-", str(value))]
+    for name, value in _given(arguments.given):
+        parts += [name, re.sub(r"[^\w.-]+", "-", value)]
     parts += ["seed", arguments.seed]
     if arguments.first_image:
         parts += ["from", arguments.first_image]
     return "_".join(map(str, parts))
+
+
+def _given(options: GivenOptions) -> Iterator[tuple[str, str]]:
+    """The options of given pictures that are no defaults, and the names of the pictures without their folders."""
+    for each in dataclasses.fields(options):
+        value, default = getattr(options, each.name), each.default
+        if value != default:
+            words = value if isinstance(value, tuple) else (str(value),)
+            yield each.name, "-".join(Path(word).name for word in words)
 
 
 def main(arguments: Sample) -> None:
@@ -35,8 +51,10 @@ def main(arguments: Sample) -> None:
     if arguments.distributed:
         sharding.start_processes()
     run = with_guide(load_run(arguments.workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
+    run = with_given(run, arguments.given, arguments.num_images)
     out = epath.Path(arguments.out or f"{folder_of_outputs(arguments.workdir)}/{default_name(run.step, arguments)}")
-    indices = range(arguments.first_image, arguments.first_image + arguments.num_images)
+    num_images = arguments.num_images or (run.given and run.given.count) or NUM_IMAGES
+    indices = range(arguments.first_image, arguments.first_image + num_images)
     generate_set(
         run,
         out,

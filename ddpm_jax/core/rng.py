@@ -34,6 +34,8 @@ class Purpose(enum.IntEnum):
     LABEL_DROPOUT = 7
     FLIP_UD = 8
     TURN = 9
+    FLOW = 10
+    DEQUANTISE = 11
 
 
 def root_key(seed: int) -> Key[Array, ""]:

@@ -22,7 +22,7 @@ Feed = Callable[[int, int], tuple[Any, Any]]
 def on_device(config: Config, source: Source) -> bool:
     """Whether the devices hold the data set: data.cache, where auto means up to 1 GiB."""
     if config.data.cache == "auto":
-        return source.images.nbytes <= DEVICE_CACHE_BYTES
+        return source.rows.nbytes <= DEVICE_CACHE_BYTES
     return config.data.cache == "device"
 
 
@@ -46,14 +46,15 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
     """
     batch_size, size = config.train.batch_size, len(source)
     layout, labels = sharding.split(mesh, axis=1), source.labels_of(config.model.num_classes)
+    rows = source.rows
 
     def indices(first_step, num_steps):
         return batch_indices(config.seed, first_step, num_steps, batch_size, size)
 
     if on_device(config, source):
         assert isinstance(source.images, np.ndarray)  # open_source has decoded it
-        room.check_devices(mesh.local_devices, source.images.nbytes, "the data set", "use --data.cache host")
-        dataset: Any = _put(source.images, sharding.replicated(mesh))
+        room.check_devices(mesh.local_devices, rows.nbytes, "the data set", "use --data.cache host")
+        dataset: Any = _put(rows, sharding.replicated(mesh))
         if labels is not None:
             dataset = dataset, _put(labels, sharding.replicated(mesh))
 
@@ -62,7 +63,7 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
         return places
 
-    dispatch = config.train.steps_per_dispatch * batch_size * source.images.nbytes // size
+    dispatch = config.train.steps_per_dispatch * batch_size * rows.nbytes // size
     room.check_memory(
         (1 + AHEAD) * dispatch * len(mesh.local_devices) // mesh.devices.size,
         f"reading {1 + AHEAD} dispatches ahead, of {config.train.steps_per_dispatch} batches of {batch_size} images each,",
@@ -74,15 +75,15 @@ def make_feed(config: Config, source: Source, mesh: Mesh) -> Feed:
 
         def read(part):  # one device's steps and indices; called for this process's devices only
             chosen = wanted[part[:2]]
-            return source.read(chosen.reshape(-1)).reshape(*chosen.shape, *source.images.shape[1:])
+            return source.read_rows(chosen.reshape(-1)).reshape(*chosen.shape, *rows.shape[1:])
 
-        batches = jax.make_array_from_callback((*wanted.shape, *source.images.shape[1:]), layout, read)
+        batches = jax.make_array_from_callback((*wanted.shape, *rows.shape[1:]), layout, read)
         return batches if labels is None else (batches, _put(labels[wanted], layout)), None
 
     return read_ahead(images, config.train.steps)
 
 
-def _put(array: np.ndarray, layout: NamedSharding) -> jax.Array:
+def _put(array: Any, layout: NamedSharding) -> jax.Array:
     """Puts an array on the devices. Each process puts its own devices' parts, since device_put refuses other processes'."""
     return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 

@@ -11,7 +11,7 @@ import os
 import posixpath
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.core.files import digest
 from ddpm_jax.data import idx, tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
+from ddpm_jax.data.conditions import PAIRED, Joined, in_order_of, source_of_conditions
 from ddpm_jax.data.folders import HIDDEN, find_files
 from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
 from ddpm_jax.data.pixels import Pixels
@@ -46,12 +47,14 @@ class Source:
         read_labels: () -> int (N,), or None if there are none.
         read_classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
+        conditions: Of data.condition=paired: (N, H, W, K), stored like the images.
     """
 
     images: np.ndarray | DecodedPictures
     read_labels: Callable[[], np.ndarray | None]
     identity: dict[str, str | int]
     read_classes: Callable[[], Sequence[str]] = tuple
+    conditions: np.ndarray | DecodedPictures | None = None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -60,6 +63,15 @@ class Source:
     def read(self, indices: np.ndarray) -> Shaped[np.ndarray, "n H W C"]:
         """The images at these indices, (n, H, W, C). Raises PictureError if one cannot be decoded."""
         return self.images[indices]
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray | DecodedPictures | Joined:
+        """What a training step is given: the images, and with paired conditions these as further channels."""
+        return self.images if self.conditions is None else Joined(self.images, self.conditions)
+
+    def read_rows(self, indices: np.ndarray) -> Shaped[np.ndarray, "n H W D"]:
+        """The rows at these indices. Raises PictureError if a picture cannot be decoded."""
+        return self.read(indices) if self.conditions is None else self.rows[indices]
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
@@ -88,11 +100,14 @@ class Source:
 
 
 class Arrays(NamedTuple):
-    """A source that holds arrays: uint8 or float32 images (N, H, W) or (N, H, W, C); labels int (N,) or None; classes' names."""
+    """A source that holds arrays: uint8 or float32 images (N, H, W) or (N, H, W, C); labels int (N,) or None; classes' names;
+    conditions like the images, or None.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     classes: Sequence[str] = ()
+    conditions: np.ndarray | None = None
 
 
 def digits(name: str) -> Arrays:
@@ -102,7 +117,7 @@ def digits(name: str) -> Arrays:
 
 
 def array_file(name: str) -> Arrays:
-    """The images of an .npy file, or the arrays `images` and (optional) `labels` and `classes` of an .npz file."""
+    """The images of an .npy file, or the arrays `images` and (optional) `labels`, `classes`, `conditions` of an .npz file."""
     if not os.path.isfile(name):
         raise UsageError(f"data.source={name!r} is not a file; give the path of an .npy or .npz file of images")
     try:
@@ -112,7 +127,7 @@ def array_file(name: str) -> Arrays:
         with content:
             needed = sum(entry.file_size for entry in content.zip.infolist() if entry.filename == "images.npy")
             room.check_memory(needed, f"the array images of {name}", "store it as an .npy file, which is mapped")
-            arrays = {key: content[key] for key in ("images", "labels", "classes") if key in content}
+            arrays = {key: content[key] for key in ("images", "labels", "classes", "conditions") if key in content}
     except UsageError:
         raise
     except Exception as error:  # a broken file raises almost anything
@@ -121,7 +136,8 @@ def array_file(name: str) -> Arrays:
         ) from None
     if "images" not in arrays:
         raise UsageError(f"{name} has the arrays {', '.join(content.files)}, expected one named images")
-    return Arrays(arrays["images"], arrays.get("labels"), [str(name) for name in arrays.get("classes", np.array([]))])
+    classes = [str(name) for name in arrays.get("classes", np.array([]))]
+    return Arrays(arrays["images"], arrays.get("labels"), classes, arrays.get("conditions"))
 
 
 def idx_file(name: str) -> Arrays:
@@ -202,24 +218,68 @@ SOURCES: dict[str, Callable[[str], Arrays | Pictures]] = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """Opens the source `data.source`, decoded once or at each read as `data.cache` says.
+    """Opens the source `data.source`, decoded once or at each read as `data.cache` says, with its paired conditions if any.
 
     Raises UsageError if it cannot be used. Bad pictures raise here only if they are decoded once.
     """
-    content = _read(config.source)
-    if isinstance(content, Arrays):
-        return _of_arrays(config, content)
-    if config.on_bad_image == "skip":
+    content = open_content(config.source)
+    if not isinstance(content, Arrays) and config.on_bad_image == "skip":
         before, content = len(content.names), without_bad(content, config.source)
         tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out; they cannot be decoded.")
+    source = _opened(config, content)
+    if config.condition != PAIRED:
+        return source
+    of_conditions = _opened(
+        source_of_conditions(config, config.condition_source or config.source), _read_conditions(config, content)
+    )
+    if len(of_conditions) != len(source):
+        raise UsageError(
+            f"data.source={config.source!r} has {len(source)} images, but there are {len(of_conditions)} conditions; give one "
+            "for each"
+        )
+    identity = source.identity | {"conditions": digest(of_conditions.identity)}
+    return replace(source, identity=identity, conditions=of_conditions.images)
+
+
+def _opened(config: DataConfig, content: Arrays | Pictures) -> Source:
+    if isinstance(content, Arrays):
+        return _of_arrays(config, content)
     images = decoded(content, config)
     once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
     return Source(decode_once(images) if once else images, content.labels, content.identity, content.classes)
 
 
+def _read_conditions(config: DataConfig, images: Arrays | Pictures) -> Arrays | Pictures:
+    """The paired conditions of the images, in their order."""
+    if not config.condition_source:
+        if isinstance(images, Arrays) and images.conditions is not None:
+            return Arrays(images.conditions, None)
+        raise UsageError(
+            f"data.condition=paired, but data.source={config.source!r} holds no conditions; name them with "
+            "data.condition_source, or give an .npz file with the arrays images and conditions"
+        )
+    content = open_content(config.condition_source)
+    if isinstance(content, Arrays) != isinstance(images, Arrays):
+        raise UsageError(
+            f"data.condition_source={config.condition_source!r} and data.source={config.source!r} are a file of arrays and "
+            "encoded pictures, which have no names in common; give two of one kind"
+        )
+    if isinstance(content, Arrays) or isinstance(images, Arrays):
+        return content
+    return in_order_of(images, content, f"data.condition_source={config.condition_source!r}")
+
+
+def open_conditions(config: DataConfig) -> Source:
+    """Opens `data.source` as conditions of the config's size and channels: an .npz file's array `conditions` if it has one."""
+    content = open_content(config.source)
+    if isinstance(content, Arrays) and content.conditions is not None:
+        content = Arrays(content.conditions, None)
+    return _opened(config, content)
+
+
 def open_pictures(source: str) -> Pictures:
     """The encoded pictures of a source. Raises UsageError for a source of arrays."""
-    content = _read(source)
+    content = open_content(source)
     if isinstance(content, Arrays):
         raise UsageError(f"{source} holds arrays, not encoded pictures; there is nothing to prepare or check")
     return content
@@ -283,12 +343,13 @@ def _near_names(name: str) -> list[str]:
     return near + [str(missing.parent / match) for match in difflib.get_close_matches(missing.name, beside, n=2)]
 
 
-def _read(name: str) -> Arrays | Pictures:
+def open_content(name: str) -> Arrays | Pictures:
+    """What a source holds, before it is decoded. Raises UsageError if there is none of this name."""
     return SOURCES[find_kind(name)](name)
 
 
 def _of_arrays(config: DataConfig, arrays: Arrays) -> Source:
-    name, (images, labels, classes) = config.source, arrays
+    name, (images, labels, classes, _) = config.source, arrays
     expected_type = Pixels(config.value_range).dtype
     if images.dtype != expected_type or images.ndim not in (3, 4) or len(images) == 0:
         remedy = "; float32 values need data.value_range" if images.dtype == np.float32 != expected_type else ""

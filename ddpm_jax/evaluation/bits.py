@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int, Key
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.diffusion.bound import bound_terms, prior_bits
 from ddpm_jax.training.experiment import Experiment
 
@@ -67,16 +66,16 @@ def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]
         edges: Edges of the strata of t (`strata`).
 
     Returns:
-        The compiled function: uint8 images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
-        of the mesh's devices, to arrays replicated on every device. With labels the bound is that of p(x_0 | label). An image's
-        draws depend on (key, its index) alone.
+        The compiled function: uint8 rows of a source (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a
+        multiple of the mesh's devices, to arrays replicated on every device. With labels or conditions the bound is that of
+        p(x_0 given them). An image's draws depend on (key, its index) alone.
     """
     process = experiment.process
 
     def bound(params, key, images, indices, labels=None):
-        model = experiment.model(params, labels=labels)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
-        x_0 = from_uint8(images)
+        x_0, condition = experiment.split(images)
+        model = experiment.model(params, labels=labels, condition=condition)
         ts = draw_times(key, indices, edges, process.schedule.T)
         terms = bound_terms(process, model, key, x_0, indices, ts, clip=True)
         return {"L_T": prior_bits(process.schedule, x_0), "bits": terms.bits, "mse": terms.mse}

@@ -30,6 +30,7 @@ from ddpm_jax.data.cache import cache_folder
 from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
+from ddpm_jax.evaluation.flow import TOLERANCE, check_flow, flow_keys, make_flow_bits
 from ddpm_jax.evaluation.options import Options, check_options
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
@@ -40,7 +41,8 @@ from ddpm_jax.generation.generator import (
     make_generator,
     sample_key,
 )
-from ddpm_jax.generation.labels import label_table, labels_at
+from ddpm_jax.generation.given import ConditionsOf, Tables, given_at
+from ddpm_jax.generation.labels import label_table
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run
@@ -137,7 +139,9 @@ class Evaluation:
         check_options(options)
         programs = Programs(run.experiment, run.mesh, sampler, terms=options.terms, guide=run.guide)
         data = run.config.data
-        source = open_source(dataclasses.replace(data, source=options.source or data.source))
+        if options.source:
+            data = dataclasses.replace(data, source=options.source, condition_source=options.condition_source)
+        source = open_source(data)
         model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
         folder = epath.Path(workdir) / EVALUATION
         evaluation = cls(programs, run.params, source, features, options, model=model, folder=folder)
@@ -159,8 +163,8 @@ class Evaluation:
         """Raises UsageError if bits/dim are not defined: the decoder of Eq. (13) is of 8-bit images."""
         if self.experiment.pixels.value_range is not None:
             raise UsageError(
-                "bits/dim (nll, rate-distortion) are of 8-bit images, which the decoder of Eq. (13) is made for, and "
-                "data.value_range makes these float32; leave out nll and rate-distortion"
+                "bits/dim (nll, rate-distortion, ode-nll) are of 8-bit images, which the decoder of Eq. (13) is made for, and "
+                "data.value_range makes these float32; leave out these metrics"
             )
 
     def check_distance(self) -> None:
@@ -216,6 +220,8 @@ class Evaluation:
             drawn |= {"guide": self.programs.guide.checkpoint}
         if self.labels is not None:
             drawn |= {"labels": list(sampler.labels) or self.source.identity}
+        if self.experiment.conditioning is not None:
+            drawn |= {"conditions": self.source.identity, "of_images": self.num_real}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
 
     def reference(self) -> dict[str, Any]:
@@ -224,7 +230,7 @@ class Evaluation:
         return {"source": name, "identity": self.source.identity, "images": self.num_real}
 
     def definition(self, *parts: str) -> dict[str, Any]:
-        """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses."""
+        """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses, flow."""
         drawn = {**self.model, "seed": self.options.seed, "T": self.experiment.process.schedule.T}
         values: dict[str, Callable[[], Any]] = {
             "sampling": lambda: {**self.sampling(), "images": self.num_images},
@@ -233,6 +239,7 @@ class Evaluation:
             "statistics": self._statistics,
             "bound": lambda: {**drawn, "terms": len(self.edges) - 1},
             "losses": lambda: drawn,
+            "flow": lambda: {**drawn, "tolerance": TOLERANCE},
         }
         return {**{name: values[name]() for name in parts}, "batch_size": self.batch_size, "software": self.software}
 
@@ -247,12 +254,22 @@ class Evaluation:
     # ---- Computation, part by part
 
     @once
-    def _table(self) -> np.ndarray | None:
-        """The samples' labels: those of the real images in a random order, so that every class has its share of any number."""
-        words = self.programs.sampler.labels
+    def _tables(self) -> Tables:
+        """What samples are drawn with: the labels of the real images in a random order, so that every class has its share of any
+        number; with conditions both of the images that count.
+        """
+        words, conditioning, tables = self.programs.sampler.labels, self.experiment.conditioning, dict[str, Any]()
+        count = len(self.source) if conditioning is None else self.num_real
+        order = epoch_order(self.options.seed, 0, count)
         if self.labels is None or words:
-            return label_table(words, self.experiment.num_classes, self.source.read_classes())
-        return self.labels[epoch_order(self.options.seed, 0, len(self.labels))]
+            labels = label_table(words, self.experiment.num_classes, self.source.read_classes())
+        else:
+            labels = self.labels[order]
+        if labels is not None:
+            tables["labels"] = labels
+        if conditioning is not None:
+            tables["conditions"] = ConditionsOf(conditioning, self.source, order)
+        return tables
 
     @once
     def _samples(self) -> Parts:
@@ -265,7 +282,7 @@ class Evaluation:
                 [whole],
                 batch_size=self.batch_size,
                 num_devices=self.mesh.devices.size,
-                labels=self._table(),
+                given=self._tables(),
             )
             return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
 
@@ -322,16 +339,33 @@ class Evaluation:
         """The training loss of each real image in each quarter of t, float (N, 4)."""
         return self._of_real(self.programs.quarter_losses, "losses", title="losses")["losses"]
 
+    @once
+    def flow(self) -> Arrays:
+        """Bits/dim of each real image by the probability-flow ODE. Raises as `check_bits` and `check_flow`."""
+        self.check_bits()
+        check_flow(self.experiment)
+        compiled, keys = make_flow_bits(self.experiment, self.mesh), flow_keys(self.options.seed)
+        return self._of_real(
+            lambda params, _, *given, **labels: compiled(params, keys, *given, **labels), "flow", title="ODE"
+        )
+
+    def restored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Places of real images, and samples that are drawn of their conditions (n, H, W, C), part by part."""
+        conditions, done = self._tables()["conditions"], 0
+        for part in self._samples().each(self.num_images, self.batch_size, title="samples"):
+            places = np.arange(done, done + len(part["images"])) % len(conditions)
+            yield conditions.order[places], part["images"]
+            done += len(places)
+
     def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
         """The results of a compiled program on the real images, part by part."""
         key = bits.bound_key(self.options.seed)
 
         def compute(part: range) -> Arrays:
             indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
-            labels = labels_at(self.labels, indices)  # of the padding: any
-            return in_one_shape(
-                lambda i: compiled(self.params, key, i, indices, labels), self.read(part), self.batch_size
-            )
+            labels = given_at({} if self.labels is None else {"labels": self.labels}, indices)  # of the padding: any
+            rows = self.source.read_rows(np.arange(part.start, part.stop))
+            return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
         parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
         return parts.all(self.num_real, self.batch_size, title=title)

@@ -6,7 +6,8 @@ add it to `EVALUATORS`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,12 +42,21 @@ def open_held_out(experiment: Experiment) -> Source:
     Raises UsageError if the source cannot be read, or has fewer than two images.
     """
     config = experiment.config
-    source = open_source(dataclasses.replace(config.data, source=config.train.eval_source))
+    train = config.train
+    source = open_source(
+        dataclasses.replace(config.data, source=train.eval_source, condition_source=train.eval_condition_source)
+    )
     if len(source) < 2:
         raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
     labels = source.labels_of(config.model.num_classes)
-    chosen = None if labels is None else labels[_spaced(source, config.train.eval_images)]
-    return Source(spread(source, config.train.eval_images), lambda: chosen, source.identity)
+    places = _spaced(source, config.train.eval_images)
+    chosen = None if labels is None else labels[places]
+    return Source(
+        spread(source, config.train.eval_images),
+        lambda: chosen,
+        source.identity,
+        conditions=None if source.conditions is None else source.conditions[places],
+    )
 
 
 def spread(source: Source, count: int) -> Shaped[np.ndarray, "n H W C"]:
@@ -60,45 +70,65 @@ def _spaced(source: Source, count: int) -> Int[np.ndarray, " n"]:
 
 
 class SampleGrid:
-    """Draws the first train.num_samples images of the run's seed.
+    """Draws the first train.num_samples images of the run's seed; with conditions, of those of `source`, which stand beside.
 
     While the EMA still holds much of the initial parameters, the raw parameters draw them too, and a note says so.
     """
 
     name, doing = "samples", "drawing the grid"
 
-    def __init__(self, programs: Programs, classes: Sequence[str] = ()):
-        self.every = programs.experiment.config.train.sample_every
-        self._programs, self._classes = programs, classes
+    def __init__(self, programs: Programs, source: Source):
+        experiment = programs.experiment
+        self.every, self._count = experiment.config.train.sample_every, experiment.config.train.num_samples
+        self._programs, self._experiment, self._classes = programs, experiment, source.read_classes()
+        self._tables: dict[str, Any] = {}
+        if experiment.conditioning is not None and self.every:
+            places = _spaced(source, self._count)
+            self._tables["conditions"] = np.asarray(experiment.conditioning.split(source.read_rows(places))[1])
+            labels = source.labels_of(experiment.num_classes)
+            self._tables |= {} if labels is None else {"labels": labels[places]}
 
     def __call__(self, state: TrainState) -> Findings:
         """The images, as the picture `samples`; beside those of the raw parameters, where these are drawn too."""
         images, step = self._draw(state.ema_params), int(state.step)
-        note = ema.note(self._programs.experiment.config.train, step)
+        note = ema.note(self._experiment.config.train, step)
+        sheets = [self._sheet(images)] if note or self._experiment.num_classes or self._tables else []
+        if self._tables:
+            sheets = [self._conditions(), *sheets]
         if note:
             if jax.process_index() == 0:
                 tqdm.write(f"Note: the grid shows EMA (left) and raw parameters (right), since {note}.")
-            return Findings({}, {self.name: beside(self._sheet(images), self._sheet(self._draw(state.params)))[None]})
-        return Findings({}, {self.name: self._sheet(images)[None] if self._programs.experiment.num_classes else images})
+            sheets.append(self._sheet(self._draw(state.params)))
+        return Findings({}, {self.name: functools.reduce(beside, sheets)[None] if sheets else images})
 
     def _sheet(self, images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w C"]:
         """The images side by side; with classes their names too."""
-        if not self._programs.experiment.num_classes:
+        if not self._experiment.num_classes or self._tables:
             return grid(images)
-        return class_grid(images, np.arange(len(images)) % self._programs.experiment.num_classes, self._classes)
+        return class_grid(images, np.arange(len(images)) % self._experiment.num_classes, self._classes)
+
+    def _conditions(self) -> UInt8[np.ndarray, "h w C"]:
+        """The conditions side by side, with as many channels as the samples' sheet."""
+        pixels, conditioning = self._experiment.pixels, self._experiment.conditioning
+        assert conditioning is not None
+        stored = pixels.from_network(conditioning.to_network(self._tables["conditions"]))
+        sheet = grid(pixels.to_pictures(np.asarray(stored)))
+        channels = 3 if self._experiment.image_shape[-1] >= 3 else 1
+        return sheet[..., : channels if sheet.shape[-1] > 1 else 1].repeat(
+            channels if sheet.shape[-1] == 1 else 1, axis=-1
+        )
 
     def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
-        config, devices = self._programs.experiment.config, self._programs.mesh.devices.size
-        count = config.train.num_samples
         batches = generate_batches(
             self._programs.generate,
             params,
-            sample_key(config.seed),
-            [range(count)],
-            batch_size=count,
-            num_devices=devices,
+            sample_key(self._experiment.config.seed),
+            [range(self._count)],
+            batch_size=self._count,
+            num_devices=self._programs.mesh.devices.size,
+            given=self._tables,
         )
-        return self._programs.experiment.pixels.to_pictures(np.concatenate([images for _, images in batches]))
+        return self._experiment.pixels.to_pictures(np.concatenate([images for _, images in batches]))
 
 
 class HeldOut:
@@ -163,7 +193,7 @@ def eval_of(config: Config, source: Source, held_out: Source) -> str:
 
 
 EVALUATORS: dict[str, Callable[[Programs, Source, Source | None], Evaluator | None]] = {
-    "samples": lambda programs, source, held_out: SampleGrid(programs, source.read_classes()),
+    "samples": lambda programs, source, held_out: SampleGrid(programs, source),
     "held_out": lambda programs, source, held_out: None if held_out is None else HeldOut(programs, source, held_out),
 }
 

@@ -36,18 +36,23 @@ COLUMNS = 8
 FOLDER = "figures"
 
 
-def chain_of(run: Run, *, seed: int) -> Chain:
+def chain_of(run: Run, *, seed: int, rows: np.ndarray | None = None) -> Chain:
     """The run's ancestral chain, compiled once for all figures.
 
-    Of a run with classes it is of no class, or, where the network does not know that, of the first.
+    Of a run with classes it is of no class, or, where the network does not know that, of the first. Of one with conditions it is
+    of the condition of the first of a source's rows.
     """
     experiment, key = run.experiment, sample_key(seed)
     sampler = ancestral(experiment.process, np.arange(experiment.process.schedule.T))
 
     labels = 0 if experiment.num_classes and not experiment.config.train.label_dropout else None
 
+    condition = None if experiment.conditioning is None else experiment.split(rows)[1]
+
     def steps(params, indices, x, first, last):
-        return advance(sampler, experiment.model(params, labels=labels), key, indices, x, first, last)
+        return advance(
+            sampler, experiment.model(params, labels=labels, condition=condition), key, indices, x, first, last
+        )
 
     return Chain(sampler, key, experiment.image_shape, functools.partial(jax.jit(steps), run.params))
 
@@ -106,13 +111,14 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
     results: of the metrics; its `nearest` gives the nearest real images.
     """
     samples, pixels = evaluation.first_samples(), run.experiment.pixels
-    chain, schedule = chain_of(run, seed=evaluation.options.seed), run.experiment.process.schedule
+    chain = chain_of(run, seed=evaluation.options.seed, rows=evaluation.source.read_rows(np.arange(1)))
+    schedule = run.experiment.process.schedule
     pictures = {
         "samples": _sheet(pixels.to_pictures(samples)),
         "progressive": grid(progressive(chain), columns=min(10, schedule.T)),
         "shared_latents": grid(shared(chain), columns=COLUMNS),
     }
-    if evaluation.num_real >= 2:
+    if evaluation.num_real >= 2 and run.experiment.conditioning is None:  # whose condition would it be?
         real = pixels.to_network(evaluation.read(range(2)))
         pictures["interpolation"] = grid(interpolation(chain, schedule, real), columns=COLUMNS)
     for name, found in results.get("nearest", {}).get("nearest", {}).items():

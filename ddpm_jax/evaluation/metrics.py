@@ -93,6 +93,55 @@ def losses(e: Evaluation) -> dict[str, Any]:
     return {**mean, "quarters": quarters, "definition": e.definition("losses", "reference")}
 
 
+def ode_nll(e: Evaluation) -> dict[str, Any]:
+    """Bits/dim by the probability-flow ODE, an upper bound since the 8 bits are dequantised by uniform noise."""
+    found = e.flow()
+    return {
+        **bits.mean_and_error(found["bits"].astype(np.float64)),
+        "unit": "bits/dim",
+        "evaluations": float(found["evaluations"].mean()),
+        "definition": e.definition("flow", "reference"),
+    }
+
+
+def _psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """10 log10 of the squared range over the mean squared error of each image. Both in [-1, 1]."""
+    mse = ((images - others) ** 2).mean(axis=(1, 2, 3), dtype=np.float64)
+    return 10 * np.log10(4 / np.maximum(mse, 1e-10))  # at most 106 dB, for equal images
+
+
+def psnr(e: Evaluation) -> dict[str, Any]:
+    """The peak signal-to-noise ratio, in dB, of samples to the real images whose conditions they are drawn of.
+
+    The mean of several samples of an image is nearer to it than each of them: its ratio is given too where there are as many
+    samples as several times the images. So is that of the condition, brought to the image's size, where it has its channels.
+    """
+    experiment, conditioning = e.experiment, e.experiment.conditioning
+    if conditioning is None:
+        raise UsageError(
+            "psnr compares samples with the images of their conditions, and this run has none; leave it out"
+        )
+
+    def network(stored: Any) -> np.ndarray:
+        return np.asarray(experiment.pixels.to_network(stored))
+
+    total = np.zeros((e.num_real, *experiment.image_shape))
+    ratio, count = np.zeros(e.num_real), np.zeros(e.num_real, int)
+    for places, samples in e.restored():
+        x = network(samples)
+        for array, values in ((total, x), (ratio, _psnr(x, network(e.source.read(places)))), (count, 1)):
+            np.add.at(array, places, values)
+    drawn = np.flatnonzero(count)
+    real, rows, repeats = network(e.source.read(drawn)), e.source.read_rows(drawn), e.num_images // e.num_real
+    result: dict[str, Any] = {**bits.mean_and_error(ratio[drawn] / count[drawn]), "unit": "dB"}
+    if repeats > 1 and e.num_images % e.num_real == 0:
+        result["mean_of_samples"] = {"samples": repeats, **bits.mean_and_error(_psnr(total / repeats, real))}
+    if conditioning.shape[-1] == experiment.image_shape[-1]:
+        condition = experiment.pixels.from_network(conditioning.to_network(conditioning.split(rows)[1]))
+        result["condition"] = bits.mean_and_error(_psnr(network(condition), real))
+    return result | {"definition": e.definition("sampling", "reference")}
+
+
 def rate_distortion(e: Evaluation) -> dict[str, Any]:
     """The rate-distortion curve, and a table at each tenth of the reverse process."""
     rows = bits.rate_distortion(e.drawn(), e.edges)
@@ -131,6 +180,8 @@ METRICS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "prdc": prdc,
     "nll": nll,  # all T for each real image
     "rate-distortion": rate_distortion,
+    "psnr": psnr,  # a chain for each sample
+    "ode-nll": ode_nll,  # some hundred evaluations, and as many gradients, for each real image
 }
 # Metric, or a number of `prdc` -> its full name, and whether "lower" or "higher" is better; "" where neither is.
 DESCRIPTIONS: dict[str, tuple[str, str]] = {
@@ -146,9 +197,12 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "nll": ("Bits per dimension", "lower"),
     "rate-distortion": ("Rate and distortion", ""),
     "nearest": ("Nearest real images", ""),
+    "psnr": ("Peak signal-to-noise ratio", "higher"),
+    "ode-nll": ("Bits per dimension by the ODE", "lower"),
 }
-WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion")
-BITS = ("nll", "rate-distortion")  # of 8-bit images
+WITHOUT_FEATURES = ("losses", "nearest", "nll", "rate-distortion", "psnr", "ode-nll")
+ON_REQUEST = ("psnr", "ode-nll")  # not computed by a command that names no metric
+BITS = ("nll", "rate-distortion", "ode-nll")  # of 8-bit images
 
 
 def step_of(result: dict[str, Any]) -> int:
@@ -169,7 +223,7 @@ def said_weights(result: dict[str, Any]) -> list[str]:
 
 def _model_of(result: dict[str, Any]) -> dict[str, Any]:
     definition = result["definition"]
-    return definition.get("sampling") or definition.get("bound") or definition["losses"]
+    return next(definition[name] for name in ("sampling", "bound", "flow", "losses") if name in definition)
 
 
 def file_name(result: dict[str, Any]) -> str:

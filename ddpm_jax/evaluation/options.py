@@ -10,7 +10,17 @@ from ddpm_jax.core.options import LAST_SEED, Bounds, Choices, check_bounds
 from ddpm_jax.generation.options import LAST_IMAGE
 
 METRIC = Choices(
-    "ddpm_jax.evaluation.metrics:METRICS", "losses", "nearest", "is", "kid", "fid", "prdc", "nll", "rate-distortion"
+    "ddpm_jax.evaluation.metrics:METRICS",
+    "losses",
+    "nearest",
+    "is",
+    "kid",
+    "fid",
+    "prdc",
+    "nll",
+    "rate-distortion",
+    "psnr",
+    "ode-nll",
 )
 Preprocessing = Literal["tensorflow", "pytorch-fid"]
 
@@ -33,6 +43,8 @@ class Options:
     """Images computed together, and kept as one part if the process is killed."""
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: the run's own)")] = ""
     """The real images, as data.source names them: a test split, say."""
+    condition_source: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: none)")] = ""
+    """Their paired conditions, as data.condition_source names them."""
     statistics: Annotated[str, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = ""
     """An .npz file of mu and sigma of real images' features that the Fréchet distance is taken from, instead of the source."""
 
@@ -40,5 +52,7 @@ class Options:
 def check_options(options: Options) -> None:
     """Raises UsageError for numbers that are too small or too large."""
     check_bounds(options)
+    if options.condition_source and not options.source:
+        raise UsageError("--condition-source is of the images of --source; give both, or leave it out")
     if options.bootstrap == 1:
         raise UsageError("--bootstrap 1 has no spread; use 0 for none, or 2 or more")

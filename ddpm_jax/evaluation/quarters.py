@@ -22,17 +22,17 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dic
         mesh: The devices that the batch is split over.
 
     Returns:
-        The compiled function: stored images (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a multiple
-        of the mesh's devices, to float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by (key, its
-        index) alone. There is no dropout and no flip.
+        The compiled function: rows of a source (B, H, W, C), their indices (B,) and, with classes, their labels (B,), B a
+        multiple of the mesh's devices, to float (B, 4). Each image draws one t from each quarter of 0 .. T-1, and noise, by
+        (key, its index) alone. There is no dropout and no flip.
     """
     T = experiment.process.schedule.T
     edges = np.arange(QUARTERS + 1) * T // QUARTERS
 
     def quarter_losses(params, key, images, indices, labels=None):
-        model = experiment.model(params, labels=labels)
         images, indices = jax.lax.with_sharding_constraint((images, indices), sharding.split(mesh))
-        x_0, keys = experiment.pixels.to_network(images), rng.image_keys(key, indices)
+        x_0, condition = experiment.split(images)
+        model, keys = experiment.model(params, labels=labels, condition=condition), rng.image_keys(key, indices)
 
         def body(carry, t):
             return carry, experiment.loss(model, x_0, t, rng.image_normal(keys, t, x_0.shape[1:]))

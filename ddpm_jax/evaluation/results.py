@@ -68,6 +68,12 @@ def describe(result: dict[str, Any]) -> str:
         decimals = len(value.partition(".")[2])
         parts = ", ".join(f"{name} {plain(part['value'], decimals=decimals)}" for name, part in result["parts"].items())
         return f"{value}{f' ± {spread}' if spread else ''} bits/dim ({parts})"
+    if metric == "ode-nll":
+        return f"{_number(result)} bits/dim"
+    if metric == "psnr":
+        others = {"the condition": result.get("condition"), "the mean of samples": result.get("mean_of_samples")}
+        said = ", ".join(f"{name} {_number(other)}" for name, other in others.items() if other)
+        return f"{_number(result)} dB{f' ({said})' if said else ''}"
     if metric == "rate-distortion":
         rate, distortion, rmse = (plain(result[name]) for name in ("rate", "distortion_bits", "rmse"))
         return f"rate {rate}, distortion {distortion} bits/dim, RMSE {rmse} of 255"
@@ -86,6 +92,8 @@ def made_of(result: dict[str, Any]) -> str:
         )
     if bound := definition.get("bound"):
         said.append(f"{bound['terms']:,} of {bound['T'] - 1:,} terms between L_T and L_0, seed {bound['seed']}")
+    if flow := definition.get("flow"):
+        said.append(f"steps of tolerance {flow['tolerance']:g}, seed {flow['seed']}")
     if features := definition.get("features"):
         said.append(features)
     real = definition.get("reference") or definition.get("statistics")

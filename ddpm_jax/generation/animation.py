@@ -11,10 +11,12 @@ from jaxtyping import UInt8
 from ddpm_jax.core import sharding
 from ddpm_jax.core.files import sole_writer, write_bytes
 from ddpm_jax.data.sheets import enlarge, grid, to_pil
-from ddpm_jax.generation.generator import build_sampler, generator_of, parameters, sample_key
-from ddpm_jax.generation.labels import label_table, labels_at
+from ddpm_jax.generation.generator import generator_of, parameters, sample_key
+from ddpm_jax.generation.given import given_at
+from ddpm_jax.generation.image_set import tables_of
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.generation.set_mark import add_to_list, is_listed
+from ddpm_jax.generation.starts import build_sampler
 from ddpm_jax.training.workdir import Run
 
 FRAMES, MILLISECONDS, LAST_MILLISECONDS = 50, 80, 2000
@@ -56,7 +58,6 @@ def _seen(
     watch = np.unique(np.linspace(0, rows - 1, min(FRAMES, rows)).round().astype(int)).tolist()
     padded = sharding.round_up(count, run.mesh.devices.size)
     places = np.arange(indices.start, indices.start + padded, dtype=np.int32)
-    labels = label_table(options.labels, run.experiment.num_classes, run.classes)
     generate = generator_of(run, options, watch=watch)
-    _, x_t = generate(parameters(run), sample_key(seed), places, labels_at(labels, places))
+    _, x_t = generate(parameters(run), sample_key(seed), places, **given_at(tables_of(run, options), places))
     return run.experiment.pixels.to_pictures(np.asarray(x_t)[:, :count])

@@ -16,32 +16,15 @@ from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.core.room import check_devices
-from ddpm_jax.diffusion.process import Process
-from ddpm_jax.generation.labels import Table, labels_at
-from ddpm_jax.generation.options import SamplerOptions
-from ddpm_jax.sampling import Model, Sampler, draw_x_T, make_sampler, reverse
+from ddpm_jax.generation.given import Tables, given_at
+from ddpm_jax.generation.options import GivenOptions, SamplerOptions
+from ddpm_jax.generation.starts import make_start
+from ddpm_jax.sampling import Model
 from ddpm_jax.sampling.guidance import guide
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.workdir import Run, load_run
 
-Generate = Callable[..., Any]  # (params, key, indices, labels) -> images
-
-
-def build_sampler(process: Process, options: SamplerOptions) -> Sampler:
-    """The sampler of these options. Raises UsageError if they do not go together."""
-    if options.steps == ():
-        raise UsageError("--steps has no value; give one, or leave it out for all steps")
-    try:
-        return make_sampler(
-            process,
-            options.sampler,
-            steps=options.steps or (),
-            spacing=options.spacing,
-            eta=options.eta,
-            clip={"static": True, "none": False, "dynamic": 0.995}[options.clip],
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+Generate = Callable[..., Any]  # (params, key, indices, labels, conditions=) -> images
 
 
 def sample_key(seed: int) -> Key[Array, ""]:
@@ -62,12 +45,12 @@ def with_guide(run: Run, options: SamplerOptions) -> Run:
 
     def meaning(experiment: Experiment) -> tuple[Any, ...]:
         process = experiment.process
-        return experiment.image_shape, process.prediction, process.schedule.betas.tolist()
+        return experiment.image_shape, experiment.conditioning, process.prediction, process.schedule.betas.tolist()
 
     if meaning(guide.experiment) != meaning(run.experiment):
         raise UsageError(
-            f"--guide-with {options.guide_with} is a run of other images, another prediction or another schedule; give one whose "
-            "outputs mean the same"
+            f"--guide-with {options.guide_with} is a run of other images, conditions or prediction, or another schedule; give "
+            "one whose outputs mean the same"
         )
     if guide.experiment.num_classes not in (0, run.experiment.num_classes):
         raise UsageError(
@@ -82,13 +65,13 @@ def parameters(run: Run) -> Any:
 
 
 def generator_of(run: Run, options: SamplerOptions, *, watch: Sequence[int] = ()) -> Generate:
-    """`make_generator` for a run and its guide."""
-    other = None if run.guide is None else run.guide.experiment
-    return make_generator(run.experiment, run.mesh, options, watch=watch, other=other)
+    """`make_generator` for a run, its guide and the pictures given to it."""
+    other, given = None if run.guide is None else run.guide.experiment, None if run.given is None else run.given.options
+    return make_generator(run.experiment, run.mesh, options, watch=watch, other=other, given=given)
 
 
 def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | None) -> Callable[..., Model]:
-    """(params, labels) -> the model that is sampled: of the labels' classes, guided as the options say.
+    """(params, labels, condition) -> the model that is sampled: of the classes and conditions, guided as the options say.
 
     other: the experiment of `guide_with`; params is then a pair, of the experiment's and the other's. Raises UsageError if
     there is nothing to guide by.
@@ -107,24 +90,25 @@ def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | 
             f"{options.guidance_rescale:g}; give a number, a first t that is not after the last, and a share from 0 to 1"
         )
 
-    def of(params: Any, labels: Any) -> Model:
+    def of(params: Any, labels: Any, condition: Any = None) -> Model:
         if options.guidance == 1:
-            return experiment.model(params, labels=labels)
+            return experiment.model(params, labels=labels, condition=condition)
         both = None
         if other is None:
-            null = experiment.model(params)
+            null = experiment.model(params, condition=condition)
             # Each image beside its twin without a class, so that both are on one device.
             pairs = jnp.stack([labels, jnp.full_like(labels, experiment.null_label)], axis=1).reshape(-1)
-            doubled = experiment.model(params, labels=pairs)
+            twice = None if condition is None else condition.repeat(2, axis=0)
+            doubled = experiment.model(params, labels=pairs, condition=twice)
 
             def both(x_t, t):
                 output = doubled(x_t.repeat(2, axis=0), t.repeat(2, axis=0))
                 return output[0::2], output[1::2]
         else:
             params, others = params
-            null = other.model(others, labels=labels if other.num_classes else None)
+            null = other.model(others, labels=labels if other.num_classes else None, condition=condition)
         return guide(
-            experiment.model(params, labels=labels),
+            experiment.model(params, labels=labels, condition=condition),
             null,
             options.guidance,
             interval=options.guidance_interval,
@@ -142,8 +126,9 @@ def make_generator(
     *,
     watch: Sequence[int] = (),
     other: Experiment | None = None,
+    given: GivenOptions | None = None,
 ) -> Generate:
-    """Compiles (params, key, indices, labels) -> images: the whole reverse chain, one program for each batch size B.
+    """Compiles (params, key, indices, labels, conditions, ...) -> images: the reverse chain, one program for each batch size B.
 
     Args:
         experiment: The experiment of the parameters.
@@ -151,25 +136,31 @@ def make_generator(
         options: How images are drawn; default the paper's Algorithm 2 over all steps.
         watch: Rows of the sampler after which x_t is returned.
         other: The experiment of the run that guides (`guided`).
+        given: What is done with pictures given; they are further arguments by name, the rows of `Given.tables`.
 
     Returns:
         The compiled function: indices int (B,) to images (B, H, W, C), uint8 or float32 as the data set's, replicated on every
-        device. Of an experiment with classes, labels are int (B,), by default all classes in turn. With `watch` it returns
-        (images, x_t), with x_t (len(watch), B, H, W, C) of the same type.
+        device. Of an experiment with classes, labels are int (B,), by default all classes in turn; with conditions, these are
+        given as they are stored, (B, h, w, K). With `watch` it returns (images, x_t), with x_t (len(watch), B, H, W, C) of the
+        same type.
 
     Raises:
         UsageError: For options that do not go together.
     """
     options = SamplerOptions() if options is None else options
-    sampler, model = build_sampler(experiment.process, options), guided(experiment, options, other)
+    start, model = make_start(experiment, options, given), guided(experiment, options, other)
 
-    def generate(params, key, indices, labels=None):
-        indices = jax.lax.with_sharding_constraint(indices, sharding.split(mesh))
+    def generate(params, key, indices, labels=None, conditions=None, **tables):
+        indices, conditions, tables = jax.lax.with_sharding_constraint(
+            (indices, conditions, tables), sharding.split(mesh)
+        )
         if experiment.num_classes:
             labels = indices % experiment.num_classes if labels is None else labels
             labels = jax.lax.with_sharding_constraint(labels, sharding.split(mesh))
-        x_T = draw_x_T(key, indices, experiment.image_shape)
-        x, seen = reverse(sampler, model(params, labels), key, indices, x_T, watch=watch)
+        condition = conditions
+        if conditions is not None and experiment.conditioning is not None:
+            condition = experiment.conditioning.to_network(conditions)
+        x, seen = start(model(params, labels, condition), key, indices, watch, **tables)
         stored = experiment.pixels.from_network
         return (stored(x), stored(seen.x)) if len(watch) else stored(x)
 
@@ -218,17 +209,17 @@ def generate_batches(
     *,
     batch_size: int,
     num_devices: int,
-    labels: Table | None = None,
+    given: Tables | None = None,
 ) -> Iterator[tuple[range, Shaped[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 
-    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. labels: the table
-    of `label_table`.
+    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. given: what
+    images are drawn with, by the generator's argument.
     """
     size, waiting = sharding.round_up(batch_size, num_devices), None
     for part in ranges:
         indices = np.arange(part.start, part.start + size, dtype=np.int32)
-        images = generate(params, key, indices, labels_at(labels, indices))
+        images = generate(params, key, indices, **given_at(given or {}, indices))
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
         waiting = part, images

@@ -386,11 +386,20 @@ def choose_format(experiment: Experiment, format: Format | None) -> Format:
     return format or "npy"
 
 
+def tables_of(run: Run, options: SamplerOptions) -> dict[str, Any]:
+    """What the images of a run are drawn with, by the generator's argument."""
+    labels = label_table(options.labels, run.experiment.num_classes, run.classes)
+    given = {} if run.given is None else run.given.tables
+    return {**given} if labels is None else {**given, "labels": labels}
+
+
 def _definition(run: Run, options: SamplerOptions, labels: Table | None) -> dict[str, Any]:
     """What the images of any seed depend on."""
     values = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights, **options.definition()}
     if run.guide is not None:
         values["guide"] = run.guide.checkpoint
+    if run.given is not None:
+        values |= {"given": run.given.definition}
     if labels is not None:
         values["labels"] = labels.tolist() if len(labels) <= MOST_LABELS else digest(labels.tolist())
     return values
@@ -413,7 +422,8 @@ def generate_set(
     together.
     """
     experiment, format = run.experiment, choose_format(run.experiment, format)
-    generator, labels = generator_of(run, options), label_table(options.labels, experiment.num_classes, run.classes)
+    generator, tables = generator_of(run, options), tables_of(run, options)
+    labels = tables.get("labels")
     devices = run.mesh.devices.size
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
     # The rounded batch size: with another number of devices the parts could overlap.
@@ -440,7 +450,7 @@ def generate_set(
             parts,
             batch_size=size,
             num_devices=devices,
-            labels=labels,
+            given=tables,
         )
         before = len(indices) - sum(len(indices[gap.start * size : gap.stop * size]) for gap in gaps)
         with tqdm(total=len(indices), initial=before, unit="image", disable=images is None) as bar:

@@ -36,11 +36,6 @@ def label_table(words: Sequence[str], num_classes: int, names: Sequence[str] = (
     return np.array([_label(word, num_classes, names) for word in words], np.int32)
 
 
-def labels_at(table: Table | None, indices: Int[np.ndarray, " B"]) -> Table | None:
-    """The labels of the images of these indices."""
-    return None if table is None else table[indices % len(table)]
-
-
 def _lines(file: str, num_classes: int, names: Sequence[str]) -> list[str]:
     try:
         content = sharding.first_reads(epath.Path(file))

@@ -29,7 +29,7 @@ from ddpm_jax.training.workdir import Run, check_empty
 WEIGHTS = "diffusion_pytorch_model"
 DIGEST = "ddpm_jax_sha256"  # among the metadata of exported weights
 OF_THE_MODEL = {  # fields that the model fixes
-    *("data.image_size", "data.channels"),
+    *("data.image_size", "data.channels", "data.condition"),
     *("model.ch", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.groups"),
     *("diffusion.prediction", "diffusion.variance"),
 }
@@ -185,6 +185,7 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
 
     Raises UsageError if the folder is not empty, or diffusers' scheduler cannot sample the run.
     """
+    run.experiment.check_unconditional("a pipeline of diffusers")
     files = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",

@@ -35,8 +35,8 @@ def parameters_file(run: Run, weights: str) -> bytes:
 def sampler_file(run: Run) -> bytes:
     """The sampler as a program of `jax.export`: (uint32 seed, int32 (B,) indices) -> images (B, H, W, C), for any B.
 
-    Images are uint8, or float32 with data.value_range. Of a run with classes the program takes a third argument, the labels,
-    int32 (B,).
+    Images are uint8, or float32 with data.value_range. Of a run with classes the program takes a further argument, the labels,
+    int32 (B,), and then of one with conditions these, (B, h, w, K) as they are stored: a smaller or a grey picture, say.
 
     It gives the images of `sample.py` with the same seed: ancestral sampling with all steps. To run it:
 
@@ -45,14 +45,16 @@ def sampler_file(run: Run) -> bytes:
     """
     params = jax.tree.map(np.asarray, run.params)
 
-    def program(
-        seed: UInt32[Array, ""], indices: Int[Array, " B"], labels: Int[Array, " B"] | None = None
-    ) -> Shaped[Array, "B H W C"]:
+    classes, conditioning = run.experiment.num_classes, run.experiment.conditioning
+
+    def program(seed: UInt32[Array, ""], indices: Int[Array, " B"], *given: Array) -> Shaped[Array, "B H W C"]:
+        labels = given[0] if classes else None
+        condition = conditioning.to_network(given[-1]) if conditioning else None
         # The parameters are constants of the program; the barrier prevents constant folding.
         held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, params))
         images = sample(
             run.experiment.process,
-            run.experiment.model(held, labels=labels),
+            run.experiment.model(held, labels=labels, condition=condition),
             rng.stream(jax.random.key(seed, impl="threefry2x32"), Purpose.SAMPLE),
             indices,
             image_shape=run.experiment.image_shape,
@@ -61,7 +63,9 @@ def sampler_file(run: Run) -> bytes:
 
     (B,) = export.symbolic_shape("B")
     each = jax.ShapeDtypeStruct((B,), jnp.int32)
-    shapes = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if run.experiment.num_classes else [])
+    shapes = [jax.ShapeDtypeStruct((), jnp.uint32), each] + ([each] if classes else [])
+    if conditioning:
+        shapes.append(jax.ShapeDtypeStruct((B, *conditioning.shape), run.experiment.pixels.dtype))
     return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize())
 
 

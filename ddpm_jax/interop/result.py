@@ -87,6 +87,7 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
     Raises:
         UsageError: If the folder is not empty, or the runs do not go together.
     """
+    run.experiment.check_unconditional("a result, whose samples are of no picture,")
     check_empty(folder)
     logs = read_logs(workdirs)
     samples, weights = png_bytes(enlarge(grid(first_samples(run)))), parameters_file(run, run.weights)

@@ -39,6 +39,7 @@ def read_checkpoint(prefix: str, experiment: Experiment) -> tuple[TrainState, li
     Raises:
         UsageError: If the checkpoint cannot be read, or its variables do not fit the network.
     """
+    experiment.check_unconditional("a checkpoint of the authors' code")
     if experiment.num_classes:
         raise UsageError(
             f"the authors' networks have no classes, but the config has model.num_classes={experiment.num_classes}; set it to 0"

@@ -183,11 +183,13 @@ class UNet(nn.Module):
         t: Int[Array, " B"],
         dropout_keys: Key[Array, " B"] | None = None,
         labels: Int[Array, " B"] | None = None,
+        condition: Float[Array, "B H W K"] | None = None,
     ) -> Float[Array, "B H W D"]:
         """The output at (x_t, t).
 
         dropout_keys: (B,), one for each image, in training. Without them there is no dropout, and forward-mode derivatives
         (`jax.jvp`) work. labels: (B,), 0 .. num_labels - 1; given if and only if num_labels is not 0.
+        condition: a picture of each image, which the first convolution takes as further channels (SR3, Saharia et al. 2021).
         """
         self._check_size(x_t)
         temb = self._embed(t, labels)
@@ -207,7 +209,8 @@ class UNet(nn.Module):
 
         conv3x3 = functools.partial(Conv, dtype=self.dtype, training=dropout_keys is not None)
 
-        h = conv3x3(self.ch, name="conv_in")(x_t)
+        h = x_t if condition is None else jnp.concatenate([x_t, condition], axis=-1)
+        h = conv3x3(self.ch, name="conv_in")(h)
         skips = [h]
         for i, mult in enumerate(self.ch_mult):
             for j in range(self.num_res_blocks):

@@ -48,6 +48,7 @@ def make_sampler(
     spacing: str = "linspace",
     eta: float | None = None,
     clip: Clip = True,
+    highest: int | None = None,
 ) -> Sampler:
     """Makes a sampler by its name in `SAMPLERS`. The defaults are the paper's Algorithm 2.
 
@@ -58,6 +59,7 @@ def make_sampler(
         spacing: Which steps, a key of `SPACINGS`: linspace, leading, trailing, quadratic, logsnr.
         eta: DDIM's noise, from 0 (none) to 1 (ancestral).
         clip: Treatment of each predicted x_0 (`clip_x_0`).
+        highest: Leave out steps above this t, for a chain that starts from x_t; default none.
 
     Returns:
         A `Sampler`, whose length is the number of network evaluations.
@@ -76,6 +78,7 @@ def make_sampler(
     if options and "eta" not in inspect.signature(SAMPLERS[name]).parameters:
         raise ValueError(f"got eta = {eta:g} for sampler {name!r}, which has none; leave it out or use ddim")
     visited = choose_steps(process.schedule, steps, spacing)
+    visited = visited if highest is None else visited[visited <= highest]
     return SAMPLERS[name](process, visited, clip=clip, **options)
 
 

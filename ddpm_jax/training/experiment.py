@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.config import Config, ConfigError, check, num_labels
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.data.conditions import Conditioning, conditioning_of
 from ddpm_jax.data.pixels import Pixels
 from ddpm_jax.diffusion.losses import LOSSES, Model, min_snr_weights
 from ddpm_jax.diffusion.process import Process
@@ -27,7 +28,7 @@ class Network(Protocol):
 
     D is C, or 2 C for a learned variance. In training `apply` receives `dropout_keys`, one key for each image, if it or
     `__call__` has an argument of that name. With classes, `init` and `apply` receive `labels`, int (B,): 0 .. num_classes - 1,
-    and num_classes for an image without a label.
+    and num_classes for an image without a label. With conditions they receive `condition`, float (B, H, W, K).
     """
 
     def init(self, key: Any, x_t: Any, t: Any, /, **options: Any) -> Any:
@@ -46,6 +47,7 @@ class Experiment:
         process: The schedule, and what the network's output means.
         network: The U-Net, or any other network.
         image_shape: (H, W, C) of an image.
+        conditioning: The conditions that the network is given beside x_t; None: it is given none.
         loss: (model, x_0, t, eps) -> float (B,), each image's loss with its weight of t.
         learning_rate: step -> the learning rate.
         optimizer: Gradient to update: clip by global norm, Adam, learning rate.
@@ -60,6 +62,7 @@ class Experiment:
     process: Process
     network: Network
     image_shape: tuple[int, int, int]
+    conditioning: Conditioning | None
     loss: Loss
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -86,6 +89,7 @@ class Experiment:
             process=process,
             network=cast(Network, _unet(config, process)) if network is None else network,
             image_shape=(*data.size, data.channels),
+            conditioning=conditioning_of(data),
             loss=_loss(config, process),
             learning_rate=learning_rate,
             optimizer=_optimizer(config, learning_rate),
@@ -95,29 +99,38 @@ class Experiment:
                 f"model.num_classes={experiment.num_classes}, but the network {type(network).__name__} takes no labels; give "
                 "its __call__ the argument labels, or set model.num_classes to 0"
             )
+        if experiment.conditioning and not experiment._takes("condition"):
+            raise ConfigError(
+                f"data.condition={data.condition}, but the network {type(network).__name__} takes no condition; give its "
+                "__call__ the argument condition, or set data.condition to none"
+            )
         return experiment
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters of the network, drawn from the key."""
-        labels = {"labels": jnp.zeros((1,), jnp.int32)} if self.num_classes else {}
-        return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32), **labels)["params"]
+        given: dict[str, Any] = {"labels": jnp.zeros((1,), jnp.int32)} if self.num_classes else {}
+        if self.conditioning:
+            given["condition"] = jnp.zeros((1, *self.image_shape[:2], self.conditioning.shape[-1]))
+        return self.network.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32), **given)["params"]
 
     def model(
         self,
         params: Params,
         dropout_keys: Key[Array, " B"] | None = None,
         labels: Int[Array, " B"] | int | None = None,
+        condition: Float[Array, "B H W K"] | None = None,
     ) -> Model:
-        """The function (x_t, t) -> output with these parameters, and of these classes.
+        """The function (x_t, t) -> output with these parameters, of these classes and conditions.
 
         Args:
             params: The network's parameters.
             dropout_keys: (B,), in training only.
             labels: The class of each image, int (B,), or one for all. Default no class, which a network with classes knows if
                 it was trained with label dropout.
+            condition: The condition of each image (`Conditioning.to_network`), or of one for all.
 
         Raises:
-            UsageError: If the network needs labels and has none, or has no classes and is given labels.
+            UsageError: If the network needs labels or a condition and has none, or is given what it does not take.
         """
         options: dict[str, Any] = {}
         if dropout_keys is not None and self._takes("dropout_keys"):
@@ -128,12 +141,36 @@ class Experiment:
             )
         if labels is None and self.num_classes:
             labels = self.null_label
+        if (condition is None) != (self.conditioning is None):
+            raise UsageError(
+                "got a condition for a network without; leave it out, or set data.condition and train"
+                if self.conditioning is None
+                else f"the network was trained with a condition of each image (data.condition={self.config.data.condition}); "
+                "give one"
+            )
 
         def model(x_t, t):
             of = {} if labels is None else {"labels": jnp.broadcast_to(jnp.asarray(labels, jnp.int32), t.shape)}
+            if condition is not None:
+                of["condition"] = jnp.broadcast_to(condition, (x_t.shape[0], *condition.shape[1:]))
             return jnp.asarray(self.network.apply({"params": params}, x_t, t, **options, **of))
 
         return model
+
+    def split(self, rows: Any) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W K"] | None]:
+        """Images in [-1, 1], and their conditions if there are any, of rows (B, H, W, D) of a source (`Source.rows`)."""
+        if self.conditioning is None:
+            return self.pixels.to_network(rows), None
+        images, conditions = self.conditioning.split(rows)
+        return self.pixels.to_network(images), self.conditioning.to_network(conditions)
+
+    def check_unconditional(self, what: str) -> None:
+        """Raises UsageError for a run with conditions. what: the thing that knows none."""
+        if self.conditioning is not None:
+            raise UsageError(
+                f"{what} knows no conditions, and this network has them (data.condition={self.config.data.condition}); take a "
+                "run without"
+            )
 
     @property
     def num_classes(self) -> int:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.config import Config, num_labels
 from ddpm_jax.core import room, sharding
+from ddpm_jax.data.conditions import conditioning_of
 from ddpm_jax.training.weights import tracked
 
 FLOAT32 = 4  # bytes
@@ -63,7 +64,8 @@ def _block(config: Config, size: tuple[int, int], channels_in: int, channels: in
 def down_layers(config: Config) -> Iterator[Layer]:
     """The layers of the way down."""
     model, size, c = config.model, config.data.size, config.model.ch
-    yield Layer("conv", size, config.data.channels, c)
+    conditioning = conditioning_of(config.data)
+    yield Layer("conv", size, config.data.channels + (conditioning.shape[-1] if conditioning else 0), c)
     for i, mult in enumerate(model.ch_mult):
         if i:
             size = size[0] // 2, size[1] // 2

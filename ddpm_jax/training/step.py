@@ -152,14 +152,14 @@ def _parts(x: Array, n: int) -> Array:
 def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
 
-    batch: images (B, H, W, C) as they are stored, with classes a pair of them and int labels (B,). metrics: float32 scalars
-    `loss` (mean over the batch) and `grad_norm` (before clipping).
+    batch: images (B, H, W, C) as they are stored, with paired conditions as further channels; with classes a pair of them and
+    int labels (B,). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
     """
     options = experiment.config.train
     n = options.accumulation
 
-    def mean_loss(params, x_0, t, eps, weights, dropout_keys, labels):
-        values = experiment.loss(experiment.model(params, dropout_keys, labels), x_0, t, eps)
+    def mean_loss(params, x_0, t, eps, weights, *given):
+        values = experiment.loss(experiment.model(params, *given), x_0, t, eps)
         return jnp.mean(values * weights), values
 
     def gradient(params, batch):
@@ -180,13 +180,15 @@ def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[Trai
         images, labels = batch if isinstance(batch, tuple) else (batch, None)
         if labels is None and experiment.num_classes:
             raise ValueError(f"got images alone, expected images and labels of {experiment.num_classes} classes")
-        x_0 = experiment.pixels.to_network(images)
+        x_0, condition = experiment.split(images)
         draws = draw(experiment, state.step, x_0.shape, state.loss_history)
         t, weights, eps, dropout_keys = draws.t, draws.weights, draws.eps, draws.dropout_keys
         x_0 = augment(options, x_0, draws.flip, draws.flip_ud, draws.turn)
+        if condition is not None:
+            condition = augment(options, condition, draws.flip, draws.flip_ud, draws.turn)
         if options.label_dropout:
             labels = jnp.where(draws.drop_label, experiment.null_label, labels)
-        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys, labels))
+        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys, labels, condition))
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         history = state.loss_history

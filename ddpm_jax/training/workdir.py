@@ -206,6 +206,7 @@ class Run:
         mesh: The devices.
         classes: The classes' names, if there are classes and they have names.
         guide: Another run that guides this one's samples (`generation.generator.with_guide`).
+        given: Pictures that its samples are drawn from (`generation.given.with_given`).
 
     Example:
         >>> from ddpm_jax import Run
@@ -221,6 +222,7 @@ class Run:
     mesh: Mesh
     classes: tuple[str, ...] = ()
     guide: "Run | None" = None
+    given: Any = None
 
     @property
     def config(self) -> Config:
@@ -232,12 +234,18 @@ class Run:
         """One sentence, with the remedy, if the parameters are an EMA that is of little use; else ""."""
         return ema.note(self.config.train, self.step, self.weights)
 
-    def model(self, x_t: jax.Array, t: jax.Array, labels: jax.Array | int | None = None) -> jax.Array:
+    def model(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        labels: jax.Array | int | None = None,
+        condition: jax.Array | None = None,
+    ) -> jax.Array:
         """The network's output at (x_t, t), with the run's parameters and without dropout.
 
-        labels: the classes, int (B,), or one for all; default no class (`Experiment.model`).
+        labels: the classes, int (B,), or one for all; default no class. condition: that of each image (`Experiment.model`).
         """
-        return self.experiment.model(self.params, labels=labels)(x_t, t)
+        return self.experiment.model(self.params, labels=labels, condition=condition)(x_t, t)
 
 
 def load_run(
