@@ -63,7 +63,7 @@ def test_a_poor_ema_is_told_with_the_remedies_until_the_share_is_5_percent():
 
 def test_who_has_the_warmup():
     with_warmup = {path.stem for path in CONFIGS.glob("*.py") if load_config(str(path)).train.ema_warmup}
-    small = {"cifar10_small", "digits", "digits_classes", "fashion_mnist_small", "folder_small"}
+    small = {"cifar10_small", "upsample16", "digits", "digits_classes", "fashion_mnist_small", "folder_small"}
     assert with_warmup == small | {"folder", "mnist", "fashion_mnist"}
     assert not TrainConfig().ema_warmup
 
