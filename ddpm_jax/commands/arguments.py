@@ -13,7 +13,8 @@ import tyro
 from etils import epath
 
 from ddpm_jax.benchmark.options import Plan, check_plan
-from ddpm_jax.commands.config_file import are_pictures, load_config
+from ddpm_jax.commands.config_file import are_pictures, load_config, options_of
+from ddpm_jax.commands.configs import shipped
 from ddpm_jax.config import Config, check
 from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
@@ -128,8 +129,13 @@ class Benchmark:
     """A TPU topology such as v5e:16x16: compile the programs for it, and run nothing (extra `tpu`)."""
     json: Annotated[str, shown("FILE", "none")] = ""
     """JSON file to write the results to as well."""
+    against: Annotated[str, shown("FOLDER", "none")] = ""
+    """Another checkout of this project, measured in turn with this version on the same rows; exit code 1 if this one is slower,
+    beyond the spread."""
     workdir: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
     """The run, if one is measured."""
+    words: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
+    """What another version is given: the config's file or the run, and an option for each field that differs from it."""
 
 
 @dataclass(frozen=True)
@@ -342,8 +348,11 @@ def benchmark(words: Sequence[str]) -> Benchmark:
         if (config.model, config.data, config.diffusion) != (given.model, given.data, given.diffusion):
             raise UsageError(f"{name} is a run, whose network, images and process are fixed; leave out {fixed}")
         arguments = dataclasses.replace(arguments, workdir=name)
-    check_plan(arguments.plan, compiling=bool(arguments.compile_for))
-    return arguments
+    if arguments.against and arguments.compile_for:
+        raise UsageError("--against measures and --compile-for runs nothing; leave out one of them")
+    check_plan(arguments.plan, compiling=bool(arguments.compile_for), comparing=bool(arguments.against))
+    place = name if is_run(name) else str(shipped().get(name, Path(name)).resolve())
+    return dataclasses.replace(arguments, words=(place, *options_of(given, arguments.config)))
 
 
 def convert(words: Sequence[str]) -> Any:
