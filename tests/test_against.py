@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -17,7 +18,9 @@ from scipy.stats import binom
 from ddpm_jax.benchmark import against, comparison, timing
 from ddpm_jax.benchmark.comparison import Comparison, rank
 from ddpm_jax.commands.arguments import PARSERS
-from ddpm_jax.config import from_json
+from ddpm_jax.commands.config_file import load_config
+from ddpm_jax.commands.configs import shipped
+from ddpm_jax.config import Config, from_json
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.version import __version__
 
@@ -52,6 +55,15 @@ def test_fewer_repeats_than_the_fewest_have_no_interval():
 )
 def test_a_version_is_slower_if_the_whole_interval_is_beyond_the_tolerance(this, other, verdict):
     assert Comparison(this, other).verdict == verdict
+
+
+def test_the_rule_is_the_documented_one():
+    """Of 5 repeats from the lowest to the highest ratio, of 9 without these two; the whole interval above 1.05."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "from the lowest to the highest of 5 repeats, without these two of 9" in readme
+    assert (rank(5), rank(8), rank(9)) == (1, 1, 2)
+    assert f"interval lies above {1 + comparison.TOLERANCE}. " in readme
+    assert f"below 1 in {comparison.CHANCE}" in readme
 
 
 def test_the_ratio_is_the_median_of_neighbours_and_the_interval_holds_it():
@@ -241,20 +253,35 @@ def test_options_that_do_not_go_together_are_refused(options, message, monkeypat
         run_script("benchmark", "digits", *options)
 
 
-def test_both_are_given_the_same_config():
-    """Its file, wherever it was found, and the fields that differ; and each row by itself."""
-    line = ("--train", "--data", "--train.batch-size", "32", "--model.ch-mult", "1", "2", "--train.no-flip")
-    parse = PARSERS["benchmark"]
-    asked = parse(
-        ["cifar10", *line, "--samplers", "heun", "ddim", "--steps", "5", "9", "--dtypes", "float32", "bfloat16"]
-    )
-    assert asked.words[0] == str(ROOT / "configs" / "cifar10.py")
-    rows = list(against.single_rows(asked.config, asked.plan))
-    assert len(rows) == 2 * (2 * 2 * 2 + 1) + 1
-    for labels, options in rows:
-        alone = parse([*asked.words, *options])
-        assert alone.config == asked.config
-        plan = alone.plan
+parse = PARSERS["benchmark"]
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_both_are_given_the_same_config(name):
+    """Of a shipped config all that is not the default, so that it does not matter which files the other version has."""
+    asked = parse([name, "--train.batch-size", "32", "--model.ch-mult", "1", "2"])
+    first, *options = asked.words
+    assert load_config(first) == Config()
+    assert parse([first, *options]).config == asked.config
+    assert ("--train.ema-warmup" in options) == asked.config.train.ema_warmup
+
+
+def test_a_config_of_ones_own_is_executed_by_both(tmp_path, monkeypatch):
+    """It may add a sampler of one's own."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("from ddpm_jax.config import Config\nconfig = Config(seed=3)\n")
+    words = (str(tmp_path / "mine.py"), "--train.batch-size", "8")
+    assert parse(["mine.py", "--train.batch-size", "8"]).words == words
+
+
+def test_each_row_is_asked_for_by_itself():
+    rows = ("--samplers", "heun", "ddim", "--steps", "5", "9", "--dtypes", "float32", "bfloat16", "--train", "--data")
+    asked = parse(["cifar10", *rows])
+    alone = [
+        (labels, parse(["cifar10", *options]).plan) for labels, options in against.single_rows(asked.config, asked.plan)
+    ]
+    assert len(alone) == 2 * (2 * 2 * 2 + 1) + 1
+    for labels, plan in alone:
         assert len(plan.samplers) + plan.train + plan.data == 1
         if plan.samplers:
             assert (plan.samplers, plan.steps) == ((labels["what"],), (labels["steps"],))
@@ -306,9 +333,14 @@ def test_the_commit_of_a_checkout_is_told(tmp_path):
 # ---- The real thing
 
 
-def test_every_kept_benchmark_is_readable():
-    for path in (ROOT / "results" / "benchmarks").glob("*.json"):
+KEPT = ROOT / "results" / "benchmarks"
+
+
+def test_every_kept_benchmark_is_readable_and_its_command_can_be_parsed():
+    for path in KEPT.glob("*.json"):
         check_readable(json.loads(path.read_text()))
+    line = re.search(r"^python benchmark\.py (.*)$", (KEPT / "README.md").read_text(), re.MULTILINE)[1]
+    assert Path(parse(line.split()).json).parent == KEPT.relative_to(ROOT)
 
 
 @pytest.mark.slow

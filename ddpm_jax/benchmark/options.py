@@ -1,6 +1,7 @@
 """What is measured: options, which are known before JAX is imported."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -9,6 +10,8 @@ from ddpm_jax.benchmark.comparison import FEWEST
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import POSITIVE, Bounds, Flag, check_bounds
 from ddpm_jax.generation.options import SAMPLER
+
+DEFAULTS = Path(__file__).with_name("defaults.py")  # a config file
 
 
 @dataclass(frozen=True)

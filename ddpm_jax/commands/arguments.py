@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from etils import epath
 
-from ddpm_jax.benchmark.options import Plan, check_plan
+from ddpm_jax.benchmark.options import DEFAULTS, Plan, check_plan
 from ddpm_jax.commands.config_file import are_pictures, load_config, options_of
 from ddpm_jax.commands.configs import shipped
 from ddpm_jax.config import Config, check
@@ -135,7 +135,7 @@ class Benchmark:
     workdir: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
     """The run, if one is measured."""
     words: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
-    """What another version is given: the config's file or the run, and an option for each field that differs from it."""
+    """What another version is given for the config."""
 
 
 @dataclass(frozen=True)
@@ -351,8 +351,19 @@ def benchmark(words: Sequence[str]) -> Benchmark:
     if arguments.against and arguments.compile_for:
         raise UsageError("--against measures and --compile-for runs nothing; leave out one of them")
     check_plan(arguments.plan, compiling=bool(arguments.compile_for), comparing=bool(arguments.against))
-    place = name if is_run(name) else str(shipped().get(name, Path(name)).resolve())
-    return dataclasses.replace(arguments, words=(place, *options_of(given, arguments.config)))
+    return dataclasses.replace(arguments, words=_for_other_versions(name, given, arguments.config))
+
+
+def _for_other_versions(name: str, given: Config, config: Config) -> tuple[str, ...]:
+    """A command line's beginning that gives the config to another version: a run or a file, and the fields that differ.
+
+    Of a shipped config every field that is not the default is said, as that version may have another file of this name, and
+    its refusal then names the field that it does not know.
+    """
+    path = shipped().get(name, Path(name)).resolve()
+    if path in [shipped_path.resolve() for shipped_path in shipped().values()]:
+        return str(DEFAULTS), *options_of(Config(), config)
+    return str(path) if path.exists() else name, *options_of(given, config)
 
 
 def convert(words: Sequence[str]) -> Any:
