@@ -130,8 +130,7 @@ class Benchmark:
     json: Annotated[str, shown("FILE", "none")] = ""
     """JSON file to write the results to as well."""
     against: Annotated[str, shown("FOLDER", "none")] = ""
-    """Another checkout of this project, measured in turn with this version on the same rows; exit code 1 if this one is slower,
-    beyond the spread."""
+    """Another checkout of this project, to measure in turn with this version; the command fails where this one is slower."""
     workdir: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
     """The run, if one is measured."""
     words: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
