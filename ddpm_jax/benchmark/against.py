@@ -162,7 +162,8 @@ class Against:
                     continue
                 if error.code == 2:
                     raise UsageError(error.said) from None
-                raise RunError(f"{name_of(labels)} cannot be measured in this version: {error.said}") from None
+                failed = f"{name_of(labels)} cannot be measured in this version ({error.said})"
+                raise RunError(f"{failed}; the same command without --against says more") from None
             yield labels | _compared(*(Timing(first, list(rest)) for first, *rest in zip(*rounds, strict=True)))
 
     def _learn(self, **workers: Worker) -> None:
