@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import shlex
 import sys
 import threading
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.version import __version__
 from ddpm_jax.data import pictures
 from ddpm_jax.training.step import init_state
 
@@ -154,11 +156,12 @@ def test_rows_of_samplers_train_step_and_data(tmp_path):
     assert lines[0].split()[:4] == ["what", "steps", "batch", "dtype"]
     assert "peer" not in lines[0]  # no row has it
 
-    plan.write_json(str(tmp_path / "out" / "rows.json"), config, rows)
+    plan.write_json(str(tmp_path / "out" / "rows.json"), config, rows, timing.environment())
     told = json.loads((tmp_path / "out" / "rows.json").read_text())
     assert told["rows"] == rows
     assert told["config"]["model"]["ch"] == 4
     assert told["environment"]["versions"]["jax"] == jax.__version__
+    assert told["environment"]["versions"]["ddpm-jax"] == __version__
     assert told["environment"]["devices"] == 8
 
 
@@ -281,7 +284,9 @@ def test_rows_before_one_that_fails_are_told_and_written(benchmark, workdir, mon
     with pytest.raises(MemoryError):
         benchmark("--samplers", "ddim", "--steps", 5, "--batch-sizes", 1, 16, "--json", workdir / "rows.json")
     rows = [{"what": "ddim", "batch": 1, "median_s": 0.25}]
-    assert json.loads((workdir / "rows.json").read_text())["rows"] == rows
+    written = json.loads((workdir / "rows.json").read_text())
+    assert written["rows"] == rows
+    assert shlex.split(written["command"])[1:6] == [str(workdir), "--samplers", "ddim", "--steps", "5"]
     told = capsys.readouterr().out.splitlines()
     assert [line.split() for line in told[:2]] == [["what", "batch", "median", "s"], ["ddim", "1", "0.2500"]]
     assert any(line.startswith("versions: ") for line in told)

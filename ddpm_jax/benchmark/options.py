@@ -1,13 +1,17 @@
 """What is measured: options, which are known before JAX is imported."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_jax.benchmark.comparison import FEWEST
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import POSITIVE, Bounds, Flag, check_bounds
 from ddpm_jax.generation.options import SAMPLER
+
+DEFAULTS = Path(__file__).with_name("defaults.py")  # a config file
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,25 @@ class Plan:
     """Peak of one device, where it is not known here."""
 
 
-def check_plan(plan: Plan, *, compiling: bool) -> None:
+def check_plan(plan: Plan, *, compiling: bool = False, comparing: bool = False) -> None:
     """Raises UsageError for a plan that cannot be carried out, whatever the config.
 
     compiling: the plan is for `compile_for`, so options of running are refused.
+    comparing: the plan is for two versions, whose times alone are compared.
     """
     for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
-        if getattr(plan, name) != getattr(Plan(), name):
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --compile-for, which runs nothing")
+        _refuse(plan, name, "--compile-for, which runs nothing")
+    for name in ("peer", "peak_tflops") if comparing else ():
+        _refuse(plan, name, "--against, which compares two versions' seconds")
+    if comparing and plan.repeats < FEWEST:
+        raise UsageError(f"--repeats {plan.repeats} is too small for --against; use {FEWEST} or more")
     check_bounds(plan)
     if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
         raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
     if not (plan.samplers or plan.train or plan.data):
         raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
+
+
+def _refuse(plan: Plan, name: str, what: str) -> None:
+    if getattr(plan, name) != getattr(Plan(), name):
+        raise UsageError(f"--{name.replace('_', '-')} has no meaning for {what}")

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +15,8 @@ from etils import epath
 from ddpm_jax.benchmark import programs, topology, torch_peer
 from ddpm_jax.benchmark.options import Plan, check_plan
 from ddpm_jax.benchmark.programs import Row
-from ddpm_jax.benchmark.timing import environment
 from ddpm_jax.config import Config, check, to_json
-from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.files import write_text
 from ddpm_jax.core.room import check_memory
 from ddpm_jax.generation.options import SamplerOptions
@@ -85,9 +86,10 @@ def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
             yield topology.compile_sampling(one, options, batch, devices)
 
 
-def write_json(path: str, config: Config, rows: list[Row]) -> None:
-    """Writes the rows with the config, hardware and versions as one JSON object."""
-    content = {"config": to_json(config), "environment": environment(), "rows": rows}
+def write_json(path: str, config: Config, rows: list[Row], environment: dict[str, Any]) -> None:
+    """Writes the rows with the command, the config, the hardware and the versions as one JSON object."""
+    command = shlex.join([program(), *sys.argv[1:]])
+    content = {"command": command, "config": to_json(config), "environment": environment, "rows": rows}
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(epath.Path(path), json.dumps(content, indent=2) + "\n")

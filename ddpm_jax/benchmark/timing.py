@@ -4,12 +4,15 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from ddpm_jax.core.version import __version__
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors, by JAX's device_kind (some chips have two names).
 # A device of TPU v2 and v3 is a core, half a chip.
@@ -49,7 +52,11 @@ class Timing(NamedTuple):
 
 
 def take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
-    """Times the calls in turn, so that other load on the machine affects all. Each call must wait for its result."""
+    """Times the calls in turn, so that other load on the machine affects all. Each call must wait for its result.
+
+    What is measured comes first. Other versions' `benchmark/worker.py` puts its own function in this one's place, so name and
+    arguments stay as they are.
+    """
 
     def seconds(call):
         start = time.perf_counter()
@@ -80,12 +87,13 @@ def peak_tflops(device: jax.Device, dtype: str) -> float | None:
 def environment() -> dict[str, Any]:
     """The hardware and versions of a measurement."""
     names = ("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "diffusers")
-    versions = {}
-    for name in ("ddpm-jax", *names):
+    versions = {"ddpm-jax": __version__}
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # not installed
+    checkout = commit(Path(__file__).parents[2])
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -93,7 +101,18 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
-    }
+    } | ({"commit": checkout} if checkout else {})
+
+
+def commit(checkout: Path) -> str:
+    """The commit of a checkout, marked dirty if files have been changed since; empty if there is none, or no git."""
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def processor() -> str:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from etils import epath
 
-from ddpm_jax.benchmark.options import Plan, check_plan
-from ddpm_jax.commands.config_file import are_pictures, load_config
+from ddpm_jax.benchmark.options import DEFAULTS, Plan, check_plan
+from ddpm_jax.commands.config_file import are_pictures, load_config, options_of
+from ddpm_jax.commands.configs import shipped
 from ddpm_jax.config import Config, check
 from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
@@ -130,8 +131,12 @@ class Benchmark:
     """A TPU topology such as v5e:16x16: compile the programs for it, and run nothing (extra `tpu`)."""
     json: Annotated[str, shown("FILE", "none")] = ""
     """JSON file to write the results to as well."""
+    against: Annotated[str, shown("FOLDER", "none")] = ""
+    """Another checkout of this project, to measure in turn with this version; the command fails where this one is slower."""
     workdir: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
     """The run, if one is measured."""
+    words: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
+    """What another version is given for the config."""
 
 
 @dataclass(frozen=True)
@@ -353,8 +358,22 @@ def benchmark(words: Sequence[str]) -> Benchmark:
         if (config.model, config.data, config.diffusion) != (given.model, given.data, given.diffusion):
             raise UsageError(f"{name} is a run, whose network, images and process are fixed; leave out {fixed}")
         arguments = dataclasses.replace(arguments, workdir=name)
-    check_plan(arguments.plan, compiling=bool(arguments.compile_for))
-    return arguments
+    if arguments.against and arguments.compile_for:
+        raise UsageError("--against measures and --compile-for runs nothing; leave out one of them")
+    check_plan(arguments.plan, compiling=bool(arguments.compile_for), comparing=bool(arguments.against))
+    return dataclasses.replace(arguments, words=_for_other_versions(name, given, arguments.config))
+
+
+def _for_other_versions(name: str, given: Config, config: Config) -> tuple[str, ...]:
+    """A command line's beginning that gives the config to another version: a run or a file, and the fields that differ.
+
+    Of a shipped config every field that is not the default is said, as that version may have another file of this name, and
+    its refusal then names the field that it does not know.
+    """
+    path = shipped().get(name, Path(name)).resolve()
+    if path in [shipped_path.resolve() for shipped_path in shipped().values()]:
+        return str(DEFAULTS), *options_of(Config(), config)
+    return str(path) if path.exists() else name, *options_of(given, config)
 
 
 def convert(words: Sequence[str]) -> Any:

@@ -1,11 +1,13 @@
 """Measures samplers, the train step and the data feed: ddpm-jax benchmark CONFIG-or-WORKDIR --samplers ddim --steps 50"""
 
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from ddpm_jax.benchmark import programs, timing, topology
+from ddpm_jax.benchmark import against, programs, timing, topology
 from ddpm_jax.benchmark.plan import compile_for, measure, refuse, write_json
 from ddpm_jax.commands.arguments import Benchmark
 from ddpm_jax.core import rng
@@ -14,8 +16,11 @@ from ddpm_jax.training.workdir import load_run
 
 
 def main(arguments: Benchmark) -> None:
-    """Measures and prints a table."""
-    config, columns = arguments.config, programs.COLUMNS
+    """Measures and prints a table. With --against it fails if this version is the slower one."""
+    if arguments.against:
+        compare(arguments)
+        return
+    config = arguments.config
     # Before JAX starts: no compilation cache, so compile times are real; no preallocation, so a peer on the GPU has memory.
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -31,16 +36,41 @@ def main(arguments: Benchmark) -> None:
     if arguments.compile_for:
         rows, columns = compile_for(config, arguments.plan, arguments.compile_for), topology.COLUMNS
     else:
-        rows = measure(config, arguments.plan, load_params)
+        rows, columns = measure(config, arguments.plan, load_params), programs.COLUMNS
+    report(arguments, rows, columns, timing.environment)
+
+
+def compare(arguments: Benchmark) -> None:
+    """Measures this version and another in turn. JAX starts in their processes alone, which share the devices."""
+    both = against.Against(against.checkout(arguments.against), arguments.words)
+    rows = both.measure(arguments.config, arguments.plan)
+    done = report(arguments, rows, against.COLUMNS, lambda: both.environment)
+    for row in done:
+        if "left_out" in row:
+            print(f"{against.name_of(row)} is left out, as the other version cannot run it: {row['left_out']}.")
+    against.judge(done)
+
+
+def report(
+    arguments: Benchmark,
+    rows: Iterable[programs.Row],
+    columns: dict[str, tuple[str, str]],
+    environment: Callable[[], dict[str, Any]],
+) -> list[programs.Row]:
+    """Carries out the measurements, prints them as a table and writes them where --json says. Returns the rows."""
     done: list[programs.Row] = []
-    if arguments.json:
-        write_json(arguments.json, config, done)  # refuse an unwritable path before anything is measured
+
+    def write():
+        if arguments.json:
+            write_json(arguments.json, arguments.config, done, environment())
+
+    write()  # refuse an unwritable path before anything is measured
     try:
         for row in tqdm(rows, unit="row", leave=False):
             done.append(row)
-            if arguments.json:
-                write_json(arguments.json, config, done)
+            write()
     finally:  # print the rows before one that fails, e.g. for lack of memory
         if done:
             print(timing.table(done, columns))
-            print("\n".join(f"{key}: {value}" for key, value in timing.environment().items()))
+            print("\n".join(f"{key}: {value}" for key, value in environment().items()))
+    return done

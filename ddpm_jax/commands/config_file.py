@@ -42,19 +42,24 @@ def load_config(name: str) -> Config:
     return config
 
 
-def command_of(config: Config, workdir: str) -> str:
-    """The command that trains a config: the shipped config that differs least, and an option for each field that differs."""
-    there = {name: load_config(name) for name in shipped()}
-    name = min(there, key=lambda name: len(differences(there[name], config)))
-    words, values = ["ddpm-jax", "train", name, "--workdir", workdir], flatten(config)
-    for field in differences(there[name], config):
+def options_of(given: Config, config: Config) -> list[str]:
+    """The options that turn the given config into the other: words for each field that differs."""
+    words, values = [], flatten(config)
+    for field in differences(given, config):
         section, _, last = field.rpartition(".")
         prefix, option, value = f"--{section}." if section else "--", last.replace("_", "-"), values[field]
         if isinstance(value, bool):
             words.append(f"{prefix}{option}" if value else f"{prefix}no-{option}")
         else:
             words += [f"{prefix}{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(words)
+    return words
+
+
+def command_of(config: Config, workdir: str) -> str:
+    """The command that trains a config: the shipped config that differs least, and an option for each field that differs."""
+    there = {name: load_config(name) for name in shipped()}
+    name = min(there, key=lambda name: len(differences(there[name], config)))
+    return shlex.join(["ddpm-jax", "train", name, "--workdir", workdir, *options_of(there[name], config)])
 
 
 def are_pictures(name: str) -> bool:
