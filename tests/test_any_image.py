@@ -86,6 +86,7 @@ def test_it_continues_bit_for_bit(config, trained, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_it_is_measured_on_the_way_without_bits_per_dim(trained):
     lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     (measured,) = [line for line in lines if "eval_loss" in line]
@@ -95,6 +96,7 @@ def test_it_is_measured_on_the_way_without_bits_per_dim(trained):
         assert picture.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_samples_are_float32_in_one_npy_with_a_grid_of_their_first_three_channels(sampled):
     assert {path.name for path in sampled.iterdir()} == {"images.npy", "grid.png", "set.json", "process.webp"}
     images = np.load(sampled / "images.npy")
@@ -107,6 +109,7 @@ def test_samples_are_float32_in_one_npy_with_a_grid_of_their_first_three_channel
     assert np.abs(shown - enlarge(grid(levels.astype(np.uint8)))).max() <= 1
 
 
+@pytest.mark.slow
 def test_image_i_does_not_depend_on_its_batch(run, sampled, tmp_path):
     options = SamplerOptions(sampler="ddim", steps=(4,))
     generate_set(run, epath.Path(tmp_path / "o"), range(9, 10), seed=0, options=options, batch_size=1, format="npy")
@@ -114,6 +117,7 @@ def test_image_i_does_not_depend_on_its_batch(run, sampled, tmp_path):
     np.testing.assert_allclose(alone, among, atol=(RANGE[1] - RANGE[0]) / 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["npy", "npz", "shards"])
 def test_a_set_that_is_damaged_is_made_again_bit_for_bit(format, run, tmp_path):
     def generate():
@@ -132,6 +136,7 @@ def test_a_set_that_is_damaged_is_made_again_bit_for_bit(format, run, tmp_path):
         assert content() == whole
 
 
+@pytest.mark.slow
 def test_pngs_of_them_are_refused(trained, tmp_path):
     for format in ("png", "both"):
         with pytest.raises(UsageError, match=f"--format {format} writes PNG, .* these are float32 of 4 channel"):
@@ -153,6 +158,7 @@ def test_the_format_is_both_for_what_png_holds_and_else_npy():
     assert choose_format(experiment(tiny()), "npy") == "npy"
 
 
+@pytest.mark.slow
 def test_exported_parameters_and_sampler_are_the_runs(trained, run, tmp_path):
     run_script("convert", "export", trained[0], tmp_path / "x.safetensors")
     with safetensors.safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
@@ -167,6 +173,7 @@ def test_exported_parameters_and_sampler_are_the_runs(trained, run, tmp_path):
     np.testing.assert_allclose(images, np.load(tmp_path / "o" / "images.npy"), atol=(RANGE[1] - RANGE[0]) / 255)
 
 
+@pytest.mark.slow
 def test_a_result_shows_them_as_pictures_and_a_classifier_of_them_is_refused(trained, run, tmp_path):
     pictures = first_samples(run)
     assert (pictures.dtype, pictures.shape) == (np.uint8, (64, *SHAPE))
@@ -175,6 +182,7 @@ def test_a_result_shows_them_as_pictures_and_a_classifier_of_them_is_refused(tra
         classifier(str(trained[0]), str(tmp_path / "c.jax_export"), "", 1)
 
 
+@pytest.mark.slow
 def test_the_model_card_says_how_to_get_their_values(run, trained):
     card = model_card(run, trained[0], weights="ema", title="waves")
     assert "of 12x16 images with 4 channel(s)" in card
@@ -193,6 +201,7 @@ def test_it_is_evaluated_by_pixels_and_reported(trained, capsys):
     assert "12\u00d716 4 channels, float32 in [-2, 5]" in report
 
 
+@pytest.mark.slow
 def test_nearest_real_images_are_found_by_their_own_values(run, trained, config, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path))
     features = Features("none", lambda images: {"features": np.zeros((len(images), 1))})
@@ -206,12 +215,14 @@ def test_nearest_real_images_are_found_by_their_own_values(run, trained, config,
     np.testing.assert_allclose(found["distances"], np.sort(distances, axis=1)[:, :8], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["nll", "rate-distortion"])
 def test_bits_per_dim_are_refused(metric, trained):
     with pytest.raises(UsageError, match=r"^bits/dim .* are of 8-bit images, .*leave out these metrics$"):
         run_script("evaluate", trained[0], "--metrics", metric, "--features", "pixels")
 
 
+@pytest.mark.slow
 def test_inception_takes_pictures_and_renderings_of_them(config, run):
     with pytest.raises(UsageError, match="Inception takes grey or RGB images, and these have 4 channels"):
         check_pictures(run.experiment)

@@ -345,6 +345,7 @@ def evaluation(run):
     return Evaluation(programs, run.params, source, PIXELS, options, model={})
 
 
+@pytest.mark.slow
 def test_bound_of_a_run_with_classes_is_that_of_each_image_and_its_class(evaluation, run):
     labels = jnp.asarray(evaluation.source.labels[:8])
     drawn = evaluation.drawn()

@@ -269,6 +269,7 @@ def test_samples_follow_their_condition_alone(run):
         generate(run.params, sample_key(0), np.arange(4))
 
 
+@pytest.mark.slow
 def test_the_bound_is_that_of_each_image_given_its_own_condition(run):
     from ddpm_jax.diffusion.bound import bound_terms
 
@@ -413,6 +414,7 @@ def test_a_run_is_trained_continued_and_evaluated(tmp_path):
     assert (tmp_path / "parts/evaluation/figures/progressive-00000004.png").exists()
 
 
+@pytest.mark.slow
 def test_an_exported_program_takes_the_conditions(workdir, run, tmp_path):
     command("convert", "export", workdir, tmp_path / "up.jax_export")
     program = jax.export.deserialize(bytearray((tmp_path / "up.jax_export").read_bytes()))
@@ -439,6 +441,7 @@ def test_what_knows_no_conditions_says_so(workdir, tmp_path, words):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_psnr_is_of_the_images_whose_conditions_the_samples_have(workdir, run):
     """Against samples drawn here and ratios by their definition, on the scale of 0 to 255."""
     options = ("--metrics", "psnr", "--num-real", 4, "--num-images", 8, "--batch-size", 8, *FEW, "--no-figures")

@@ -82,6 +82,7 @@ def slow_and_warm(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_the_warmup_changes_the_ema_alone(slow_and_warm):
     (_, slow, _), (_, warm, _) = slow_and_warm["slow"], slow_and_warm["warm"]
     for part in ("params", "opt_state"):
@@ -110,6 +111,7 @@ def leaf(params):
     return np.concatenate([np.ravel(a) for a in jax.tree.leaves(params)])
 
 
+@pytest.mark.slow
 def test_the_share_is_logged(slow_and_warm):
     for name, config in (("slow", CONFIG), ("warm", warmed(CONFIG))):
         lines = read_metrics(slow_and_warm[name][0])
@@ -121,6 +123,7 @@ def sheet_of(workdir):
     return np.asarray(Image.open(workdir / "samples" / "step_00000008.png"), int)
 
 
+@pytest.mark.slow
 def test_the_grid_shows_the_raw_parameters_beside_an_ema_of_little_use(slow_and_warm):
     workdir = slow_and_warm["slow"][0]
     runs = [load_run(workdir, weights=weights) for weights in ("ema", "raw")]
@@ -131,6 +134,7 @@ def test_the_grid_shows_the_raw_parameters_beside_an_ema_of_little_use(slow_and_
     assert sheet_of(slow_and_warm["warm"][0]).shape[1] < expected.shape[1] / 2  # one set alone
 
 
+@pytest.mark.slow
 def test_sample_tells_of_an_ema_of_little_use(slow_and_warm, capsys, tmp_path):
     def said(name, *options):
         out = tmp_path / f"{name}{options}"
@@ -164,6 +168,7 @@ def test_train_says_how_long_the_run_is_and_when_the_first_grid_comes(tmp_path, 
     assert "next grid of samples comes at step 240" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_tells_at_the_start_that_the_ema_will_be_of_little_use(slow_and_warm):
     said = slow_and_warm["slow"][2]
     assert "first grid of samples comes at step 8" in said

@@ -66,6 +66,7 @@ def at_the_start(tmp_path_factory, held_out):
         return HeldOut(programs, source, some)(state).numbers, state.ema_params, programs.generate
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
     """Where eps is predicted as 0, the weighted loss at t is the weight times a mean of eps^2."""
     values, _, _ = at_the_start
@@ -81,6 +82,7 @@ def test_the_losses_are_those_of_each_quarter_of_t(at_the_start):
     assert values["eval_loss"] == pytest.approx(np.mean(quarters), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_bits_per_dim_estimate_the_whole_bound_of_the_held_out_images(at_the_start, held_out):
     """16 terms of the 19 between L_T and L_0, of 500 images, against all terms of all images."""
     values, _, _ = at_the_start
@@ -100,6 +102,7 @@ def test_bits_per_dim_estimate_the_whole_bound_of_the_held_out_images(at_the_sta
     assert abs(values["eval_bits_per_dim"] - np.mean(bits)) < 4 * error
 
 
+@pytest.mark.slow
 def test_the_fid_is_that_of_the_first_samples_and_the_training_images(at_the_start):
     values, params, generator = at_the_start
     images = np.asarray(generator(params, sample_key(CONFIG.seed), np.arange(8, dtype=np.int32)))[:6]

@@ -23,6 +23,8 @@ from ddpm_jax.evaluation.metrics import METRICS
 from ddpm_jax.generation.generator import SamplerOptions, make_generator, sample_key
 from ddpm_jax.sampling import SAMPLERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = dict(
     re.findall(

@@ -278,6 +278,7 @@ def test_diffusers_pipeline_samples_what_ancestral_sampling_does(
     np.testing.assert_allclose(2 * theirs - 1, np.clip(ours, -1, 1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_model_card_has_config_step_and_evaluation(tiny_run, tmp_path, monkeypatch):
     """The very files that evaluate.py writes."""
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))

@@ -92,6 +92,7 @@ def test_a_run_in_two_parts_ends_bit_identical_with_a_loss_history_and_host_fed_
     assert files(tmp_path / "w" / "samples") == files(workdir / "samples")
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_lost_between_the_save_and_the_stop_is_made_up_for(finished, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "w")
@@ -166,6 +167,7 @@ def test_init_from_starts_with_the_other_runs_moving_average(finished, tmp_path)
     assert all(not np.any(a) for a in jax.tree.leaves(jax.device_get(start.opt_state)))
 
 
+@pytest.mark.slow
 def test_a_wrong_init_from_is_told_and_can_be_put_right(finished, tmp_path):
     """Before its first checkpoint a workdir takes a corrected config."""
     workdir, _ = finished
@@ -228,6 +230,7 @@ def test_a_config_that_was_changed_on_both_sides_is_refused_by_the_checkpoint(wo
         train(experiment(changed(steps=12, lr=0.1)), workdir)
 
 
+@pytest.mark.slow
 def test_damaged_logs_and_remnants_do_not_keep_a_run_from_going_on(workdir, capsys):
     intact = (workdir / "metrics.jsonl").read_bytes()
     (workdir / "metrics.jsonl").write_bytes(b"\xff\n" + intact + bytes(100) + b"\n[1]\n")
@@ -255,6 +258,7 @@ def test_a_workdir_that_is_deleted_while_it_is_trained_ends_the_run_with_an_erro
     assert not workdir.exists()  # nor made anew
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_deleted_with_the_last_checkpoint_ends_the_run_with_an_error(workdir, monkeypatch):
     wait = Checkpoints.wait
 

@@ -32,7 +32,7 @@ from ddpm_jax.evaluation.figures import (
     progressive,
     shared,
 )
-from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, evaluate
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, ON_REQUEST, evaluate
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import describe, plain, results_of_step, with_spread
@@ -50,7 +50,7 @@ def reported(tmp_path_factory):
         evaluation = Evaluation.of_run(
             run, workdir, PIXELS, Options(num_images=12, num_real=20, batch_size=8, bootstrap=0)
         )
-        results = evaluate(evaluation, tuple(name for name in METRICS if name not in ("is", "psnr")))
+        results = evaluate(evaluation, tuple(name for name in METRICS if name != "is" and name not in ON_REQUEST))
         draw_figures(run, evaluation, workdir / EVALUATION / FOLDER, results)
     later = json.loads(json.dumps(results["fid"]))
     del later["sha256"]  # as earlier versions wrote it
@@ -357,7 +357,7 @@ def test_a_damaged_result_is_left_out_with_a_note_and_the_others_are_reported(ho
     assert "evaluate again, or move it away" in page
     assert of_metric("fid", 40) in page
     assert of_metric("nll", 40) not in page
-    assert {metric for metric, *_ in results_of_step(workdir, 40, "ema")} == set(METRICS) - {"is", "psnr", "nll"}
+    assert {metric for metric, *_ in results_of_step(workdir, 40, "ema")} == set(METRICS) - {"is", "nll", *ON_REQUEST}
 
 
 def test_a_result_in_anothers_place_is_left_out(alone, tmp_path):

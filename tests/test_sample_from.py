@@ -136,6 +136,7 @@ def test_inpainting_keeps_what_the_mask_keeps_and_fills_in_the_rest(workdir, run
     assert close(images, reverse(sampler, run.model, sample_key(0), jnp.arange(5), x_T)[0], run)
 
 
+@pytest.mark.slow
 def test_interpolation_is_figure_8_between_pictures_and_numbers_of_the_data(workdir, run, given, tmp_path):
     ends = (given / "pictures/2.png", 4)
     command(
@@ -246,6 +247,7 @@ class Linear:
         return variables["params"] * x_t
 
 
+@pytest.mark.slow
 def test_ode_nll_is_that_of_each_image_alone():
     """Against the library, on one image of a batch: its steps and draws are its own."""
     pytest.importorskip("diffrax", reason="needs the extra `ode`: pip install -e .[ode]")

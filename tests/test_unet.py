@@ -542,6 +542,7 @@ def test_remat_stores_less_and_computes_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + abs(b).max())), got, expected)
 
 
+@pytest.mark.slow
 def test_forward_mode_derivatives_can_be_taken_outside_of_training():
     """`jax.jvp` of the network agrees with reverse mode; in training the convolutions know reverse mode only."""
     unet = UNet(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), out_channels=1, groups=2)
