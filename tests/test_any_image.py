@@ -293,6 +293,18 @@ def test_pictures_of_other_channels_are_refused(channels, value_range, tmp_path)
         open_source(DataConfig(source=str(folder), image_size=8, channels=channels, value_range=value_range))
 
 
+@pytest.mark.parametrize(("dtype", "value_range"), [(np.uint8, None), (np.float32, (0.0, 300.0))])
+def test_pages_of_tiff_files_are_channels(dtype, value_range, tmp_path):
+    arrays = np.random.default_rng(0).integers(0, 256, (5, 4, 8, 8)).astype(dtype)
+    for i, (first, *rest) in enumerate(arrays):
+        more = [Image.fromarray(page) for page in rest]
+        Image.fromarray(first).save(tmp_path / f"{i}.tif", save_all=True, append_images=more)
+    data = DataConfig(source=str(tmp_path), image_size=8, channels=4, value_range=value_range, cache="none")
+    images = open_source(data).read(np.arange(5))
+    assert images.dtype == dtype
+    np.testing.assert_array_equal(images, arrays.transpose(0, 2, 3, 1))
+
+
 # ---- Configs
 
 

@@ -129,11 +129,11 @@ def test_identity_of_a_zip_has_its_checksums(tmp_path):
 
 def test_hidden_files_are_left_out_and_others_with_a_note(make, capsys):
     more = {".hidden.png": b"", ".git/a.png": b"", "__MACOSX/a/._x.png": b"", "notes": b"hello", "b/list.csv": b""}
-    more |= {"1.tif": b"", "b/2.TIF": b""}
+    more |= {"1.gif": b"", "b/2.GIF": b""}
     path = make(names=[*NAMES, *more], content=CONTENT | more)
     assert [len(opened(path)), len(opened(path))] == [7, 7]  # as train.py does that chooses a config by the pictures
     written = capsys.readouterr()
-    note = f"Note: 4 of the files in {path} do not end like a picture and are left out: 2 .tif, 1 .csv, 1 without an ending.\n"
+    note = f"Note: 4 of the files in {path} do not end like a picture and are left out: 2 .gif, 1 .csv, 1 without an ending.\n"
     assert (written.out + written.err).count(note) == 1
 
 
@@ -682,7 +682,7 @@ def test_sources_without_pictures_are_refused(tmp_path):
     (tmp_path / "text" / "a.txt").write_text("hello")
     for name in ("empty", "empty.zip", "text"):
         with refuses(
-            f"data.source={str(tmp_path / name)!r} has no pictures; expected files that end in .png, .jpg, .jpeg, .webp, .bmp"
+            f"data.source={str(tmp_path / name)!r} has no pictures; expected files that end in .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff"
         ):
             opened(tmp_path / name)
 

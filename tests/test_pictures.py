@@ -249,13 +249,56 @@ def test_absurdly_large_pictures_are_refused_before_they_are_decoded(monkeypatch
     assert decode(encoded(COLOURS), (6, 6), 3).shape == (6, 6, 3)
 
 
+def pages(*arrays):
+    """A TIFF file with a page for each array."""
+    first, *rest = map(Image.fromarray, arrays)
+    buffer = io.BytesIO()
+    first.save(buffer, "TIFF", save_all=True, append_images=rest)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_each_page_of_a_tiff_file_is_a_channel(count):
+    arrays = RNG.integers(0, 256, (count, 6, 9), np.uint8)
+    np.testing.assert_array_equal(decode(pages(*arrays), (6, 9), count), arrays.transpose(1, 2, 0))
+    for channels in (1, 4):
+        with pytest.raises(
+            ValueError, match=rf"its {count} pages are as many channels, expected data.channels={channels}"
+        ):
+            decode(pages(*arrays), (6, 9), channels)
+
+
+def test_a_tiff_file_of_one_page_is_a_picture_like_others():
+    np.testing.assert_array_equal(decode(encoded(COLOURS, "TIFF"), (6, 6), 3), decode(encoded(COLOURS), (6, 6), 3))
+    with pytest.raises(ValueError, match="it has one page, expected one for each of data.channels=4"):
+        decode(encoded(COLOURS, "TIFF"), (6, 6), 4)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1e-3), (np.uint16, 60_000)])
+def test_values_of_pages_are_kept_with_a_range(dtype, scale):
+    arrays = (RNG.random((4, 6, 9)) * scale).astype(dtype)
+    image = decode(pages(*arrays), (6, 9), 4, (0.0, float(scale)))
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, arrays.astype(np.float32).transpose(1, 2, 0))
+
+
+def test_pages_that_are_no_image_are_refused():
+    small, large = np.zeros((6, 6), np.uint8), np.zeros((6, 8), np.uint8)
+    with pytest.raises(ValueError, match="its pages have 2 sizes"):
+        decode(pages(small, large), (6, 6), 2)
+    with pytest.raises(ValueError, match=r"its values are floats, which need data\.value_range"):
+        decode(pages(small.astype(np.float32)), (6, 6), 1)
+    with pytest.raises(ValueError, match="values that are not finite"):
+        decode(pages(np.full((6, 6), np.nan, np.float32)), (6, 6), 1, (0.0, 1.0))
+
+
 def test_other_formats_are_not_even_tried():
-    for form in ("GIF", "TIFF", "PPM"):
+    for form in ("GIF", "PPM"):
         with pytest.raises(Image.UnidentifiedImageError):
             decode(encoded(COLOURS, form), (6, 6), 3)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_pictures_cut_short_raise(form):
     content = encoded(RNG.integers(0, 256, (32, 32, 3), np.uint8), form)
     for left in (0, 3, 20, len(content) // 2, len(content) * 9 // 10):

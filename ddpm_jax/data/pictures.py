@@ -1,14 +1,15 @@
-"""Encoded pictures (PNG, JPEG, WebP, BMP) and the images that they are decoded to, uint8 or float32.
+"""Encoded pictures (PNG, JPEG, WebP, BMP, TIFF) and the images that they are decoded to, uint8 or float32.
 
 Decoding, in this order:
-1. The EXIF orientation is applied. Only the first frame of an animation is used.
+1. The EXIF orientation is applied. Only the first frame of an animation is used. A TIFF file of several pages is one image: each
+   page, as grey, is a channel.
 2. 16-bit values keep their high byte. Transparent pixels are blended with white. Palettes and CMYK become RGB.
 3. For data.channels=1 colours become luma, (299 R + 587 G + 114 B) / 1000; for 3 grey is repeated.
 4. The largest centred part with the aspect of data.image_size is cropped (rounding towards the top left).
 5. It is resized to data.image_size with Pillow's bicubic filter, which antialiases when it shrinks.
 
 With data.value_range the image is grey and float32, on the scale of 16 bits: 16-bit values are kept, those of 8 bits are
-multiplied by 257, luma and resized values are not rounded.
+multiplied by 257, luma and resized values are not rounded. Float values of a TIFF file are kept as they are.
 """
 
 import io
@@ -24,8 +25,9 @@ from PIL import Image, ImageOps
 
 from ddpm_jax.core.errors import UsageError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+PAGED = (".tif", ".tiff")  # endings of files that may have several pages
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *PAGED)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192; Pillow warns of a decompression bomb beyond 1.3 times this
 
 
@@ -52,18 +54,44 @@ def decode(
     Raises ValueError for more than MAX_PIXELS pixels or a value outside of the range, and any error for a damaged picture.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
-        ImageOps.exif_transpose(picture, in_place=True)
-        if value_range is not None:
-            values = np.asarray(_resized(_grey_values(picture, value_range), size))
-            return values.clip(*value_range)[..., None]  # the filter overshoots at edges
-        plain, mode = _without_depth_and_alpha(picture), "L" if channels == 1 else "RGB"
-        # Skip steps that change nothing: Pillow would copy, which takes a tenth of the time of a 256x256 JPEG.
-        if plain.mode != mode:
-            plain = plain.convert(mode)
-        return np.frombuffer(_resized(plain, size).tobytes(), np.uint8).reshape(*size, channels)
+        pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+        _check_pages(pages, channels, value_range)
+        if pages == 1:
+            return _decode_page(picture, size, channels, value_range)
+        images, sizes = [], set()
+        for page in range(pages):
+            picture.seek(page)
+            sizes.add(picture.size)
+            images.append(_decode_page(picture.copy(), size, 1, value_range))
+        if len(sizes) > 1:
+            raise ValueError(f"its pages have {len(sizes)} sizes, expected one")
+        return np.concatenate(images, axis=-1)
+
+
+def _check_pages(pages: int, channels: int, value_range: Range) -> None:
+    """Raises ValueError if a picture with so many pages has not so many channels."""
+    alone = (1,) if value_range else (1, 3)
+    if pages > 1 and pages != channels:
+        raise ValueError(f"its {pages} pages are as many channels, expected data.channels={channels}")
+    if pages == 1 and channels not in alone:
+        raise ValueError(f"it has one page, expected one for each of data.channels={channels}")
+
+
+def _decode_page(
+    picture: Image.Image, size: tuple[int, int], channels: int, value_range: Range
+) -> Shaped[np.ndarray, "H W C"]:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
+    ImageOps.exif_transpose(picture, in_place=True)
+    if value_range is not None:
+        values = np.asarray(_resized(_grey_values(picture, value_range), size))
+        return values.clip(*value_range)[..., None]  # the filter overshoots at edges
+    plain, mode = _without_depth_and_alpha(picture), "L" if channels == 1 else "RGB"
+    # Skip steps that change nothing: Pillow would copy, which takes a tenth of the time of a 256x256 JPEG.
+    if plain.mode != mode:
+        plain = plain.convert(mode)
+    return np.frombuffer(_resized(plain, size).tobytes(), np.uint8).reshape(*size, channels)
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -89,19 +117,24 @@ def centre_box(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
 
 def _grey_values(picture: Image.Image, value_range: tuple[float, float]) -> Image.Image:
     """The picture as grey float32 values of 16 bits."""
-    if picture.mode.startswith("I"):
+    scale = "" if picture.mode == "F" else " on the scale of 16 bits"
+    if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are not finite")
     else:
         values = np.asarray(_without_depth_and_alpha(picture).convert("F")) * np.float32(257)
     low, high = values.min(), values.max()
     if low < value_range[0] or high > value_range[1]:
         raise ValueError(
-            f"its values go from {low:g} to {high:g} on the scale of 16 bits, which data.value_range={value_range} does not hold"
+            f"its values go from {low:g} to {high:g}{scale}, which data.value_range={value_range} does not hold"
         )
     return Image.fromarray(values)
 
 
 def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("its values are floats, which need data.value_range")
     if picture.mode.startswith("I"):  # 16-bit grey; Pillow itself keeps the high byte of 16-bit colours
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:

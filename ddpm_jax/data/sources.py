@@ -28,7 +28,7 @@ from ddpm_jax.data import idx, tfds
 from ddpm_jax.data.cache import NAMED, decode_once, without_bad
 from ddpm_jax.data.conditions import PAIRED, Joined, in_order_of, source_of_conditions
 from ddpm_jax.data.folders import HIDDEN, find_files
-from ddpm_jax.data.pictures import ENDINGS, DecodedPictures, Pictures
+from ddpm_jax.data.pictures import ENDINGS, PAGED, DecodedPictures, Pictures
 from ddpm_jax.data.pixels import Pixels
 
 DECODE_ONCE_BYTES = 2**33  # the largest cache of data.cache=auto: CelebA-HQ at 256 has 6 GB, LSUN church 25 GB
@@ -290,10 +290,11 @@ def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
 
     Raises UsageError if one image of this size does not fit in memory.
     """
-    if config.channels not in (GREY, RGB) or (config.value_range and config.channels != GREY):
+    of_one_page = (GREY,) if config.value_range else (GREY, RGB)
+    if config.channels not in of_one_page and not all(name.lower().endswith(PAGED) for name in pictures.names):
         raise UsageError(
             f"data.channels={config.channels}, but pictures give {GREY} (grey) or {RGB} (RGB), and {GREY} with data.value_range; "
-            "use one of these, or store the images as an .npy file"
+            "use one of these, or store the images as an .npy file, or each as a .tif file with a page for each channel"
         )
     height, width = config.size
     room.check_memory(
