@@ -682,7 +682,8 @@ def test_sources_without_pictures_are_refused(tmp_path):
     (tmp_path / "text" / "a.txt").write_text("hello")
     for name in ("empty", "empty.zip", "text"):
         with refuses(
-            f"data.source={str(tmp_path / name)!r} has no pictures; expected files that end in .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff"
+            f"data.source={str(tmp_path / name)!r} has no pictures; expected files that end in "
+            ".png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff"
         ):
             opened(tmp_path / name)
 

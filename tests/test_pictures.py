@@ -270,7 +270,7 @@ def test_each_page_of_a_tiff_file_is_a_channel(count):
 
 def test_a_tiff_file_of_one_page_is_a_picture_like_others():
     np.testing.assert_array_equal(decode(encoded(COLOURS, "TIFF"), (6, 6), 3), decode(encoded(COLOURS), (6, 6), 3))
-    with pytest.raises(ValueError, match="it has one page, expected one for each of data.channels=4"):
+    with pytest.raises(ValueError, match=r"it has one page, expected one for each of data\.channels=4"):
         decode(encoded(COLOURS, "TIFF"), (6, 6), 4)
 
 
