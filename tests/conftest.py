@@ -32,7 +32,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Tracing makes very many objects. Python's collector would visit them, and all that is imported, again and again.
 gc.freeze()
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture
