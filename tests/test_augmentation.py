@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from spy import seen_by_the_loss
 from tiny import experiment, tiny
 
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.diffusion import losses
-from ddpm_jax.models.unet import UNet
 from ddpm_jax.training import step as training
 from ddpm_jax.training.augmentation import augment
 
@@ -77,20 +76,8 @@ def test_every_turn_and_flip_is_as_frequent_and_independent_of_the_others():
 
 def test_the_step_augments_the_images_before_the_noise(monkeypatch):
     """The loss sees images turned by hand where the draw says so."""
-    config, seen = tiny(train={"flip_ud": True, "turn": True}), []
-
-    def spy(process, model, x_0, t, eps):
-        seen.append(x_0)
-        return jnp.zeros(x_0.shape[0]) * jnp.sum(model(x_0, t))
-
-    monkeypatch.setitem(losses.LOSSES, "simple", spy)
-    monkeypatch.setattr(UNet, "__call__", lambda self, x_t, t, dropout_keys=None: x_t)
-    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
-    params = {"w": jnp.zeros(1)}
-    state = training.TrainState(jnp.int32(3), params, params, experiment(config).optimizer.init(params), None)
-    with jax.disable_jit():
-        training.one_step(experiment(config))(state, jnp.asarray(images))
+    images, seen = seen_by_the_loss(tiny(train={"flip_ud": True, "turn": True}), monkeypatch, step=3)
     draws = jax.device_get(draws_of(3))
     expected = by_hand(images, draws.flip, draws.flip_ud, draws.turn)
     assert (expected != images).any()
-    np.testing.assert_allclose(jax.device_get(seen[0]), expected.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)
+    np.testing.assert_allclose(seen, expected.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from spy import seen_by_the_loss
 from tiny import experiment, tiny
 
 from ddpm_jax.core import sharding
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data import make_feed, open_source
-from ddpm_jax.diffusion import losses
-from ddpm_jax.models.unet import UNet
 from ddpm_jax.training import step as training
 
 
@@ -161,23 +160,12 @@ def test_flips_hit_about_half_the_images_and_change_between_steps():
 @pytest.mark.parametrize("flip", [True, False])
 def test_flip_mirrors_left_to_right_before_the_noise(flip, monkeypatch):
     """The loss sees images flipped by hand where the draw says so, and as they are without flips; never at load time only."""
-    config, seen = tiny(train={"flip": flip}), []
-
-    def spy(schedule, model, x_0, t, eps, **kinds):
-        seen.append(x_0)
-        return jnp.zeros(x_0.shape[0]) * jnp.sum(model(x_0, t))
-
-    monkeypatch.setitem(losses.LOSSES, "simple", spy)
-    monkeypatch.setattr(UNet, "__call__", lambda self, x_t, t, dropout_keys=None: x_t)
-    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
-    params = {"w": jnp.zeros(1)}
-    state = training.TrainState(jnp.int32(3), params, params, experiment(config).optimizer.init(params), None)
-    with jax.disable_jit():
-        training.one_step(experiment(config))(state, jnp.asarray(images))
+    config = tiny(train={"flip": flip})
+    images, seen = seen_by_the_loss(config, monkeypatch, step=3)
     drawn = np.asarray(training.draw(experiment(config), jnp.int32(3), images.shape, None).flip) & flip
     assert drawn.any() == flip
     by_hand = np.where(drawn[:, None, None, None], images[:, :, ::-1], images)
-    np.testing.assert_allclose(jax.device_get(seen[0]), by_hand.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)
+    np.testing.assert_allclose(seen, by_hand.astype(np.float32) / np.float32(127.5) - 1, atol=1e-7)
 
 
 SMALLER = ONE_LEVEL | {"dropout": 0.0}

@@ -4,9 +4,8 @@ import math
 import statistics
 from typing import NamedTuple
 
-TOLERANCE = (
-    0.05  # two processes of one version differ by some percent for as long as they live: by where their memory lies
-)
+# Two processes of one version differ by some percent for as long as they live: by where their memory lies.
+TOLERANCE = 0.05
 CHANCE = 32  # of this many rows without a difference at most one lies above 1, whatever the noise is like
 FEWEST = 5  # repeats: 2 ** -5 = 1 / 32
 

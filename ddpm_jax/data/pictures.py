@@ -51,7 +51,8 @@ def decode(
 ) -> Shaped[np.ndarray, "H W C"]:
     """Decodes a picture as the module describes, to (*size, channels): uint8, or float32 if there is a value_range.
 
-    Raises ValueError for more than MAX_PIXELS pixels or a value outside of the range, and any error for a damaged picture.
+    Raises ValueError for more than MAX_PIXELS pixels, a value outside of the range, or other pages than channels, and any error
+    for a damaged picture.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1

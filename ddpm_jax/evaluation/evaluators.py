@@ -114,9 +114,7 @@ class SampleGrid:
         stored = pixels.from_network(conditioning.to_network(self._tables["conditions"]))
         sheet = grid(pixels.to_pictures(np.asarray(stored)))
         channels = 3 if self._experiment.image_shape[-1] >= 3 else 1
-        return sheet[..., : channels if sheet.shape[-1] > 1 else 1].repeat(
-            channels if sheet.shape[-1] == 1 else 1, axis=-1
-        )
+        return sheet if sheet.shape[-1] == channels else sheet[..., :1].repeat(channels, axis=-1)
 
     def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
         batches = generate_batches(

@@ -25,11 +25,11 @@ from ddpm_jax.data.sources import decoded, open_conditions, open_content
 from ddpm_jax.generation.options import STARTS, GivenOptions
 from ddpm_jax.training.workdir import Run
 
-Tables = Mapping[
-    str, Any
-]  # name -> an array, or pictures decoded at each read: a length, and rows by an array of indices
+# By name: an array, or pictures decoded at each read; each has a length, and rows by an array of indices.
+Tables = Mapping[str, Any]
 BLOCK = 256  # rows hashed at a time
 KEPT, OPEN = 255, 0  # values of a mask
+FRACTIONS = 8  # images of an interpolation if nobody says
 
 
 def given_at(tables: Tables, indices: Int[np.ndarray, " B"]) -> dict[str, Any]:
@@ -98,9 +98,6 @@ def with_given(run: Run, options: GivenOptions, num_images: int | None) -> Run:
     used = {name: getattr(options, name) for name in _deciding(options)}
     definition = used | {name: _sha(table) for name, table in tables.items()}
     return dataclasses.replace(run, given=Given(options, tables, definition, count))
-
-
-FRACTIONS = 8  # images of an interpolation if nobody says
 
 
 def _deciding(options: GivenOptions) -> list[str]:
@@ -184,7 +181,7 @@ def _masks(name: str, data: DataConfig, count: int) -> Shaped[np.ndarray, "N H W
         if len(soft):
             raise UsageError(
                 f"--mask {name} is soft: mask {i} has the value {soft[0]}, expected {KEPT} (kept) and {OPEN} (filled in) alone; "
-                "threshold it, and store it without loss, as PNG say"
+                "threshold it, and store it without loss, as PNG"
             )
     return masks
 

@@ -42,7 +42,8 @@ class Snapshots:
 
     def __call__(self, state: TrainState) -> Findings:
         """Writes the snapshot of the state's step. All processes must call it."""
-        widths = {n.removeprefix(WIDTHS): a for n, a in (state.averages or {}).items() if n.startswith(WIDTHS)}
+        averages = state.averages or {}
+        widths = {name.removeprefix(WIDTHS): a for name, a in averages.items() if name.startswith(WIDTHS)}
         arrays = flatten(sharding.to_host(widths))
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
