@@ -20,6 +20,7 @@ def main() -> None:
     folder, *words = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the command prints is for people
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that a failure's reason comes last
     sys.argv = ["benchmark.py", *words]
     package = importlib.import_module("ddpm_jax")
     if Path(str(package.__file__)).resolve().parent.parent != Path(folder).resolve():
