@@ -23,14 +23,19 @@ LEARNED = tiny(
 )
 
 
-def bad_fusions(text):
-    """The fusions of a compiled program that hold a product and a reduction, each with its instructions."""
+def fusions(text):
+    """The fusions of a compiled program, each with its instructions."""
     bodies = dict(re.findall(r"^%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE))
     fused = {name: bodies[name] for name in re.findall(r" fusion\(.*calls=%?([\w.-]+)", text)}
     assert fused  # the text is understood
+    return fused
+
+
+def bad_fusions(text):
+    """Those that hold a product and a reduction."""
     return {
         name: body
-        for name, body in fused.items()
+        for name, body in fusions(text).items()
         if re.search(r" (dot|convolution)\(", body) and re.search(r" reduce(-window)?\(", body)
     }
 
@@ -96,4 +101,10 @@ def program(name):
     ],
 )
 def test_no_fusion_of_our_programs_holds_a_product_and_its_reduction(name):
-    assert bad_fusions(program(name).compile().as_text()) == {}
+    text = program(name).compile().as_text()
+    assert bad_fusions(text) == {}
+    if (
+        name in ("train", "learned") and jax.default_backend() == "cpu"
+    ):  # training leaves convolutions to XLA, not to YNNPACK
+        assert " convolution(" in text
+        assert not any(" convolution(" in body for body in fusions(text).values())
