@@ -18,6 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
+from ddpm_jax.benchmark.timing import peak_tflops
+from ddpm_jax.benchmark.traffic import matrix_fill, traffic
 from ddpm_jax.config import check
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError, first_line
@@ -38,8 +40,30 @@ COLUMNS = {
     "devices": ("chips", "d"),
     "compile_s": ("compile s", ".0f"),
     "memory_mib": ("MiB a chip", ".0f"),
+    "of_hbm": ("of HBM", ".0%"),
     "gflops": ("GFLOP a chip and step", ".1f"),
+    "arithmetic_ms": ("arithmetic ms", ".2f"),
+    "matrix_fill": ("filled", ".0%"),
+    "traffic_gb": ("GB to and from HBM", ".2f"),
+    "memory_ms": ("memory ms", ".2f"),
+    "bound_by": ("bound by", ""),
     "collectives": ("collectives", ""),
+}
+
+
+class Chip(NamedTuple):
+    """What bounds a TPU chip beside its peak TFLOP/s, from the vendor: HBM in GB and GB/s, and the width of its matrix units."""
+
+    hbm_gb: int
+    hbm_gb_per_s: float
+    width: int
+
+
+CHIPS = {
+    "TPU v4": Chip(32, 1228.0, 128),
+    "TPU v5 lite": Chip(16, 819.0, 128),
+    "TPU v5": Chip(95, 2765.0, 128),
+    "TPU v6 lite": Chip(32, 1640.0, 256),
 }
 
 
@@ -134,14 +158,50 @@ def compile_sampling(experiment: Experiment, options: SamplerOptions, batch: int
 
 
 def _compile(function: Any, mesh: Mesh, *arguments: Any) -> Row:
-    start = time.perf_counter()
-    platform = mesh.devices.flat[0].platform
-    compiled = function.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
-    seconds, found = time.perf_counter() - start, collectives(compiled.as_text())
-    return memory(compiled) | {
+    start, device = time.perf_counter(), mesh.devices.flat[0]
+    row: Row = {"devices": mesh.devices.size}
+    try:
+        compiled = function.trace(*arguments).lower(lowering_platforms=(device.platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_much = re.search(r"Used \S+ of \S+ hbm", str(error))
+        if not too_much:
+            raise
+        return row | {"compile_s": time.perf_counter() - start, "bound_by": f"does not fit: {too_much[0]}"}
+    seconds, hlo = time.perf_counter() - start, compiled.as_text()
+    found = collectives(hlo)
+    gflops = compiled.cost_analysis()["flops"] / 1e9  # of one step: the loop's body counts once
+    row |= memory(compiled) | {
         "compile_s": seconds,
-        "devices": mesh.devices.size,
-        "gflops": compiled.cost_analysis()["flops"] / 1e9,  # of one step: the loop's body counts once
+        "gflops": gflops,
         "collectives": tell(found),
         "each_collective": [c._asdict() for c in found],
     }
+    return row | roofline(row, hlo, device)
+
+
+def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
+    """The least time of a step by its arithmetic and by its bytes of HBM, each at the chip's peak, and which is longer."""
+    chip, peak = CHIPS.get(device.device_kind), peak_tflops(device, "bfloat16")
+    if chip is None or peak is None:
+        return {}
+    parts = traffic(hlo)
+    gb = sum(parts.values()) / 1e9
+    arithmetic, moved = row["gflops"] / peak, 1e3 * gb / chip.hbm_gb_per_s
+    held = {"of_hbm": row["memory_mib"] * 2**20 / chip.hbm_gb / 1e9} if "memory_mib" in row else {}
+    return held | {
+        "arithmetic_ms": arithmetic,
+        "matrix_fill": matrix_fill(hlo, chip.width),
+        "traffic_gb": gb,
+        "traffic_bytes": parts,
+        "memory_ms": moved,
+        "bound_by": "arithmetic" if arithmetic > moved else "memory",
+    }
+
+
+def tell_traffic(row: Row, largest: int = 8) -> str:
+    """train step, 8 chips: forward conv 0.36 GB, backward norm 0.88 GB, ...; empty if the traffic is unknown."""
+    parts = row.get("traffic_bytes", {})
+    told = [f"{name} {size / 1e9:.2f} GB" for name, size in list(parts.items())[:largest]]
+    rest = sum(list(parts.values())[largest:])
+    told += [f"other {rest / 1e9:.2f} GB"] if rest else []
+    return f"{row['what']}, {row['devices']} chips: {', '.join(told)}" if told else ""

@@ -37,7 +37,9 @@ def main(arguments: Benchmark) -> None:
         rows, columns = compile_for(config, arguments.plan, arguments.compile_for), topology.COLUMNS
     else:
         rows, columns = measure(config, arguments.plan, load_params), programs.COLUMNS
-    report(arguments, rows, columns, timing.environment)
+    done = report(arguments, rows, columns, timing.environment)
+    for line in filter(None, map(topology.tell_traffic, done)):
+        print(line)
 
 
 def compare(arguments: Benchmark) -> None:

@@ -1,0 +1,181 @@
+"""Bytes to and from HBM, read off a TPU program's text; the expected bytes are counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax.benchmark import topology
+from ddpm_jax.benchmark.traffic import hbm_bytes, instructions, matrix_fill, part_of, traffic
+from ddpm_jax.core import sharding
+
+# One array is brought early, one in two slices; the loop's body works in VMEM but for one result.
+# ruff: noqa: E501
+HLO = """
+HloModule jit_step, is_scheduled=true
+%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %neg.1 = f32[8,128]{1,0:T(8,128)} negate(%p)
+}
+%body (c: (f32[8,128], s32[])) -> (f32[8,128], s32[]) {
+  %c = (f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:T(128)S(2)}) parameter(0)
+  %x.1 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%c), index=0
+  %i.1 = s32[]{:T(128)S(2)} get-tuple-element(%c), index=1
+  %y.1 = f32[8,128]{1,0:T(8,128)} fusion(%x.1), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/jvp(UNet)/mid_block_1/norm1/mul" id=3}
+  %z.1 = f32[8,128]{1,0:T(8,128)S(1)} copy(%y.1)
+  ROOT %t = (f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:T(128)S(2)}) tuple(%z.1, %i.1)
+}
+ENTRY %main (a: bf16[3,100], b: f32[16,128]) -> f32[16,128] {
+  %a = bf16[3,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[16,128]{1,0:T(8,128)} parameter(1)
+  %early = (bf16[3,100]{1,0:T(8,128)(2,1)S(1)}, bf16[3,100]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %s.1 = ((f32[16,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:8], [0:128]}
+  %early-done = bf16[3,100]{1,0:T(8,128)(2,1)S(1)} copy-done(%early)
+  %used.1 = bf16[3,100]{1,0:T(8,128)(2,1)S(1)} bitcast(%early-done)
+  %s.2 = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s.1)
+  %k = f32[8,128]{1,0:T(8,128)S(1)} fusion(%used.1, %s.2), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/transpose(jvp(UNet))/up_0_block_1/conv2/cond/branch_0_fun/transpose(jvp())/mul" id=1}
+  %init = (f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:T(128)S(2)}) tuple(%k, %zero)
+  %w = (f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:T(128)S(2)}) while(%init), condition=%cond, body=%body
+  ROOT %out = f32[16,128]{1,0:T(8,128)} add(%b, %b), metadata={op_name="jit(f)/add" id=2}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [
+        ("f32[7]", 28),
+        ("bf16[]", 2),
+        ("pred[3]{0}", 3),
+        ("f32[5,3]{1,0:T(8,128)}", 8 * 128 * 4),
+        ("f32[2,5,3]{0,1,2:T(8,128)}", 3 * 8 * 128 * 4),  # dimension 0 is the minor one
+        ("bf16[16,256]{1,0:T(8,128)(2,1)}", 16 * 256 * 2),
+        ("f32[300]{0:T(256)}", 512 * 4),
+        ("f32[5,3]{1,0:T(8,128)S(1)}", 0),
+        ("(f32[8,128]{1,0:T(8,128)}, f32[4]{0:S(2)}, u32[2])", 4096 + 8),
+    ],
+)
+def test_an_array_takes_its_tiles_in_hbm_and_nothing_elsewhere(array, size):
+    assert hbm_bytes(array) == size
+
+
+def test_each_byte_is_counted_once_where_it_moves():
+    moved = [(one.op, one.read, one.written) for one in instructions(HLO)]
+    assert moved == [
+        ("copy-start", 8 * 128 * 2, 0),  # 3 x 100 in its tile
+        ("slice-start", 8 * 128 * 4, 0),  # half of b
+        ("add", 16 * 128 * 4, 16 * 128 * 4),  # b once, although it is both operands
+        ("fusion", 0, 8 * 128 * 4),
+        ("copy", 8 * 128 * 4, 0),
+    ]
+
+
+def test_the_parts_are_named_by_the_layer_and_early_copies_by_their_first_use():
+    assert traffic(HLO) == {"outside the network": 2 * 8192 + 4096, "backward conv": 2048 + 4096, "forward norm": 4096}
+    assert list(traffic(HLO)) == ["outside the network", "backward conv", "forward norm"]
+
+
+@pytest.mark.parametrize(
+    ("op_name", "part"),
+    [
+        ("jit(train_steps)/while/body/closed_call/jvp(UNet)/up_1_attn_2/q/dot_general", "forward q"),
+        ("jit(train_steps)/transpose(jvp(UNet))/down_0_downsample/cond/branch_0_fun/conv", "backward down_downsample"),
+        ("jit(f)/jvp(Mixer)/add", "forward network"),
+        ("jit(train_steps)/while/body/closed_call/mul", "outside the network"),
+        ("", "outside the network"),
+    ],
+)
+def test_part_of(op_name, part):
+    assert part_of(op_name) == part
+
+
+def test_features_are_rounded_up_to_the_matrix_unit():
+    text = """
+ENTRY %main (x: bf16[4,8,8,3]) -> bf16[4,8,8,256] {
+  %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
+  %k = bf16[3,3,3,256]{3,2,1,0} parameter(1)
+  ROOT %y = bf16[4,8,8,256]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(f)/conv"}
+}
+"""
+    assert matrix_fill(text, 128) == pytest.approx(3 / 128)
+    assert matrix_fill(text, 256) == pytest.approx(3 / 256)
+    batched = """
+ENTRY %main (x: bf16[4,128,256]) -> bf16[4,128,64] {
+  %x = bf16[4,128,256]{2,1,0} parameter(0)
+  %k = bf16[4,256,64]{2,1,0} parameter(1)
+  ROOT %y = bf16[4,128,64]{2,1,0} convolution(%x, %k), window={size=4}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/dot_general"}
+}
+"""
+    assert matrix_fill(batched, 128) == 0.5
+    # The convolution has 2 * 4*64*256 * 27 FLOPs, the product 2 * 4*128*64 * 256.
+    both = matrix_fill(text + batched.replace("%main", "%other").replace("ENTRY ", ""), 128)
+    assert both == pytest.approx((3_538_944 + 16_777_216) / (3_538_944 * 128 / 3 + 16_777_216 * 2))
+    assert matrix_fill("", 128) == 1
+
+
+def test_a_program_compiled_for_a_tpu_reads_and_writes_what_it_must():
+    pytest.importorskip("libtpu", reason="the TPU compiler: install the extra `tpu`")
+    device = topology.describe_topology("v5e:2x2")[0]
+    everywhere = sharding.replicated(sharding.make_mesh(devices=[device]))
+
+    def f(x, first, second):
+        y = jax.lax.conv_general_dilated(x, first, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            jax.nn.silu(y), second, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    shapes = [(64, 32, 32, 128), (3, 3, 128, 128), (3, 3, 128, 128)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes]
+    lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",))
+    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU nothing can be read back from it
+    try:
+        compiled = lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    # x, both kernels and the result; what is between the convolutions stays in VMEM.
+    least = 2 * (2 * 64 * 32 * 32 * 128 + 2 * 9 * 128 * 128)
+    assert least <= sum(traffic(compiled.as_text()).values()) <= 1.01 * least
+    assert compiled.cost_analysis()["bytes accessed"] > 1.9 * least
+    assert matrix_fill(compiled.as_text(), 128) == 1
+
+
+class Chip:
+    device_kind, platform = "TPU v5 lite", "tpu"
+
+
+def test_the_roofline_says_which_peak_bounds():
+    row = topology.roofline({"gflops": 197.0, "memory_mib": 8e9 / 2**20}, HLO, Chip)
+    assert row["arithmetic_ms"] == pytest.approx(1)
+    assert row["traffic_gb"] == pytest.approx(30_720 / 1e9)
+    assert row["memory_ms"] == pytest.approx(30_720 / 819e6)
+    assert row["of_hbm"] == pytest.approx(0.5)
+    assert row["bound_by"] == "arithmetic"
+    assert topology.roofline({"gflops": 0.001}, HLO, Chip)["bound_by"] == "memory"
+    told = topology.tell_traffic(row | {"what": "train step", "devices": 8}, largest=1)
+    assert told == "train step, 8 chips: outside the network 0.00 GB, other 0.00 GB"
+    assert topology.tell_traffic({"what": "train step"}) == ""
+
+
+class Refused:
+    """A jitted function whose program needs more memory than the chip has, or fails otherwise."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def trace(self, *_):
+        return self
+
+    def lower(self, **_):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_that_does_not_fit_is_a_row_that_says_so():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.04G of 15.75G hbm. Exceeded"
+    row = topology._compile(Refused(message), mesh)
+    assert row["bound_by"] == "does not fit: Used 21.04G of 15.75G hbm"
+    assert row["devices"] == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        topology._compile(Refused("INTERNAL: broken"), mesh)
