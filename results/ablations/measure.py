@@ -50,6 +50,12 @@ def trained(config: Config, workdir: epath.Path) -> Run:
     return load_run(workdir)
 
 
+@functools.cache
+def here() -> dict[str, Any]:
+    """The machine, versions and commit, which this process began with."""
+    return environment()
+
+
 def carry_out(base: Config, key: str, seed: int) -> Row:
     """Trains and evaluates one run, from where it was stopped, and writes its row."""
     config, variant, workdir = config_of(base, key, seed), VARIANTS[key], workdir_of(key, seed)
@@ -77,7 +83,7 @@ def carry_out(base: Config, key: str, seed: int) -> Row:
         "evaluations": len(build_sampler(run.experiment.process, variant.sampler)),
         "figures": values,
         "standard_errors": errors,
-        "environment": environment(),
+        "environment": here(),
     }
     write_text(row_file(key, seed), json.dumps(row, indent=1) + "\n")
     return row
