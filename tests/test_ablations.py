@@ -113,7 +113,7 @@ def make_row(key, seed, *, shift=0.0):
         "commands": commands(DIGITS, key, seed),
         "evaluations": 100,
         "figures": sampled if key in SAMPLING else loss | sampled,
-        "seconds": {"training": 60.0, "evaluation": 40.4},
+        "seconds": {"training": 60.0, "evaluation": 40.4, "processor": 100.4},
         "environment": {"cores": 1},
     }
     path = Path(row_file(key, seed))
@@ -185,7 +185,6 @@ def test_report_has_the_groups_of_which_two_variants_are_finished(tmp_path, monk
 def command(tmp_path, monkeypatch):
     """Calls the command in an empty folder, with a function in the place of `carry_out`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "")  # set back afterwards
 
     def call(carry_out, *arguments):
         monkeypatch.setattr(measure, "carry_out", carry_out)
@@ -200,7 +199,8 @@ def test_a_run_that_fails_does_not_stop_the_others_and_finished_ones_are_not_rep
 
     def carry_out(base, key, seed):
         carried_out.append((key, seed))
-        print("what training says")
+        print("what training says", flush=True)
+        print("and its bar", file=sys.stderr)
         if key == "cosine" and len(carried_out) < 3:
             raise RunError("the loss became nan")
         return make_row(key, seed)
@@ -213,7 +213,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_finished_ones_are_not_rep
         "1/2 baseline, seed 0: bits/dim 5, distance 1.500, precision 0.5000, recall 0.8000 (100 s)",
         "2/2 cosine, seed 0 failed: the loss became nan",
     ]
-    assert Path("runs/ablations/cosine/seed_0.log").read_text() == "what training says\n"
+    assert Path("runs/ablations/cosine/seed_0.log").read_text() == "what training says\nand its bar\n"
     command(carry_out, "--only", "schedule", "--seeds", "1")
     assert carried_out == [("baseline", 0), ("cosine", 0), ("cosine", 0)]
     assert capsys.readouterr().out.startswith("2 runs, of which 1 are finished.\n1/1 cosine, seed 0: ")

@@ -11,7 +11,7 @@ OUT/                                  ablations.json, the tables in README.md, a
 """
 
 import contextlib
-import os
+import io
 import signal
 import sys
 from dataclasses import dataclass
@@ -46,6 +46,14 @@ class Options:
     """Folder of the tables and pictures."""
 
 
+class Log(io.TextIOWrapper):
+    """A run's log, in the place of the standard streams. What an interrupt says still goes to the terminal."""
+
+    def fileno(self) -> int:
+        """Where `core.errors.say` writes, which bypasses Python's streams."""
+        return sys.__stderr__.fileno() if sys.__stderr__ else super().fileno()
+
+
 def parse(arguments: list[str]) -> Options:
     """The options of a command line. Raises UsageError for those that cannot be used."""
     options = tyro.cli(Options, prog=program(), args=arguments)
@@ -60,7 +68,6 @@ def main() -> None:
     """Carries out the runs that are not finished, a line for each, and writes the tables of all that are."""
     options = parse(sys.argv[1:])
     base, out = load_config(options.config), epath.Path(options.out)
-    os.environ["TQDM_DISABLE"] = "1"  # no bars; read when tqdm is imported
     from measure import read_row  # these import JAX, after the command line is read
     from tables import write_report
 
@@ -84,7 +91,11 @@ def carried_out(base: Config, key: str, seed: int, *, begun: str) -> bool:
     begun, log = f"{begun} {key}, seed {seed}", row_file(key, seed).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with log.open("a") as file, contextlib.redirect_stdout(file):
+        with (
+            Log(log.open("ab"), write_through=True) as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
             row = carry_out(base, key, seed)
     except Interrupted as stop:
         by = signal.Signals(stop.signum).name

@@ -58,7 +58,8 @@ def here() -> dict[str, Any]:
 
 def carry_out(base: Config, key: str, seed: int) -> Row:
     """Trains and evaluates one run, from where it was stopped, and writes its row."""
-    config, variant, workdir = config_of(base, key, seed), VARIANTS[key], workdir_of(key, seed)
+    began, config, workdir = time.process_time(), config_of(base, key, seed), workdir_of(key, seed)
+    variant = VARIANTS[key]
     of = variant.parameters_of or key
     parameters, results = workdir_of(of, seed), dict[str, Any]()
     run = trained(config_of(base, of, seed), parameters)
@@ -79,6 +80,7 @@ def carry_out(base: Config, key: str, seed: int) -> Row:
         "seconds": {
             "training": round(seconds_of(read_metrics(parameters)), 1),
             "evaluation": round(time.perf_counter() - start, 1),
+            "processor": round(time.process_time() - began, 1),  # of the process that finished it
         },
         "evaluations": len(build_sampler(run.experiment.process, variant.sampler)),
         "figures": values,
