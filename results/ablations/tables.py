@@ -33,10 +33,14 @@ def values_of(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row["figures"][name] for row in rows])
 
 
+def spread_of(values: np.ndarray) -> float:
+    """The standard deviation between runs; 0 of a single one, which has none."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
 def mean_and_spread(values: np.ndarray) -> str:
-    """The mean of runs and their standard deviation, which a single one does not have."""
-    spread = float(values.std(ddof=1)) if len(values) > 1 else None
-    return " ± ".join(text for text in with_spread(float(values.mean()), spread) if text)
+    """The mean of runs ± their standard deviation."""
+    return " ± ".join(text for text in with_spread(float(values.mean()), spread_of(values)) if text)
 
 
 def of_group(group: Group, rows: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
@@ -97,20 +101,27 @@ def draw_seeds(axes: Any, runs: Mapping[str, Sequence[Row]], of: str) -> None:
 
 def draw_samplers(axes: Any, runs: Mapping[str, Sequence[Row]]) -> None:
     """The mean distance of each sampler by its network evaluations; dashed: Algorithm 2."""
+    from matplotlib import ticker
+
     of = "frechet_distance"
     for color, sampler in zip((*COLORS, "#666666"), SAMPLERS, strict=True):
-        points = [
-            (rows[0]["evaluations"], values_of(rows, of)) for label, rows in runs.items() if in_curve(label, sampler)
-        ]
-        if points:
-            xs, ys = zip(*points, strict=True)
+        if points := [rows for label, rows in runs.items() if in_curve(label, sampler)]:
+            values = [values_of(rows, of) for rows in points]
             axes.errorbar(
-                xs, [y.mean() for y in ys], [y.std() for y in ys], marker="o", markersize=4, color=color, label=sampler
+                [rows[0]["evaluations"] for rows in points],
+                [each.mean() for each in values],
+                [spread_of(each) for each in values],
+                marker="o",
+                markersize=4,
+                color=color,
+                label=sampler,
             )
     for rows in (runs[label] for label in runs if label.endswith(", all")):
         axes.axhline(values_of(rows, of).mean(), color="black", linestyle="--", linewidth=1, label="ancestral, all")
     axes.set(xlabel="network evaluations", ylabel=COLUMNS[of], xscale="log", yscale="log")
     axes.set_xticks(EVALUATIONS, [str(most) for most in EVALUATIONS])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
