@@ -43,7 +43,7 @@ result-digits: $(INSTALLED)
 	$(BIN)/python convert.py to-result runs/result/digits_0 $(RESULT) --more \
 	  runs/result/digits_1 runs/result/digits_2 runs/result/digits_3 runs/result/digits_4
 
-# The paper's ablations on the digits, results/ablations: about an hour of one core. The same command continues.
+# The paper's ablations on the digits, results/ablations: more than an hour of one core. The same command continues.
 ablations: $(INSTALLED)
 	$(BIN)/python results/ablations/ablations.py
 
