@@ -8,7 +8,7 @@ EXTRAS ?= test
 
 RESULT ?= results/digits
 
-.PHONY: demo test test-slow check clean result-digits
+.PHONY: demo test test-slow check clean result-digits ablations
 
 # One marker for each set of extras, newer than pyproject.toml once they are installed.
 comma := ,
@@ -42,6 +42,10 @@ result-digits: $(INSTALLED)
 	$(BIN)/python evaluate.py runs/result/digits_0 --features pixels
 	$(BIN)/python convert.py to-result runs/result/digits_0 $(RESULT) --more \
 	  runs/result/digits_1 runs/result/digits_2 runs/result/digits_3 runs/result/digits_4
+
+# The paper's ablations on the digits, results/ablations: more than an hour of one core. The same command continues.
+ablations: $(INSTALLED)
+	$(BIN)/python results/ablations/ablations.py
 
 check: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -161,15 +161,17 @@ def _answer(name: str) -> None:
         raise UsageError(f"{name} is not a command; {hint}")
 
 
-def run(command: str | Callable[[], None]) -> None:
+def run(command: str | Callable[[], None], *, left: str = "the same command starts again") -> None:
     """Runs a command of `ddpm_jax.commands`, or a function. A failure ends in one sentence and an exit code.
+
+    left: what an interrupt leaves of a function, for the sentence.
 
     The code is 2 for UsageError, 1 for RunError and OSError, 130 for SIGINT and 143 for SIGTERM. Any other error is a bug and
     keeps its traceback. The signal handlers stay installed until the process ends.
     """
     global _interrupts
     _interrupts = interrupts = _interrupts or _Interrupts()
-    interrupts.install(COMMANDS[command].left if isinstance(command, str) else "the same command starts again")
+    interrupts.install(COMMANDS[command].left if isinstance(command, str) else left)
     try:
         try:
             _quiet()
