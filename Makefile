@@ -8,7 +8,7 @@ EXTRAS ?= test
 
 RESULT ?= results/digits
 
-.PHONY: demo test test-slow check clean result-digits
+.PHONY: demo test test-slow check clean result-digits torch-training
 
 # One marker for each set of extras, newer than pyproject.toml once they are installed.
 comma := ,
@@ -42,6 +42,10 @@ result-digits: $(INSTALLED)
 	$(BIN)/python evaluate.py runs/result/digits_0 --features pixels
 	$(BIN)/python convert.py to-result runs/result/digits_0 $(RESULT) --more \
 	  runs/result/digits_1 runs/result/digits_2 runs/result/digits_3 runs/result/digits_4
+
+# The same recipe by this package and by PyTorch, three seeds each, docs/torch_training.md: make torch-training EXTRAS=test,parity
+torch-training: $(INSTALLED)
+	$(BIN)/python results/torch_training/compare.py
 
 check: $(INSTALLED)
 	$(BIN)/python -m ruff check .
