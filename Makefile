@@ -8,7 +8,7 @@ EXTRAS ?= test
 
 RESULT ?= results/digits
 
-.PHONY: demo test test-slow check clean result-digits ablations
+.PHONY: demo test test-slow check clean result-digits ablations torch-training
 
 # One marker for each set of extras, newer than pyproject.toml once they are installed.
 comma := ,
@@ -46,6 +46,10 @@ result-digits: $(INSTALLED)
 # The paper's ablations on the digits, results/ablations: more than an hour of one core. The same command continues.
 ablations: $(INSTALLED)
 	$(BIN)/python results/ablations/ablations.py
+
+# The same recipe by this package and by PyTorch, three seeds each, docs/torch_training.md: make torch-training EXTRAS=test,parity
+torch-training: $(INSTALLED)
+	$(BIN)/python results/torch_training/compare.py
 
 check: $(INSTALLED)
 	$(BIN)/python -m ruff check .
