@@ -84,6 +84,7 @@ def vector(params):
 # ---- What is tracked
 
 
+@pytest.mark.slow
 def test_further_averages_change_nothing_else(runs):
     for name in ("averages", "other"):
         for part in ("params", "opt_state"):

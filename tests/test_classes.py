@@ -92,6 +92,7 @@ def test_labels_follow_their_images_through_every_cache(cache, tmp_path):
     np.testing.assert_array_equal(labels, source.labels[batch_indices(config.seed, 6, 2, 4, 15)])
 
 
+@pytest.mark.slow
 def test_training_with_classes_resumes_bit_for_bit(reference):
     half, first = trained(CLASSES, 2)
     feed = make_feed(CLASSES, open_source(CLASSES.data), sharding.make_mesh(devices=ONE))
@@ -171,6 +172,7 @@ def test_class_names_are_kept_in_the_workdir_and_shown_in_grids(tmp_path):
 # ---- Sampling
 
 
+@pytest.mark.slow
 def test_image_i_of_a_class_does_not_depend_on_its_batch_or_the_devices(run):
     def images(devices, indices):
         generate = make_generator(run.experiment, sharding.make_mesh(devices=devices), FEW)
