@@ -257,7 +257,7 @@ def test_the_wheel_stays_small(bin_folder):
     (wheel,) = (bin_folder.parent.parent / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         results = [entry for entry in archive.infolist() if entry.filename.startswith("ddpm_jax/results/")]
-    assert {Path(entry.filename).suffix for entry in results} == {".json", ".safetensors"}
+    assert {Path(entry.filename).suffix for entry in results} == {".json", ".py", ".safetensors"}
     assert sum(entry.compress_size for entry in results) < 5e6
 
 
