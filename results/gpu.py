@@ -130,7 +130,7 @@ class Size:
 
 _TINY = "--model.ch 8 --model.ch-mult 1 1 --model.num-res-blocks 1 --model.groups 4"
 _TINY += " --diffusion.T 10 --diffusion.schedule cosine"
-_SHORT = "--train.steps-per-dispatch 2 --train.log-every 2 --train.save-every 10 --train.batch-size 8"
+_SHORT = "--train.steps-per-dispatch 1 --train.log-every 1 --train.save-every 5 --train.batch-size 8"
 REHEARSAL = Size(
     small=_TINY,
     large=f"{_TINY} --data.image-size 32",
@@ -139,7 +139,7 @@ REHEARSAL = Size(
     sampler_steps=5,
     shrink=0.5,
     train=f"{_TINY} {_SHORT} --train.eval-images 8",
-    thousand=2,
+    thousand=1,
     compared="--num-images 16 --batch-size 8",
     saving=10.0,
     pace=0.2,
@@ -260,6 +260,7 @@ def plan(options: Options) -> list[Task]:
 
 DONE, FAILED, CUT = "done", "failed", "cut"
 LEAVING = 7.0  # seconds that a measurement has to end in
+TELLING = 5.0  # seconds for the tables in the end
 MARGIN = 1.5  # of the seconds after which a measurement was cut: what it is given at least the next time
 
 
@@ -377,14 +378,17 @@ def obstacle(task: Task, status: Status, left: float) -> str:
     if task.after and status.state(task.after) != DONE:
         return f"waits for {task.after}"
     if left < (needed := status.needs(task)):
-        return f"not begun, as {max(0.0, left):.0f} s are left, and it takes {needed:.0f}"
+        return f"not begun, as {left:.0f} s are left, and it takes {needed:.0f}"
     return ""
 
 
 def work(tasks: Sequence[Task], status: Status, run: Callable[[Task], tuple[str, float, str]], end: float) -> None:
     """Carries out the tasks until `end` (time.monotonic), with a line for each; one that does not fit is passed over."""
-    for task in tasks:
-        if reason := obstacle(task, status, end - time.monotonic()):
+    for number, task in enumerate(tasks):
+        if (left := end - time.monotonic()) <= 0:
+            print(f"The time is over; {len(tasks) - number} tasks were not looked at.", flush=True)
+            return
+        if reason := obstacle(task, status, left):
             print(f"{task.name}: {reason}", flush=True)
             continue
         print(f"{task.name}: ", end="", flush=True)
@@ -470,11 +474,11 @@ def tell(found: dict[str, Any]) -> None:
     for flags, where in found["repeats_differ"].items():
         if where:
             print(f"\nTwo trainings ({flags}) differ {where}.")
-    for line in [line for line in found["curve"] if "eval_loss" in line] + found["curve"][-1:]:
-        numbers = (f"{key} {value:.6g}" for key, value in line.items() if isinstance(value, (int, float)))
-        print(f"\n{', '.join(numbers)}")
+    for line in [line for line in found["curve"] if "eval_loss" in line][-1:] + found["curve"][-1:]:
+        told = {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "crc32"}
+        print("\n" + ", ".join(f"{name} {value:.6g}" for name, value in told.items()))
     for result in found["evaluations"]:
-        print(f"\n{result['metric']} {result['value']:.6g} at step {result['definition']['model']['step']}")
+        print(f"{result['metric']} {result['value']:.6g} at step {result['definition']['sampling']['step']}")
 
 
 def show(tasks: Sequence[Task], status: Status) -> None:
@@ -507,7 +511,7 @@ def main() -> None:
     tasks = chosen(everything, options.only)
     if options.list:
         return show(tasks, status)
-    end = start + options.seconds
+    end = start + options.seconds - TELLING
     settled = (DONE,) if options.only else (DONE, FAILED)  # a failed one is begun again if it is named
     wanted = [task for task in tasks if status.state(task.name) not in settled]
     work(wanted, status, lambda task: run_task(task, out, size, end), end)
