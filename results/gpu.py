@@ -128,12 +128,12 @@ class Size:
         return max(1, round(batch**self.shrink))
 
 
-_TINY = "--model.ch 8 --model.ch-mult 1 1 --model.num-res-blocks 1 --model.groups 4"
-_TINY += " --diffusion.T 10 --diffusion.schedule cosine"
+_TINY = "--model.ch 4 --model.ch-mult 1 --model.num-res-blocks 1 --model.groups 2 --model.attn-resolutions 8"
+_TINY += " --data.image-size 8 --diffusion.T 10 --diffusion.schedule cosine"
 _SHORT = "--train.steps-per-dispatch 1 --train.log-every 1 --train.save-every 5 --train.batch-size 8"
 REHEARSAL = Size(
     small=_TINY,
-    large=f"{_TINY} --data.image-size 32",
+    large=_TINY,
     repeats=1,
     dispatch=2,
     sampler_steps=5,
@@ -488,10 +488,10 @@ def show(tasks: Sequence[Task], status: Status) -> None:
 
 
 def draw_pictures(out: Path, options: Options) -> dict[str, Any]:
-    """What a rehearsal takes for what is not given: 64 pictures of waves, and their pixels as features."""
+    """What a rehearsal takes for what is not given: 64 small pictures of waves, and their pixels as features."""
     path, generator = out / "rehearsal.npz", np.random.default_rng(0)
     if not path.exists():
-        across, phase = np.linspace(0, 6, 32), generator.uniform(0, 6, (64, 1, 1, 3))
+        across, phase = np.linspace(0, 6, 8), generator.uniform(0, 6, (64, 1, 1, 3))
         waves = np.sin(across[:, None, None] + phase) * np.cos(across[None, :, None] - phase)
         np.savez(path, images=np.uint8(127.5 * (1 + waves)))
     drawn = {"data": str(path), "held_out": str(path), "features": "pixels"}
