@@ -126,9 +126,9 @@ def training(experiment: Experiment, *, mode: str = "default") -> Callable[[], A
     def step(x_0):
         t, eps = torch.randint(config.diffusion.T, (batch,), device=_device()), torch.randn_like(x_0)
         a = alphas_cumprod[t][:, None, None, None]
+        optimizer.zero_grad()  # before the network's graph writes over what the gradients lie in
         with torch.autocast(_device(), torch.bfloat16, enabled=bfloat16):
             output = evaluate(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t).sample[:, : config.data.channels]
-        optimizer.zero_grad()
         torch.nn.functional.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
         optimizer.step()
