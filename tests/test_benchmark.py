@@ -390,7 +390,7 @@ def test_the_peer_is_compiled_as_the_plan_says(benchmark, monkeypatch):
     [
         lambda batch: 100 + 3 * batch,
         lambda batch: 100 + 3 * batch + 0.001 * batch**2,
-        lambda batch: 100 + (2 if batch < 300 else 4) * batch,
+        lambda batch: 100 + 2 * batch + 2 * max(0, batch - 300),
     ],
 )
 @pytest.mark.parametrize("limit", [130, 1000, 5000])

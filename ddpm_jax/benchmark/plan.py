@@ -63,10 +63,10 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
     for one in _experiments(config, plan):
         for options, steps, batch in _sampling(plan):
             peer = torch_peer.sampling(one, options.sampler, steps, batch, mode=mode) if mode else None
-            yield from programs.sampling(one, params, options, batch, how, peer=peer)
+            yield from programs.sampling(one, params, options, batch, how=how, peer=peer)
         if plan.train:
             peer = torch_peer.training(one, mode=mode) if mode else None
-            yield from programs.training(one, how, peer=peer)
+            yield from programs.training(one, how=how, peer=peer)
         yield from capacity.largest_batches(one, plan.fit)
     if plan.data:
         yield from programs.data(config, repeats=plan.repeats)

@@ -158,8 +158,8 @@ def sampling(
     params: Any,
     options: SamplerOptions,
     batch: int,
-    how: How,
     *,
+    how: How,
     peer: Peer | None = None,
 ) -> list[Row]:
     """Measures sample.py's program, the whole reverse chain, on the largest number of devices that divides the batch."""
@@ -180,7 +180,7 @@ def sampling(
     return rows
 
 
-def training(experiment: Experiment, how: How, *, peer: Peer | None = None) -> list[Row]:
+def training(experiment: Experiment, *, how: How, peer: Peer | None = None) -> list[Row]:
     """Measures train.py's program: train.steps_per_dispatch steps of train.batch_size images, already on the devices."""
     config = experiment.config
     check(config, num_devices=jax.device_count())
