@@ -474,7 +474,8 @@ def tell(found: dict[str, Any]) -> None:
     for flags, where in found["repeats_differ"].items():
         if where:
             print(f"\nTwo trainings ({flags}) differ {where}.")
-    for line in [line for line in found["curve"] if "eval_loss" in line][-1:] + found["curve"][-1:]:
+    lines = [[line for line in found["curve"] if name in line][-1:] for name in ("loss", "eval_loss")]
+    for line in itertools.chain(*lines):
         told = {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "crc32"}
         print("\n" + ", ".join(f"{name} {value:.6g}" for name, value in told.items()))
     for result in found["evaluations"]:
