@@ -154,11 +154,13 @@ REPEATS = {"plain": (), "deterministic": ("--xla_gpu_deterministic_ops=true",)}
 def essentials(size: Size, out: Path) -> Iterator[Task]:
     """What is worth most, in about six minutes."""
     yield Task("environment", ("env",), 15)
-    yield Task("train_128_bfloat16", words(f"{size.step(128, 'bfloat16')} {STEP} {PEER} --peer-mode default"), 130)
+    step = f"{size.step(128, 'bfloat16')} {STEP}"
+    yield Task("train_128_bfloat16", words(step), 80)
     profiled = "--samplers ddim --steps 10 --batch-sizes 1 --train --trace {trace}"
     line = f"{size.step(128, 'bfloat16', dispatch=5)} {profiled}"
     yield Task("trace", words(line, trace=str(out / "trace")), 90)
     yield Task("sample_bfloat16", words(size.samples("bfloat16", 1, 16, 256)), 110)
+    yield Task("peer_default_128_bfloat16", words(f"{step} {PEER} --peer-mode default"), 100)
 
 
 def training(options: Options, size: Size, out: Path) -> Iterator[Task]:
