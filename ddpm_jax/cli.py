@@ -204,6 +204,9 @@ def _tell(error: BaseException) -> None:
         raise SystemExit(128 + signal.SIGPIPE)
     if isinstance(error, OSError) and error.errno is not None:
         fail(_of_system(error), 1)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ddpm_jax"):
+        package = error.name.partition(".")[0]
+        fail(f"the Python package {package} is needed and is not installed; install what ddpm-jax depends on", 1)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
         what = f"memory is full ({first_line(error)}); earlier saves are intact"
         fail(f"{what}: use a smaller batch, a smaller network or more devices, and run the same command again", 1)

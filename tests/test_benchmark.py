@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tiny import experiment, tiny
 
-from ddpm_jax.benchmark import plan, programs, timing, topology, torch_peer
+from ddpm_jax.benchmark import capacity, plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.plan import Plan
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
@@ -223,6 +223,8 @@ def params_of(config):
         ({"repeats": 10**9}, "--repeats 1000000000 is too large; use 10000 or less"),
         ({"batch_sizes": (4, 10**9)}, "--batch-sizes 1000000000 is too large; use 1000000 or less"),
         ({"samplers": ("heun",), "steps": (5,), "peer": "torch"}, "no counterpart of sampler heun"),
+        ({"fit": (16, 0)}, "--fit 0 is too small; use 1 or more"),
+        ({"peer_mode": "default"}, "--peer-mode default has no effect without --peer torch"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
@@ -239,7 +241,13 @@ def test_a_batch_that_memory_cannot_hold_is_refused_with_the_bytes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "option"),
-    [({"data": True}, "--data"), ({"peer": "torch"}, "--peer"), ({"repeats": 3}, "--repeats")],
+    [
+        ({"data": True}, "--data"),
+        ({"peer": "torch"}, "--peer"),
+        ({"repeats": 3}, "--repeats"),
+        ({"fit": (16,)}, "--fit"),
+        ({"trace": "there"}, "--trace"),
+    ],
 )
 def test_what_asks_for_running_is_refused_where_one_only_compiles(changes, option):
     with pytest.raises(UsageError, match=f"{option} has no meaning for --compile-for, which runs nothing"):
@@ -305,7 +313,7 @@ def test_a_peer_runs_in_turn_and_has_a_row_and_the_ratio():
     order, labels = [], {"what": "ddim", "steps": 5, "batch": 2, "dtype": "float32", "compile_s": 1.0}
     calls = [lambda name=name: order.append(name) for name in ("ours", "theirs")]
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
-    ours, theirs = programs._measure(labels, *calls, mesh, 2.0, 3, times=5, images=2, flops=1e6)
+    ours, theirs = programs._measure(labels, *calls, mesh, programs.How(3, peak=2.0), times=5, images=2, flops=1e6)
     assert order == ["ours", "theirs"] * 4
     assert ours["ratio_to_peer"] == ours["median_s"] / theirs["median_s"]
     assert {n: theirs[n] for n in ("what", "steps", "batch", "dtype", "devices")} == {
@@ -345,6 +353,67 @@ def test_the_peer_has_the_same_number_of_parameters_and_runs():
     assert sum(p.numel() for p in peer.parameters()) == ours
     assert torch_peer.sampling(experiment(SMALL), "ddim", 2, 3)().shape == (3, 1, 8, 8)
     torch_peer.training(experiment(SMALL))()
+
+
+def test_on_a_gpu_the_peer_is_compiled_in_its_mode_and_on_cpu_not_at_all(monkeypatch):
+    """CUDA's graphs, which max-autotune makes, may overwrite what the call before has returned: it is told so first."""
+    order = []
+
+    def compile(network, *, mode):
+        order.append(mode)
+        return lambda *arguments: order.append("call") or network(*arguments)
+
+    steps = SimpleNamespace(cudagraph_mark_step_begin=lambda: order.append("step"))
+    monkeypatch.setattr(torch_peer, "libraries", lambda: (SimpleNamespace(compile=compile, compiler=steps), None))
+    assert torch_peer.compiled(abs, "max-autotune") is abs
+    monkeypatch.setattr(torch_peer, "_device", lambda: "cuda")
+    assert torch_peer.compiled(abs, "max-autotune")(-3) == 3
+    assert order == ["max-autotune", "step", "call"]
+
+
+def test_the_peer_is_compiled_as_the_plan_says(benchmark, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch_peer, "libraries", lambda: None)
+    monkeypatch.setattr(torch_peer, "training", lambda _, *, mode: modes.append(mode))
+    monkeypatch.setattr(programs, "training", lambda *_, **__: [])
+    benchmark("--samplers", "--train", "--peer", "torch")
+    benchmark("--samplers", "--train", "--peer", "torch", "--peer-mode", "default")
+    assert modes == ["max-autotune", "default"]
+
+
+# ---- The largest batch
+
+
+@pytest.mark.parametrize("start", [8, 64, 1000])
+@pytest.mark.parametrize(
+    "needed",
+    [
+        lambda batch: 100 + 3 * batch,
+        lambda batch: 100 + 3 * batch + 0.001 * batch**2,
+        lambda batch: 100 + 2 * batch + 2 * max(0, batch - 300),
+    ],
+)
+@pytest.mark.parametrize("limit", [130, 1000, 5000])
+def test_the_largest_batch_is_found_with_few_questions(needed, limit, start):
+    asked = []
+    found = capacity.largest(lambda b: asked.append(b) or needed(b), limit, multiple=8, start=start)
+    assert found % 8 == 0
+    assert needed(found) <= limit
+    assert needed(1.1 * found + 8) > limit
+    assert len(set(asked)) == len(asked) <= 2 + capacity.MOST_TRIES
+
+
+def test_where_no_batch_fits_none_is_told():
+    assert capacity.largest(lambda batch: 100 + batch, 50, multiple=8, start=64) == 0
+
+
+@pytest.mark.slow
+def test_the_largest_batches_are_those_of_programs_that_fit():
+    rows = list(capacity.largest_batches(experiment(SMALL), (1, 2)))
+    assert [row["device_gib"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0.9 * capacity.USABLE < row["memory_mib"] / (row["device_gib"] * 1024) <= capacity.USABLE
+    assert rows[1]["batch"] == pytest.approx(2 * rows[0]["batch"], rel=0.1)
 
 
 def test_without_libtpu_compiling_for_tpus_is_refused(monkeypatch):

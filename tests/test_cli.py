@@ -564,6 +564,25 @@ def test_memory_that_is_full_is_told_with_what_to_do(error, run, monkeypatch):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("missing", ["tensorboardX", "tensorboardX.summary"])
+def test_a_package_that_is_not_installed_is_named(missing, run, monkeypatch):
+    """A module of this package that is missing is a bug, and keeps its stack."""
+
+    def fail(_):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr("ddpm_jax.commands.train.main", fail)
+    code, out, err = run("train", DIGITS, "--workdir", "w")
+    assert (code, out) == (1, "")
+    assert (
+        err
+        == "train.py: the Python package tensorboardX is needed and is not installed; install what ddpm-jax depends on\n"
+    )
+    missing = "ddpm_jax.gone"
+    with pytest.raises(ModuleNotFoundError):
+        run("train", DIGITS, "--workdir", "w")
+
+
 def test_closed_event_loops_alone_are_hushed(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "__unraisablehook__", told.append)

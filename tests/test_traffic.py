@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax.benchmark import topology
-from ddpm_jax.benchmark.traffic import hbm_bytes, instructions, matrix_fill, part_of, traffic
+from ddpm_jax.benchmark.parts import part_of
+from ddpm_jax.benchmark.traffic import hbm_bytes, instructions, matrix_fill, traffic
 from ddpm_jax.core import sharding
 
 # One array is brought early, one in two slices; the loop's body works in VMEM but for one result.
@@ -70,22 +71,28 @@ def test_each_byte_is_counted_once_where_it_moves():
 
 
 def test_the_parts_are_named_by_the_layer_and_early_copies_by_their_first_use():
-    assert traffic(HLO) == {"outside the network": 2 * 8192 + 4096, "backward conv": 2048 + 4096, "forward norm": 4096}
-    assert list(traffic(HLO)) == ["outside the network", "backward conv", "forward norm"]
+    assert traffic(HLO) == {
+        "outside the network": 2 * 8192 + 4096,
+        "convolutions, backward": 2048 + 4096,
+        "normalisation": 4096,
+    }
+    assert list(traffic(HLO)) == ["outside the network", "convolutions, backward", "normalisation"]
 
 
 @pytest.mark.parametrize(
-    ("op_name", "part"),
+    ("place", "part"),
     [
-        ("jit(train_steps)/while/body/closed_call/jvp(UNet)/up_1_attn_2/q/dot_general", "forward q"),
-        ("jit(train_steps)/transpose(jvp(UNet))/down_0_downsample/cond/branch_0_fun/conv", "backward down_downsample"),
-        ("jit(f)/jvp(Mixer)/add", "forward network"),
-        ("jit(train_steps)/while/body/closed_call/mul", "outside the network"),
-        ("", "outside the network"),
+        ("jit(f)/UNet/down_1_attn_0/norm/mul", "attention"),
+        ("jit(f)/UNet/down_1_block_0/norm1/mul", "normalisation"),
+        ("jit(f)/UNet/norm_out/mul", "normalisation"),
+        ("jit(f)/UNet/up_1_upsample/conv_general_dilated", "convolutions"),
+        ("jit(f)/transpose(jvp(UNet))/up_1_block_2/nin_shortcut/dot_general", "1x1 and dense, backward"),
+        ("jit(f)/UNet/up_1_block_2/add", "rest of the network"),
+        ("jit(f)/threefry2x32", "outside the network"),
     ],
 )
-def test_part_of(op_name, part):
-    assert part_of(op_name) == part
+def test_an_instruction_belongs_to_a_part_of_the_network(place, part):
+    assert part_of(place) == part
 
 
 def test_features_are_rounded_up_to_the_matrix_unit():
@@ -151,7 +158,7 @@ def test_the_roofline_says_which_peak_bounds():
     assert row["bound_by"] == "arithmetic"
     assert topology.roofline({"gflops": 0.001}, HLO, Chip)["bound_by"] == "memory"
     told = topology.tell_traffic(row | {"what": "train step", "devices": 8}, largest=1)
-    assert told == "train step, 8 chips: outside the network 0.00 GB, other 0.00 GB"
+    assert told == "train step, 8 chips: outside the network: 0.00 GB; other: 0.00 GB"
     assert topology.tell_traffic({"what": "train step"}) == ""
 
 

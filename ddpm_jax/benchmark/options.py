@@ -11,6 +11,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import POSITIVE, Bounds, Flag, check_bounds
 from ddpm_jax.generation.options import SAMPLER
 
+OF_RUNS = ("peer", "peer_mode", "peak_tflops", "fit", "trace")  # of one version on the device that is there
 DEFAULTS = Path(__file__).with_name("defaults.py")  # a config file
 
 
@@ -34,6 +35,15 @@ class Plan:
     """Also measure the feed of batches, beside a bare NumPy gather or, of pictures decoded at every step, Pillow alone."""
     peer: Literal["none", "torch"] = "none"
     """Run the same in PyTorch with diffusers, in turn with ours (extra `parity`)."""
+    peer_mode: Literal["max-autotune", "default"] = "max-autotune"
+    """How torch.compile compiles that on a GPU; max-autotune gives the fastest program, after minutes."""
+    fit: Annotated[
+        tuple[int, ...], Bounds(1, 10**5), tyro.conf.arg(metavar="GIB ...", help_behavior_hint="(default: none)")
+    ] = ()
+    """Also find the largest train.batch_size for devices of so many GiB, by compiling the train step and running nothing."""
+    trace: Annotated[str, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = ""
+    """Also profile one run of each program: FOLDER gets the profile, and a JSON file of its time by kernel and by part of the
+    network."""
     peak_tflops: Annotated[
         float | None, POSITIVE, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: that of the device)")
     ] = None
@@ -46,17 +56,19 @@ def check_plan(plan: Plan, *, compiling: bool = False, comparing: bool = False) 
     compiling: the plan is for `compile_for`, so options of running are refused.
     comparing: the plan is for two versions, whose times alone are compared.
     """
-    for name in ("repeats", "data", "peer", "peak_tflops") if compiling else ():
+    for name in (*OF_RUNS, "repeats", "data") if compiling else ():
         _refuse(plan, name, "--compile-for, which runs nothing")
-    for name in ("peer", "peak_tflops") if comparing else ():
+    for name in OF_RUNS if comparing else ():
         _refuse(plan, name, "--against, which compares two versions' seconds")
     if comparing and plan.repeats < FEWEST:
         raise UsageError(f"--repeats {plan.repeats} is too small for --against; use {FEWEST} or more")
     check_bounds(plan)
     if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
         raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
-    if not (plan.samplers or plan.train or plan.data):
-        raise UsageError("there is nothing to measure; give --samplers a name, or add --train or --data")
+    if not (plan.samplers or plan.train or plan.data or plan.fit):
+        raise UsageError("there is nothing to measure; give --samplers a name, or add --train, --data or --fit")
+    if plan.peer_mode != Plan.peer_mode and plan.peer == "none":
+        raise UsageError(f"--peer-mode {plan.peer_mode} has no effect without --peer torch; leave it out, or give both")
 
 
 def _refuse(plan: Plan, name: str, what: str) -> None:

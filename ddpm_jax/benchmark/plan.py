@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ddpm_jax.benchmark import programs, topology, torch_peer
+from ddpm_jax.benchmark import capacity, programs, topology, torch_peer
 from ddpm_jax.benchmark.options import Plan, check_plan
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.config import Config, check, to_json
@@ -57,16 +57,17 @@ def _experiments(config: Config, plan: Plan) -> Iterator[Experiment]:
 
 def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Iterator[Row]:
     """Measures a plan and yields its rows. load_params: () -> the parameters, called if the plan has samplers."""
-    timing: dict[str, Any] = {"repeats": plan.repeats, "peak": plan.peak_tflops}
-    torch = plan.peer == "torch"
+    how = programs.How(plan.repeats, plan.peak_tflops, plan.trace)
+    mode = plan.peer_mode if plan.peer == "torch" else None
     params = load_params() if plan.samplers else None
     for one in _experiments(config, plan):
         for options, steps, batch in _sampling(plan):
-            peer = torch_peer.sampling(one, options.sampler, steps, batch) if torch else None
-            yield from programs.sampling(one, params, options, batch, peer=peer, **timing)
+            peer = torch_peer.sampling(one, options.sampler, steps, batch, mode=mode) if mode else None
+            yield from programs.sampling(one, params, options, batch, how=how, peer=peer)
         if plan.train:
-            peer = torch_peer.training(one) if torch else None
-            yield from programs.training(one, peer=peer, **timing)
+            peer = torch_peer.training(one, mode=mode) if mode else None
+            yield from programs.training(one, how=how, peer=peer)
+        yield from capacity.largest_batches(one, plan.fit)
     if plan.data:
         yield from programs.data(config, repeats=plan.repeats)
 

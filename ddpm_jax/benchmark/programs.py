@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from ddpm_jax.benchmark import trace
 from ddpm_jax.benchmark.timing import Timing, host_memory, peak_tflops, take_turns
 from ddpm_jax.config import Config, check
 from ddpm_jax.core import sharding
@@ -33,8 +34,18 @@ from ddpm_jax.training.step import abstract_state, init_sharded_state, make_trai
 Row = dict[str, Any]
 Peer = Callable[[], Any]  # runs the same work in another library and waits for it
 
+
+class How(NamedTuple):
+    """How programs are measured: timed runs, TFLOP/s of a device (None: the known ones), and the folder of profiles, if any."""
+
+    repeats: int
+    peak: float | None = None
+    trace: str = ""
+
+
 COLUMNS = {
     "what": ("what", ""),
+    "device_gib": ("GiB", "d"),
     "steps": ("steps", "d"),
     "batch": ("batch", "d"),
     "dtype": ("dtype", ""),
@@ -102,7 +113,7 @@ def memory(compiled: Any) -> Row:
     return {"memory_bytes": parts, "memory_mib": total / 2**20}
 
 
-def _compile(function: Any, *arguments: Any) -> tuple[Any, Row]:
+def compile_program(function: Any, *arguments: Any) -> tuple[Any, Row]:
     """Compiles a function; returns it and the cost: seconds and memory."""
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
@@ -125,13 +136,11 @@ def _row(labels: Row, timing: Timing, *, times: int, images: int, flops: float =
     return row
 
 
-def _measure(
-    labels: Row, call: Callable[[], Any], peer: Peer | None, mesh: Mesh, peak: float | None, repeats: int, **work: Any
-) -> list[Row]:
+def _measure(labels: Row, call: Callable[[], Any], peer: Peer | None, mesh: Mesh, how: How, **work: Any) -> list[Row]:
     """The rows of a call and of its peer, timed alternately."""
     device = mesh.devices.flat[0]
-    peak = peak or peak_tflops(device, labels["dtype"])
-    ours, *theirs = take_turns([call] if peer is None else [call, peer], repeats)
+    peak = how.peak or peak_tflops(device, labels["dtype"])
+    ours, *theirs = take_turns([call] if peer is None else [call, peer], how.repeats)
     rows = [_row(labels | {"devices": mesh.devices.size}, ours, peak=peak and peak * mesh.devices.size, **work)]
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -150,8 +159,7 @@ def sampling(
     options: SamplerOptions,
     batch: int,
     *,
-    repeats: int,
-    peak: float | None = None,
+    how: How,
     peer: Peer | None = None,
 ) -> list[Row]:
     """Measures sample.py's program, the whole reverse chain, on the largest number of devices that divides the batch."""
@@ -160,13 +168,19 @@ def sampling(
     arguments = jax.device_put(
         (params, sample_key(config.seed), jnp.arange(batch, dtype=jnp.int32)), sharding.replicated(mesh)
     )
-    compiled, costs = _compile(make_generator(experiment, mesh, options), *arguments)
+    compiled, costs = compile_program(make_generator(experiment, mesh, options), *arguments)
     labels = {"what": options.sampler, "steps": len(sampler), "batch": batch, "dtype": config.model.dtype} | costs
     work = {"times": len(sampler), "images": batch, "flops": len(sampler) * network_flops(experiment, batch)}
-    return _measure(labels, lambda: jax.block_until_ready(compiled(*arguments)), peer, mesh, peak, repeats, **work)
+
+    def call():
+        return jax.block_until_ready(compiled(*arguments))
+
+    rows = _measure(labels, call, peer, mesh, how, **work)
+    _record(call, how, labels, compiled)
+    return rows
 
 
-def training(experiment: Experiment, *, repeats: int, peak: float | None = None, peer: Peer | None = None) -> list[Row]:
+def training(experiment: Experiment, *, how: How, peer: Peer | None = None) -> list[Row]:
     """Measures train.py's program: train.steps_per_dispatch steps of train.batch_size images, already on the devices."""
     config = experiment.config
     check(config, num_devices=jax.device_count())
@@ -181,7 +195,7 @@ def training(experiment: Experiment, *, repeats: int, peak: float | None = None,
 
     images = jax.device_put(jax.tree.map(draw, image_shapes(experiment, steps)), sharding.split(mesh, axis=1))
     state = init_sharded_state(experiment, mesh)
-    compiled, costs = _compile(make_train_step(experiment, mesh=mesh), state, images, None)
+    compiled, costs = compile_program(make_train_step(experiment, mesh=mesh), state, images, None)
     labels = {"what": "train step", "steps": steps, "batch": batch, "dtype": config.model.dtype} | costs
 
     def call():
@@ -189,7 +203,16 @@ def training(experiment: Experiment, *, repeats: int, peak: float | None = None,
         state, _ = jax.block_until_ready(compiled(state, images, None))
 
     work = {"times": steps, "images": steps * batch, "flops": steps * step_flops(experiment)}
-    return _measure(labels, call, peer, mesh, peak, repeats, **work)
+    rows = _measure(labels, call, peer, mesh, how, **work)
+    _record(call, how, labels, compiled)
+    return rows
+
+
+def _record(call: Callable[[], Any], how: How, labels: Row, compiled: Any) -> None:
+    """Profiles a program, if that is wanted, as train_step_128_bfloat16, say."""
+    if how.trace:
+        name = "_".join(str(labels[key]) for key in ("what", "batch", "dtype")).replace(" ", "_")
+        trace.record(call, how.trace, name, compiled.as_text())
 
 
 def data(config: Config, *, repeats: int, num_batches: int = 64) -> list[Row]:

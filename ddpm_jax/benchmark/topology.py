@@ -199,9 +199,9 @@ def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
 
 
 def tell_traffic(row: Row, largest: int = 8) -> str:
-    """train step, 8 chips: forward conv 0.36 GB, backward norm 0.88 GB, ...; empty if the traffic is unknown."""
+    """train step, 8 chips: convolutions: 0.44 GB; normalisation, backward: 0.88 GB, ...; empty if the traffic is unknown."""
     parts = row.get("traffic_bytes", {})
-    told = [f"{name} {size / 1e9:.2f} GB" for name, size in list(parts.items())[:largest]]
+    told = [f"{name}: {size / 1e9:.2f} GB" for name, size in list(parts.items())[:largest]]
     rest = sum(list(parts.values())[largest:])
-    told += [f"other {rest / 1e9:.2f} GB"] if rest else []
-    return f"{row['what']}, {row['devices']} chips: {', '.join(told)}" if told else ""
+    told += [f"other: {rest / 1e9:.2f} GB"] if rest else []
+    return f"{row['what']}, {row['devices']} chips: {'; '.join(told)}" if told else ""

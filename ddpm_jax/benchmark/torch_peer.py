@@ -1,6 +1,7 @@
 """The same work in PyTorch with diffusers (extra `parity`): its U-Net with the config's layers, random weights, its schedulers.
 
-On a GPU the network is compiled and channels-last, and float32 convolutions may use TF32, as in JAX. On CPU it is not compiled.
+On a GPU the network is compiled and channels-last, Adam is fused, cuDNN tries which convolutions are fastest, and float32
+products may use TF32, as in JAX. On CPU the network is channels-last, and not compiled.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def libraries() -> tuple[Any, Any]:
             "JAX runs on a GPU that this PyTorch cannot use; install PyTorch for CUDA, or set JAX_PLATFORMS=cpu"
         )
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = _device() == "cuda"
     return torch, diffusers
 
 
@@ -51,8 +53,27 @@ def build_network(experiment: Experiment, dtype: str = "float32") -> Any:
     """diffusers' UNet2DModel with the layers of the experiment's network and random weights, on the device."""
     torch, diffusers = libraries()
     network = diffusers.UNet2DModel.from_config(unet_config(experiment))
-    network = network.to(_device(), getattr(torch, dtype), memory_format=torch.channels_last)
-    return torch.compile(network) if _device() == "cuda" else network
+    return network.to(_device(), getattr(torch, dtype), memory_format=torch.channels_last)
+
+
+def compiled(network: Any, mode: str) -> Callable[..., Any]:
+    """The network as it is called: on a GPU compiled by torch.compile in this mode."""
+    torch, _ = libraries()
+    if _device() == "cpu":
+        return network
+    program = torch.compile(network, mode=mode)
+
+    def call(*arguments):
+        torch.compiler.cudagraph_mark_step_begin()  # what the call before has returned is no longer needed
+        return program(*arguments)
+
+    return call
+
+
+def _wait(torch: Any) -> None:
+    """Waits for the device."""
+    if _device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def _images(torch: Any, config: Config, batch: int) -> Any:
@@ -60,8 +81,10 @@ def _images(torch: Any, config: Config, batch: int) -> Any:
     return x.to(memory_format=torch.channels_last)
 
 
-def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Callable[[], Any]:
-    """Returns a call that samples `batch` uint8 images in `steps` steps."""
+def sampling(
+    experiment: Experiment, sampler: str, steps: int, batch: int, *, mode: str = "default"
+) -> Callable[[], Any]:
+    """Returns a call that samples `batch` uint8 images in `steps` steps. mode: of `compiled`."""
     config = experiment.config
     torch, diffusers = libraries()
     name, options = find_scheduler(config, sampler)
@@ -72,25 +95,29 @@ def sampling(experiment: Experiment, sampler: str, steps: int, batch: int) -> Ca
         **options,
     )
     network = build_network(experiment, config.model.dtype).eval().requires_grad_(False)
+    evaluate = compiled(network, mode)
 
     def call():
         with torch.inference_mode():
             x = _images(torch, config, batch)
             scheduler.set_timesteps(steps)
-            for t in scheduler.timesteps:
-                output = network(x.to(network.dtype), t.to(x.device)).sample[:, : config.data.channels]
+            for t, t_there in zip(scheduler.timesteps, scheduler.timesteps.to(x.device), strict=True):
+                output = evaluate(x.to(network.dtype), t_there).sample[:, : config.data.channels]
                 x = scheduler.step(output.float(), t, x).prev_sample
             return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     return call
 
 
-def training(experiment: Experiment) -> Callable[[], Any]:
-    """Returns a call of train.steps_per_dispatch steps of Algorithm 1: Adam, gradient clipping, EMA; bfloat16 by autocast."""
+def training(experiment: Experiment, *, mode: str = "default") -> Callable[[], Any]:
+    """Returns a call of train.steps_per_dispatch steps of Algorithm 1: Adam, gradient clipping, EMA; bfloat16 by autocast.
+
+    mode: of `compiled`.
+    """
     config = experiment.config
     torch, _ = libraries()
     network = build_network(experiment).train()
-    parameters = list(network.parameters())
+    evaluate, parameters = compiled(network, mode), list(network.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=config.train.lr, fused=_device() == "cuda")
     alphas_cumprod = torch.tensor(experiment.process.schedule.alphas_cumprod, dtype=torch.float32, device=_device())
@@ -99,9 +126,9 @@ def training(experiment: Experiment) -> Callable[[], Any]:
     def step(x_0):
         t, eps = torch.randint(config.diffusion.T, (batch,), device=_device()), torch.randn_like(x_0)
         a = alphas_cumprod[t][:, None, None, None]
+        optimizer.zero_grad()  # before the network's graph writes over what the gradients lie in
         with torch.autocast(_device(), torch.bfloat16, enabled=bfloat16):
-            output = network(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t).sample[:, : config.data.channels]
-        optimizer.zero_grad()
+            output = evaluate(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t).sample[:, : config.data.channels]
         torch.nn.functional.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
         optimizer.step()
@@ -111,6 +138,6 @@ def training(experiment: Experiment) -> Callable[[], Any]:
     def call():
         for _ in range(config.train.steps_per_dispatch):
             step(_images(torch, config, batch))
-        return float(averages[0].flatten()[0])  # waits for the device
+        _wait(torch)
 
     return call

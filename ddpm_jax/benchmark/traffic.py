@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ddpm_jax.benchmark.parts import part_of
+
 # %add.1 = f32[8,128]{1,0:T(8,128)S(1)} add(%a, %b), ..., metadata={op_name="jit(f)/add"}
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.+?) (?P<op>[a-z][\w-]*)\((?P<operands>[^()]*)\)(?P<rest>.*)$"
@@ -108,17 +110,6 @@ def _name(match: re.Match[str], users: dict[str, re.Match[str]]) -> str:
         match = users[match["name"]]
         name = re.search(r'op_name="([^"]*)"', match["rest"])
     return name[1] if name else ""
-
-
-def part_of(op_name: str) -> str:
-    """The part of a step that an instruction belongs to: "forward conv", "backward norm", ... or "outside the network"."""
-    network = re.search(r"(transpose\()?jvp\(\w+\)\)?/(.*)", op_name)
-    if not network:
-        return "outside the network"
-    words = network[2].split("/")[:-1]
-    layers = [word for word in words if not re.search(r"^(cond|branch_\d+_fun|while|body|closed_call)$|\(", word)]
-    layer = re.sub(r"_?\d+", "", layers[-1]) if layers else "network"
-    return f"{'backward' if network[1] else 'forward'} {layer}"
 
 
 def traffic(hlo: str) -> dict[str, int]:
