@@ -138,6 +138,16 @@ def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh
     return Mesh(np.array(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """XLA's options for a program that runs the network on these devices.
+
+    On CPU, XLA gives what is listed to YNNPACK. By default that is convolutions too, which are faster without it: training by a
+    twentieth to a third, sampling by up to a quarter.
+    """
+    library = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    return {"xla_cpu_experimental_ynn_fusion_type": library} if mesh.devices.flat[0].platform == "cpu" else None
+
+
 def round_up(count: int, num_devices: int) -> int:
     """The least multiple of num_devices that is at least count, so that every device gets as many images."""
     return -(-count // num_devices) * num_devices

@@ -22,12 +22,6 @@ from ddpm_jax.training.ema import update_averages, update_ema
 from ddpm_jax.training.experiment import Experiment, Params
 from ddpm_jax.training.weights import tracked
 
-# The compiler's options by platform. On CPU, XLA gives what is listed to YNNPACK; by default also convolutions, whose gradients
-# are faster without it.
-OPTIONS = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-}
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -252,5 +246,5 @@ def make_train_step(
         in_shardings=(state_sharding, sharding.split(mesh, axis=1), sharding.replicated(mesh)),
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=sharding.compiler_options(mesh),
     )
