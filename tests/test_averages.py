@@ -327,6 +327,7 @@ def test_every_command_takes_them_like_a_runs(unet, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_which_average_it_is_of(unet, capsys):
     options = ["--metrics", "losses", "--no-figures", "--num-real", "8", "--batch-size", "8"]
     for weights in ("ema", "width:0.12"):

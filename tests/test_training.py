@@ -54,7 +54,8 @@ def reference():
     return run(SMALL, STEPS)
 
 
-@pytest.mark.parametrize("dispatch", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", [1, 3])
 def test_scans_of_any_length_agree_bit_for_bit(dispatch, reference):
     assert equal(run(SMALL, STEPS, dispatch=dispatch), reference)
 
