@@ -40,11 +40,3 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def uncached():
-    """No cache of compiled programs: without a TPU, nothing that was compiled for one can be read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
