@@ -135,8 +135,7 @@ def test_a_program_compiled_for_a_tpu_reads_and_writes_what_it_must():
 
     shapes = [(64, 32, 32, 128), (3, 3, 128, 128), (3, 3, 128, 128)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes]
-    lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile()
+    compiled = jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     # x, both kernels and the result; what is between the convolutions stays in VMEM.
     least = 2 * (2 * 64 * 32 * 32 * 128 + 2 * 9 * 128 * 128)
     assert least <= sum(traffic(compiled.as_text()).values()) <= 1.01 * least

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ddpm_jax.benchmark.parts import part_of
+from ddpm_jax.core.sharding import round_up
 
 # %add.1 = f32[8,128]{1,0:T(8,128)S(1)} add(%a, %b), ..., metadata={op_name="jit(f)/add"}
 _INSTRUCTION = re.compile(
@@ -18,15 +19,15 @@ _INSTRUCTION = re.compile(
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _ARRAY = re.compile(
-    r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\](?:\{(?P<order>[\d,]*)(?::(?P<layout>[^{}]*))?\})?"
+    r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\](?:\{(?P<order>[\d,]*)(?::(?P<layout>[^{}]*))?\})?"
 )
 _BODY = re.compile(r"\bbody=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.-]+)")
 
 # These name values and move nothing, or what they move is counted where it starts.
-_NAMING = {"tuple", "get-tuple-element", "bitcast", "opt-barrier"}
-_FREE = _NAMING | {"parameter", "constant", "after-all", "partition-id", "replica-id", "while", "conditional"}
+_FREE = {"tuple", "get-tuple-element", "bitcast", "opt-barrier", "parameter", "constant", "after-all", "partition-id"}
+_FREE |= {"replica-id", "while", "conditional"}
 
 
 class Instruction(NamedTuple):
@@ -45,7 +46,7 @@ def array_bytes(match: re.Match[str]) -> int:
     if tile and match["order"]:
         minor_first = zip(match["order"].split(","), reversed(tile[1].split(",")), strict=False)
         for dimension, size in ((int(d), int(n)) for d, n in minor_first):
-            shape[dimension] = -(-shape[dimension] // size) * size
+            shape[dimension] = round_up(shape[dimension], size)
     return math.prod(shape) * max(int(match["bits"] or 8) // 8, 1)
 
 
@@ -143,10 +144,5 @@ def matrix_fill(hlo: str, width: int) -> float:
             places = math.prod(int(n) for n in window[1].split("x")) if window and not batched else 1
             flops = 2.0 * math.prod(result) * summed * places
             work += flops
-            padded += flops * _rounded(summed, width) * _rounded(out, width)
+            padded += flops * round_up(summed, width) / summed * round_up(out, width) / out
     return work / padded if padded else 1.0
-
-
-def _rounded(size: int, width: int) -> float:
-    """How much larger a size is once it is rounded up to a multiple of the width."""
-    return -(-size // width) * width / size

@@ -148,6 +148,11 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return {"xla_cpu_experimental_ynn_fusion_type": library} if mesh.devices.flat[0].platform == "cpu" else None
 
 
+def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`jax.jit` of a function that runs the network, with its results on every device of the mesh."""
+    return jax.jit(function, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
+
+
 def round_up(count: int, num_devices: int) -> int:
     """The least multiple of num_devices that is at least count, so that every device gets as many images."""
     return -(-count // num_devices) * num_devices

@@ -80,7 +80,7 @@ def make_bound(experiment: Experiment, mesh: Mesh, edges: Int[np.ndarray, " S1"]
         terms = bound_terms(process, model, key, x_0, indices, ts, clip=True)
         return {"L_T": prior_bits(process.schedule, x_0), "bits": terms.bits, "mse": terms.mse}
 
-    return jax.jit(bound, out_shardings=sharding.replicated(mesh), compiler_options=sharding.compiler_options(mesh))
+    return sharding.jit_replicated(bound, mesh)
 
 
 def mean_and_error(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:

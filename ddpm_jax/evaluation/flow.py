@@ -67,4 +67,4 @@ def make_flow_bits(experiment: Experiment, mesh: Mesh) -> Callable[..., dict[str
         in_axes = (0, 0, None if labels is None else 0, None if condition is None else 0)
         return jax.vmap(functools.partial(one, params, keys), in_axes)(x_0, indices, labels, condition)
 
-    return jax.jit(bits, out_shardings=sharding.replicated(mesh), compiler_options=sharding.compiler_options(mesh))
+    return sharding.jit_replicated(bits, mesh)

@@ -40,6 +40,4 @@ def make_quarter_losses(experiment: Experiment, mesh: Mesh) -> Callable[..., dic
         _, losses = jax.lax.scan(body, None, draw_times(key, indices, edges, T)[:, 1:].T)
         return {"losses": losses.T}
 
-    return jax.jit(
-        quarter_losses, out_shardings=sharding.replicated(mesh), compiler_options=sharding.compiler_options(mesh)
-    )
+    return sharding.jit_replicated(quarter_losses, mesh)

@@ -164,7 +164,7 @@ def make_generator(
         stored = experiment.pixels.from_network
         return (stored(x), stored(seen.x)) if len(watch) else stored(x)
 
-    return jax.jit(generate, out_shardings=sharding.replicated(mesh), compiler_options=sharding.compiler_options(mesh))
+    return sharding.jit_replicated(generate, mesh)
 
 
 @dataclass(frozen=True)
