@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import gpu
+import outcome
 import pytest
+from tasks import Options, Task, plan
 
 from ddpm_jax.commands.arguments import PARSERS
 from ddpm_jax.core.errors import UsageError
@@ -18,7 +20,7 @@ FOREVER = 1e9
 
 
 def task(name, seconds=10.0, **others):
-    return gpu.Task(name, ("env",), seconds, **others)
+    return Task(name, ("env",), seconds, **others)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def carried_out(tasks, status, run=lambda task: (gpu.DONE, 1.0, ""), seconds=FOR
 def test_every_command_of_the_plan_can_be_parsed(rehearse, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     given = {"data": "a b.zip", "held_out": "c.zip", "features": "pixels"}
-    tasks = gpu.plan(gpu.Options(out=str(tmp_path / "with blank"), rehearse=rehearse, **given))
+    tasks = plan(Options(out=str(tmp_path / "with blank"), rehearse=rehearse, **given))
     assert len({task.name for task in tasks}) == len(tasks)
     seen = {(task.words[0], *(word for word in task.words[1:] if word.startswith("--"))) for task in tasks}
     for each in tasks:
@@ -53,22 +55,22 @@ def test_every_command_of_the_plan_can_be_parsed(rehearse, monkeypatch, tmp_path
 
 
 def test_the_rehearsal_has_the_same_tasks():
-    plans = [gpu.plan(gpu.Options(data="x", features="x", rehearse=rehearse)) for rehearse in (False, True)]
+    plans = [plan(Options(data="x", features="x", rehearse=rehearse)) for rehearse in (False, True)]
     assert [task.name for task in plans[0]] == [task.name for task in plans[1]]
 
 
 def test_the_essentials_take_six_minutes_and_come_before_the_training():
-    tasks = gpu.plan(gpu.Options(data="x"))
+    tasks = plan(Options(data="x"))
     first = [task.name for task in tasks].index("steps_10k")
     assert 300 <= sum(task.seconds for task in tasks[:first]) <= 400
     assert all(task.words[0] in ("benchmark", "env") for task in tasks[:first])
 
 
 def test_what_is_not_given_leaves_out_its_tasks():
-    lacking = {task.name for task in gpu.plan(gpu.Options()) if task.lacks}
+    lacking = {task.name for task in plan(Options()) if task.lacks}
     assert {"steps_10k", "grid_100k", "distance_20k", "repeat_plain_1"} <= lacking
     assert not [name for name in lacking if name.startswith(("train", "peer", "fit", "sample"))]
-    lacking = {task.name for task in gpu.plan(gpu.Options(data="x")) if task.lacks}
+    lacking = {task.name for task in plan(Options(data="x")) if task.lacks}
     assert lacking == {f"distance_{n}k" for n in (10, 20, 50, 100)}
 
 
@@ -190,7 +192,7 @@ def test_the_rows_of_a_measurement_that_was_cut_are_told_until_it_is_done(tmp_pa
     gpu.write(tmp_path / "a.json", {"rows": [{"what": "new"}]})
     gpu.write(tmp_path / "a.new.json", {"rows": []})
     gpu.write(tmp_path / "b.new.json", {"rows": [{"what": "first of two"}]})
-    told = gpu.rows([task("a"), task("b"), task("c")], tmp_path)
+    told = outcome.rows([task("a"), task("b"), task("c")], tmp_path)
     assert told == [{"task": "a", "what": "new"}, {"task": "b", "what": "first of two"}]
 
 
@@ -203,12 +205,12 @@ def test_two_trainings_are_compared_by_what_they_log(tmp_path):
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    assert gpu.differing(tmp_path, "plain") == ""
+    assert outcome.differing(tmp_path, "plain") == ""
     log("plain_1", [1.0, 0.5, 0.25])
     log("plain_2", [1.0, 0.5, 0.25])
-    assert gpu.differing(tmp_path, "plain") == "in none of 30 steps"
+    assert outcome.differing(tmp_path, "plain") == "in none of 30 steps"
     log("plain_2", [1.0, 0.5000000000000001, 0.25])
-    assert gpu.differing(tmp_path, "plain") == "from step 20"
+    assert outcome.differing(tmp_path, "plain") == "from step 20"
 
 
 HIDES = """
