@@ -144,7 +144,7 @@ def chosen(tasks: Sequence[Task], only: Sequence[str]) -> list[Task]:
     """The tasks that some of the patterns name, all without patterns. Raises UsageError for a pattern that names none."""
     for pattern in only:
         if not any(fnmatch.fnmatchcase(task.name, pattern) for task in tasks):
-            raise UsageError(f"--only {pattern} names no task; give some of {', '.join(task.name for task in tasks)}")
+            raise UsageError(f"--only {pattern} names no task; --list prints them")
     return [task for task in tasks if not only or any(fnmatch.fnmatchcase(task.name, pattern) for pattern in only)]
 
 
