@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -121,8 +122,11 @@ def test_patterns_name_tasks_and_one_that_names_none_is_refused():
     tasks = [task("train_1"), task("train_2"), task("fit")]
     assert [t.name for t in gpu.chosen(tasks, ("fit", "train_*"))] == ["train_1", "train_2", "fit"]
     assert gpu.chosen(tasks, ()) == tasks
-    with pytest.raises(UsageError, match="--only fti names no task; give some of train_1, train_2, fit"):
-        gpu.chosen(tasks, ("fti",))
+    for pattern, near in (("fti", r"did you mean fit\? "), ("x*", "")):
+        with pytest.raises(
+            UsageError, match=rf"--only {re.escape(pattern)} names no task; {near}--list prints all of them"
+        ):
+            gpu.chosen(tasks, (pattern,))
 
 
 def test_a_rehearsal_is_not_mixed_with_results(status, tmp_path):

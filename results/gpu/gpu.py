@@ -12,6 +12,7 @@ OUT/status.json, summary.json  which tasks are done; all results in one file
 """
 
 import dataclasses
+import difflib
 import fnmatch
 import json
 import os
@@ -144,7 +145,9 @@ def chosen(tasks: Sequence[Task], only: Sequence[str]) -> list[Task]:
     """The tasks that some of the patterns name, all without patterns. Raises UsageError for a pattern that names none."""
     for pattern in only:
         if not any(fnmatch.fnmatchcase(task.name, pattern) for task in tasks):
-            raise UsageError(f"--only {pattern} names no task; --list prints them")
+            near = difflib.get_close_matches(pattern, [task.name for task in tasks], n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"--only {pattern} names no task; {meant}--list prints all of them")
     return [task for task in tasks if not only or any(fnmatch.fnmatchcase(task.name, pattern) for pattern in only)]
 
 
