@@ -106,3 +106,16 @@ def test_no_fusion_of_our_programs_holds_a_product_and_its_reduction(name):
     if jax.default_backend() == "cpu":  # convolutions are left to XLA, and not given to YNNPACK
         assert " convolution(" in text
         assert not any(" convolution(" in body for body in fusions(text).values())
+
+
+def test_an_xla_without_the_option_compiles_as_by_default(monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    if jax.default_backend() == "cpu":
+        assert list(sharding.compiler_options(mesh)) == ["xla_cpu_experimental_ynn_fusion_type"]
+    for unknown in (
+        {"xla_cpu_of_another_version": "X"},
+        {"xla_cpu_experimental_ynn_fusion_type": "OF_ANOTHER_VERSION"},
+    ):
+        monkeypatch.setattr(sharding, "_YNNPACK", unknown)
+        assert sharding.compiler_options(mesh) is None
+        assert sharding.jit_replicated(lambda x: x + 1, mesh)(1) == 2
