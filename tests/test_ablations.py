@@ -86,6 +86,14 @@ def test_plan_has_each_run_once_and_one_seed_before_the_next():
     assert plan(("schedule", "T"), 1) == [(key, 0) for key in ("baseline", "cosine", "T_50", "T_200", "T_1000")]
 
 
+def test_every_training_sees_the_same_number_of_images():
+    """So batch sizes are compared at one cost."""
+    sizes = {key: config_of(DIGITS, key, 0).train for key in TRAINED}
+    assert {train.steps * train.batch_size for train in sizes.values()} == {
+        DIGITS.train.steps * DIGITS.train.batch_size
+    }
+
+
 def test_training_by_L_simple_is_the_same_with_either_fixed_variance():
     """So `fixed_large` may take the baseline's parameters."""
 
@@ -95,7 +103,7 @@ def test_training_by_L_simple_is_the_same_with_either_fixed_variance():
         params = jax.eval_shape(made.init, jax.random.key(0))
         return str(jax.make_jaxpr(lambda p: made.loss(made.model(p), x, t, x))(params))
 
-    assert VARIANTS["fixed_large"].changes == {"variance": "fixed_large"}
+    assert VARIANTS["fixed_large"].changes == {"diffusion": {"variance": "fixed_large"}}
     assert VARIANTS["fixed_large"].parameters_of == "baseline"
     assert program("fixed_small") == program("fixed_large")
 

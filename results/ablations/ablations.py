@@ -1,4 +1,4 @@
-"""The paper's ablations at the size of the digits: every variant of a small config is trained and evaluated with several seeds.
+"""Ablations at the size of the digits: every variant of a small config is trained and evaluated with several seeds.
 
 python results/ablations/ablations.py                  all of them; the same command continues
 python results/ablations/ablations.py --only loss T    some groups
@@ -29,12 +29,12 @@ from ddpm_jax.core.errors import RunError, UsageError, program
 from ddpm_jax.core.files import check_place
 from ddpm_jax.core.options import Bounds, check_bounds
 
-Name = Literal["prediction", "loss", "variance", "schedule", "T", "samplers"]
+Name = Literal["prediction", "loss", "variance", "schedule", "T", "samplers", "lr", "batch", "ema", "network"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train and evaluate the paper's ablations on a small config. The same command continues."""
+    """Train and evaluate ablations on a small config. The same command continues."""
 
     only: tuple[Name, ...] = ()
     """Groups that are run; default: all. The tables have every run that is finished."""

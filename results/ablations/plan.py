@@ -19,12 +19,12 @@ RUNS = "runs/ablations"
 
 
 class Variant(NamedTuple):
-    """What differs from the baseline: fields of `config.diffusion`, or the sampler alone.
+    """What differs from the baseline: fields of the config by its parts, or the sampler alone.
 
     parameters_of: the variant whose parameters it has, as its own training would give the same ones.
     """
 
-    changes: Mapping[str, Any] = MappingProxyType({})
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     sampler: SamplerOptions = SamplerOptions()
     parameters_of: str = ""
 
@@ -50,18 +50,25 @@ SAMPLING = {
     for name, each in SAMPLERS.items()
     for most in EVALUATIONS
 }
+IMAGES_SEEN = 64_000  # of training, by every variant
 VARIANTS = {
     "baseline": Variant(),
-    "mean": Variant({"prediction": "x_prev"}),
-    "x_0": Variant({"prediction": "x_0"}),
-    "v": Variant({"prediction": "v"}),
-    "mean_L": Variant({"prediction": "x_prev", "loss": "vb"}),
-    "eps_L": Variant({"loss": "vb"}),
-    "fixed_large": Variant({"variance": "fixed_large"}, parameters_of="baseline"),  # L_simple knows no variance
-    "learned_range": Variant({"variance": "learned_range", "loss": "rescaled_hybrid"}),
-    "cosine": Variant({"schedule": "cosine"}),
-    **{f"T_{T}": Variant(betas(T)) for T in (50, 200, 1000)},
+    "mean": Variant({"diffusion": {"prediction": "x_prev"}}),
+    "x_0": Variant({"diffusion": {"prediction": "x_0"}}),
+    "v": Variant({"diffusion": {"prediction": "v"}}),
+    "mean_L": Variant({"diffusion": {"prediction": "x_prev", "loss": "vb"}}),
+    "eps_L": Variant({"diffusion": {"loss": "vb"}}),
+    # L_simple knows no variance
+    "fixed_large": Variant({"diffusion": {"variance": "fixed_large"}}, parameters_of="baseline"),
+    "learned_range": Variant({"diffusion": {"variance": "learned_range", "loss": "rescaled_hybrid"}}),
+    "cosine": Variant({"diffusion": {"schedule": "cosine"}}),
+    **{f"T_{T}": Variant({"diffusion": betas(T)}) for T in (50, 200, 1000)},
     **SAMPLING,
+    **{f"lr_{lr:g}": Variant({"train": {"lr": lr}}) for lr in (3e-4, 1e-3, 1e-2)},
+    **{f"batch_{size}": Variant({"train": {"batch_size": size, "steps": IMAGES_SEEN // size}}) for size in (16, 256)},
+    **{f"ema_{decay:g}": Variant({"train": {"ema_decay": decay}}) for decay in (0.0, 0.9, 0.999)},
+    **{f"ch_{ch}": Variant({"model": {"ch": ch}}) for ch in (16, 64)},
+    "dropout": Variant({"model": {"dropout": 0.1}}),
 }
 GROUPS = {
     "prediction": Group(
@@ -81,6 +88,13 @@ GROUPS = {
         "Samplers, by network evaluations",
         {key.replace("-", ", "): key for key in SAMPLING} | {"ancestral, all": "baseline"},
     ),
+    "lr": Group("The learning rate", {"3e-4": "lr_0.0003", "1e-3": "lr_0.001", "3e-3": "baseline", "1e-2": "lr_0.01"}),
+    "batch": Group("The batch size", {"16": "batch_16", "64": "baseline", "256": "batch_256"}),
+    "ema": Group("The decay of the EMA", {"raw": "ema_0", "0.9": "ema_0.9", "0.99": "baseline", "0.999": "ema_0.999"}),
+    "network": Group(
+        "The network",
+        {"ch = 16": "ch_16", "ch = 32": "baseline", "ch = 64": "ch_64", "ch = 32, dropout 0.1": "dropout"},
+    ),
 }
 
 
@@ -92,10 +106,11 @@ def plan(only: Iterable[str], seeds: int) -> list[tuple[str, int]]:
 
 def config_of(base: Config, key: str, seed: int) -> Config:
     """The config of a run. Its training draws no samples, which evaluation does."""
-    diffusion = dataclasses.replace(base.diffusion, **VARIANTS[key].changes)
-    return dataclasses.replace(
-        base, seed=seed, diffusion=diffusion, train=dataclasses.replace(base.train, sample_every=0)
-    )
+    config = dataclasses.replace(base, seed=seed, train=dataclasses.replace(base.train, sample_every=0))
+    parts = {
+        part: dataclasses.replace(getattr(config, part), **fields) for part, fields in VARIANTS[key].changes.items()
+    }
+    return dataclasses.replace(config, **parts)
 
 
 # ---- How it is measured
