@@ -33,6 +33,7 @@ from ddpm_jax.generation.image_set import generate_set
 from ddpm_jax.generation.labels import label_table
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.interop.diffusers import read_model
+from ddpm_jax.interop.export import export_run
 from ddpm_jax.sampling.guidance import guide
 from ddpm_jax.training import step as training
 from ddpm_jax.training.workdir import load_run, write_run
@@ -167,6 +168,14 @@ def test_class_names_are_kept_in_the_workdir_and_shown_in_grids(tmp_path):
     shown = np.asarray(Image.open(sheet))
     assert (shown[:10] == 255).mean() > 0.5
     assert (shown[:14] < 128).any()
+
+
+def test_class_names_go_with_an_exported_file(run, tmp_path):
+    names = tuple("0123456789")
+    export_run(dataclasses.replace(run, classes=names), tmp_path / "named.safetensors", weights=run.weights)
+    export_run(dataclasses.replace(run, classes=()), tmp_path / "plain.safetensors", weights=run.weights)
+    assert load_run(tmp_path / "named.safetensors").classes == names
+    assert load_run(tmp_path / "plain.safetensors").classes == ()
 
 
 # ---- Sampling

@@ -1,6 +1,6 @@
 """Exports a run to one file for programs without this package: its parameters, or its whole sampler, by the file's ending.
 
-NAME.safetensors   the parameters by path, `down_1_attn_0/q/kernel`; config, step and weights in the metadata
+NAME.safetensors   the parameters by path, `down_1_attn_0/q/kernel`; config, step, weights and classes in the metadata
 NAME.jax_export    (seed, indices) -> images as StableHLO, parameters included, for cpu, cuda and tpu
 """
 
@@ -27,8 +27,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def parameters_file(run: Run, weights: str) -> bytes:
-    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (`Run.weights`)."""
+    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (`Run.weights`).
+
+    The metadata of a run whose classes have names also has `classes`, a JSON list of these.
+    """
     metadata = {"config": json.dumps(configs.to_json(run.config)), "step": str(run.step), "weights": weights}
+    if run.classes:
+        metadata["classes"] = json.dumps(run.classes)
     return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)
 
 

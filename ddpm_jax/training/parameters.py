@@ -23,12 +23,13 @@ MOST_BYTES = 2**34
 
 
 class Stored(NamedTuple):
-    """The content of a file: the config, the step, which parameters (see `weights`), and the arrays by path."""
+    """The content of a file: the config, the step, which parameters (see `weights`), the arrays by path, the classes' names."""
 
     config: Config
     step: int
     weights: str
     arrays: dict[str, np.ndarray]
+    classes: tuple[str, ...]
 
 
 def flatten(params: Any) -> dict[str, Any]:
@@ -65,8 +66,9 @@ def parse_parameters(path: epath.Path, content: bytes) -> Stored:
     arrays, metadata = parse_arrays(path, content)
     try:
         config, step, weights = (metadata[name] for name in ("config", "step", "weights"))
-        return Stored(configs.from_json(json.loads(config)), int(step), weights, arrays)
-    except (KeyError, ValueError) as error:  # a ConfigError is a ValueError
+        classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
+        return Stored(configs.from_json(json.loads(config)), int(step), weights, arrays, classes)
+    except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise UsageError(
             f"{path} has no config, step and weights of ours ({first_line(error)}); give a file that ddpm-jax convert export "
             "made"

@@ -362,4 +362,5 @@ def _load_parameters(
     mesh = sharding.make_mesh() if mesh is None else mesh
     like = abstract_state(experiment, sharding.make_mesh(devices=list(mesh.devices.flat))).ema_params
     params = _placed(stored.arrays, like, name)
-    return Run(experiment, stored.step, hashlib.sha256(content).hexdigest(), stored.weights, params, mesh)
+    proof = hashlib.sha256(content).hexdigest()
+    return Run(experiment, stored.step, proof, stored.weights, params, mesh, stored.classes)
