@@ -91,8 +91,8 @@ def test_interval_guides_inside_of_it_alone():
     one, none = model_of(of_class(0.1), SCHEDULE), model_of(of_no_class, SCHEDULE)
     limited, everywhere = guide(one, none, 4.0, interval=(3, 25))(x_t, t), guide(one, none, 4.0)(x_t, t)
     inside = np.array([False, True, True, True, False, False])
-    np.testing.assert_array_equal(limited[inside], everywhere[inside])
-    np.testing.assert_array_equal(limited[~inside], one(x_t, t)[~inside])
+    np.testing.assert_allclose(limited[inside], everywhere[inside], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(limited[~inside], one(x_t, t)[~inside], rtol=1e-5, atol=1e-5)
 
 
 def test_null_model_is_not_evaluated_outside_of_the_interval():
