@@ -147,7 +147,7 @@ class Chip:
     device_kind, platform = "TPU v5 lite", "tpu"
 
 
-def test_the_roofline_says_which_peak_bounds():
+def test_the_roofline_says_which_peak_bounds_with_the_padding(monkeypatch):
     row = topology.roofline({"gflops": 197.0, "memory_mib": 8e9 / 2**20}, HLO, Chip)
     assert row["arithmetic_ms"] == pytest.approx(1)
     assert row["traffic_gb"] == pytest.approx(30_720 / 1e9)
@@ -155,6 +155,9 @@ def test_the_roofline_says_which_peak_bounds():
     assert row["of_hbm"] == pytest.approx(0.5)
     assert row["bound_by"] == "arithmetic"
     assert topology.roofline({"gflops": 0.001}, HLO, Chip)["bound_by"] == "memory"
+    with monkeypatch.context() as m:  # an arithmetic of 0.75 of the memory's time, half of whose matrix unit is padding
+        m.setattr(topology, "matrix_fill", lambda hlo, width: 0.5)
+        assert topology.roofline({"gflops": 0.75 * 197 * row["memory_ms"]}, HLO, Chip)["bound_by"] == "arithmetic"
     told = topology.tell_traffic(row | {"what": "train step", "devices": 8}, largest=1)
     assert told == "train step, 8 chips: outside the network: 0.00 GB; other: 0.00 GB"
     assert topology.tell_traffic({"what": "train step"}) == ""
