@@ -10,8 +10,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 if "DDPM_JAX_TESTS_OPTIMISED" not in os.environ:  # as test_optimised.py sets it
     # Compiling is most of what the tests cost; the optimisation of kernels is not what they are about.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    # A flag that XLA does not know ends the process, and later releases drop some: these two are known to the tried ones.
-    if int(importlib.metadata.version("jaxlib").split(".")[1]) <= 12:
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 ends the process at the first one
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type="
 
 from jaxtyping import install_import_hook
