@@ -137,6 +137,7 @@ def test_label_dropout_draws_by_its_own_purpose_and_leaves_other_draws_alone():
     assert not draws[1].drop_label.any()
 
 
+@pytest.mark.slow
 def test_dropped_labels_are_trained_as_no_class():
     """The gradients of two steps reach the embeddings of the batches' classes, and that of no class."""
     mesh, labels = sharding.make_mesh(devices=ONE), np.full(1797, 3, np.int32)

@@ -150,7 +150,7 @@ def test_pairs_that_are_none_are_refused(tmp_path):
 # ---- Training
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("paired", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_image_and_condition_are_flipped_and_turned_alike(paired):
     """Each condition after the augmentations is that of its image after them: nearly every image is changed by some."""
     options = {"flip": True, "flip_ud": True, "turn": True}

@@ -128,6 +128,7 @@ def test_optimizer_is_clip_adam_warmup_and_flat_ema():
     np.testing.assert_allclose(ema, expected_ema, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ema_of_the_step_is_the_flat_average_of_the_parameters():
     five, _ = run(SMALL, 5, dispatch=1)
     six, _ = run(SMALL, 6, dispatch=1)
