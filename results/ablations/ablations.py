@@ -41,7 +41,7 @@ class Options:
     seeds: Annotated[int, Bounds(1, 1000)] = 3
     """Seeds of each variant, from 0 on."""
     config: str = "digits"
-    """Name or file of the baseline."""
+    """Name or file of the baseline. What the tables call it (T = 100, 64 images, ch = 32) is true of the digits."""
     out: str = str(Path(__file__).parent)
     """Folder of the tables and pictures."""
 
