@@ -10,8 +10,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 if "DDPM_JAX_TESTS_OPTIMISED" not in os.environ:  # as test_optimised.py sets it
     # Compiling is most of what the tests cost; the optimisation of kernels is not what they are about.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 ends the process at the first one
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type="
 
 from jaxtyping import install_import_hook
 
@@ -36,6 +34,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Tracing makes very many objects. Python's collector would visit them, and all that is imported, again and again.
 gc.freeze()
 gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_configure(config):
+    """Turns off kernels that are slow to compile, in the default suite alone, before JAX starts its backend.
+
+    The slow tests keep them. They hold programs of different lengths to the same bits, which these kernels decide.
+    """
+    quick = config.option.markexpr == "not slow" and "DDPM_JAX_TESTS_OPTIMISED" not in os.environ
+    if quick and importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 ends the process at the first one
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type="
 
 
 @pytest.fixture
