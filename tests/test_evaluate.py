@@ -23,7 +23,7 @@ from tiny import experiment, tiny
 from ddpm_jax import cli
 from ddpm_jax.config import to_json
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.data import open_source
+from ddpm_jax.data import epoch_order, open_source
 from ddpm_jax.evaluation import evaluation as evaluation_module
 from ddpm_jax.evaluation import metrics, scores
 from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statistics, read_statistics, real_features
@@ -89,8 +89,11 @@ def samples(loaded):
     return np.concatenate([images for _, images in batches])[:20]
 
 
+REAL = epoch_order(0, 0, 1797)[:30]  # the places of the 30 real images
+
+
 def digits():
-    return open_source(CONFIG.data).read(np.arange(30))
+    return open_source(CONFIG.data).read(REAL)
 
 
 # ---- The numbers
@@ -109,9 +112,28 @@ def test_every_metric_is_that_of_the_samples_and_the_real_images(evaluated, samp
     rate = results["nll"]["parts"]["L_T"]["value"] + results["nll"]["parts"]["rate"]["value"]
     assert results["rate-distortion"]["rate"] == pytest.approx(rate, rel=1e-9)
     pixels = (flat_pixels(images)["features"] for images in (samples[:8], digits()))
-    expected = np.argsort(cdist(*pixels), axis=1)[:, :8]
+    expected = REAL[np.argsort(cdist(*pixels), axis=1)[:, :8]]
     np.testing.assert_array_equal(results["nearest"]["nearest"]["pixels"]["places"], expected)
     assert set(results["nearest"]["nearest"]) == {"pixels", "five sums"}
+
+
+def test_some_real_images_are_chosen_at_random_since_a_source_may_be_sorted_by_class(run, loaded, tmp_path):
+    """One class lies before the other, as in folders; the bound and the losses of an image are those it has among all."""
+    images = np.repeat(np.uint8([40, 200]), 30).reshape(-1, 1, 1, 1) * np.ones((1, 8, 8, 1), np.uint8)
+    np.save(tmp_path / "sorted.npy", images)
+
+    def evaluation(num_real):
+        options = Options(num_images=8, num_real=num_real, batch_size=8, source=str(tmp_path / "sorted.npy"))
+        return Evaluation.of_run(loaded, run, FEATURES, options)
+
+    some, more, everything = evaluation(12), evaluation(20), evaluation(0)
+    np.testing.assert_array_equal(more.places[:12], some.places)
+    np.testing.assert_array_equal(everything.places, np.arange(60))
+    np.testing.assert_array_equal(evaluation(61).places, np.arange(60))
+    assert 3 <= (some.read(range(12)) == 40).all(axis=(1, 2, 3)).sum() <= 9
+    np.testing.assert_allclose(some.losses(), everything.losses()[some.places], rtol=1e-5)
+    np.testing.assert_allclose(some.drawn().bits, everything.drawn().bits[some.places], rtol=1e-5)
+    assert "chosen" not in everything.definition("reference")["reference"]
 
 
 def test_every_number_of_a_metric_has_a_name_and_a_direction():
@@ -140,7 +162,12 @@ def test_results_hold_everything_that_defines_them(evaluated, run):
         "images": 20,
     }
     assert made_of["features"] == "five sums"
-    assert made_of["statistics"] == {"source": "digits", "identity": evaluation.source.identity, "images": 30}
+    assert made_of["statistics"] == {
+        "source": "digits",
+        "identity": evaluation.source.identity,
+        "images": 30,
+        "chosen": "at random",
+    }
     assert {"python", "ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "device"} == set(made_of["software"])
     assert results["nll"]["definition"]["bound"]["terms"] == 9
 

@@ -119,7 +119,8 @@ class Evaluation:
         self.experiment, self.mesh, self.edges = programs.experiment, programs.mesh, programs.edges
         self.model, self.folder = model, folder
         self._parts = functools.partial(Parts, None if folder is None else folder / "parts")
-        self.num_real = min(options.num_real or len(source), len(source))
+        self.places = real_places(len(source), options.num_real)
+        self.num_real = len(self.places)
         self.num_images = options.num_images or min(self.num_real, MOST_IMAGES)
         self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
         self.software = software(self.mesh)
@@ -221,13 +222,16 @@ class Evaluation:
         if self.labels is not None:
             drawn |= {"labels": list(sampler.labels) or self.source.identity}
         if self.experiment.conditioning is not None:
-            drawn |= {"conditions": self.source.identity, "of_images": self.num_real}
+            drawn |= {"conditions": self.source.identity, "of_images": self.num_real, **self._chosen()}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
 
     def reference(self) -> dict[str, Any]:
         """The definition of the real images."""
         name = self.options.source or self.experiment.config.data.source
-        return {"source": name, "identity": self.source.identity, "images": self.num_real}
+        return {"source": name, "identity": self.source.identity, "images": self.num_real, **self._chosen()}
+
+    def _chosen(self) -> dict[str, str]:
+        return {} if self.num_real == len(self.source) else {"chosen": "at random"}
 
     def definition(self, *parts: str) -> dict[str, Any]:
         """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses, flow."""
@@ -259,8 +263,8 @@ class Evaluation:
         number; with conditions both of the images that count.
         """
         words, conditioning, tables = self.programs.sampler.labels, self.experiment.conditioning, dict[str, Any]()
-        count = len(self.source) if conditioning is None else self.num_real
-        order = epoch_order(self.options.seed, 0, count)
+        places = np.arange(len(self.source)) if conditioning is None else self.places
+        order = places[epoch_order(self.options.seed, 0, len(places))]
         if self.labels is None or words:
             labels = label_table(words, self.experiment.num_classes, self.source.read_classes())
         else:
@@ -303,16 +307,19 @@ class Evaluation:
 
     @once
     def real(self) -> Arrays:
-        """The features of the real images (`real_features`)."""
+        """The features of the real images (`real_features`), in the order of `places`."""
         return self._real_features().all(self.num_real, self.batch_size, title="real images")
 
     def _real_features(self) -> Parts:
-        pixels = self.experiment.pixels
-        return real_features(self.source, self.features, batch_size=self.batch_size, mesh=self.mesh, pixels=pixels)
+        pixels, places = self.experiment.pixels, self.places
+        batch_size, mesh = self.batch_size, self.mesh
+        return real_features(
+            self.source, self.features, batch_size=batch_size, mesh=mesh, pixels=pixels, places=places
+        )
 
     def read(self, part: range) -> np.ndarray:
         """A range of the real images, as they are stored (n, H, W, C)."""
-        return self.source.read(np.arange(part.start, part.stop))
+        return self.source.read(self.places[part.start : part.stop])
 
     @once
     def real_statistics(self) -> Statistics:
@@ -349,25 +356,30 @@ class Evaluation:
             lambda params, _, *given, **labels: compiled(params, keys, *given, **labels), "flow", title="ODE"
         )
 
+    def conditioned_on(self) -> np.ndarray:
+        """The places in the source of the real images whose conditions samples are drawn of, in turn, (num_real,)."""
+        return np.asarray(self._tables()["conditions"].order)
+
     def restored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Places of real images, and samples that are drawn of their conditions (n, H, W, C), part by part."""
-        conditions, done = self._tables()["conditions"], 0
+        """Places in `conditioned_on`, and samples that are drawn of these conditions (n, H, W, C), part by part."""
+        done = 0
         for part in self._samples().each(self.num_images, self.batch_size, title="samples"):
-            places = np.arange(done, done + len(part["images"])) % len(conditions)
-            yield conditions.order[places], part["images"]
-            done += len(places)
+            yield np.arange(done, done + len(part["images"])) % self.num_real, part["images"]
+            done += len(part["images"])
 
     def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
         """The results of a compiled program on the real images, part by part."""
         key = bits.bound_key(self.options.seed)
 
         def compute(part: range) -> Arrays:
-            indices = np.arange(part.start, part.start + self.batch_size, dtype=np.int32)
-            labels = given_at({} if self.labels is None else {"labels": self.labels}, indices)  # of the padding: any
-            rows = self.source.read_rows(np.arange(part.start, part.stop))
+            places = self.places[part.start : part.stop]
+            indices = np.resize(places, self.batch_size).astype(np.int32)  # an image's noise is that of its place
+            labels = given_at({} if self.labels is None else {"labels": self.labels}, indices)
+            rows = self.source.read_rows(places)
             return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
-        parts = self._parts({**self.definition(name), "identity": self.source.identity}, compute)
+        definition = {**self.definition(name), "identity": self.source.identity, **self._chosen()}
+        parts = self._parts(definition, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
 
 
@@ -381,10 +393,29 @@ def software(mesh: Mesh) -> dict[str, str]:
     }
 
 
+def real_places(size: int, count: int) -> np.ndarray:
+    """The places of the real images in a source of `size`: all in order, or `count` of them in a random order.
+
+    A source may be sorted by class, so that the first images are of one class alone. The order is always the same, and fewer
+    images are the first of more. 0: all.
+    """
+    return np.arange(size) if count == 0 or count >= size else epoch_order(0, 0, size)[:count]
+
+
 def real_features(
-    source: Source, features: Features, *, batch_size: int, mesh: Mesh, pixels: Pixels = EIGHT_BITS
+    source: Source,
+    features: Features,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    pixels: Pixels = EIGHT_BITS,
+    places: np.ndarray | None = None,
 ) -> Parts:
-    """The features of a source's images, cached on this machine by the data set's fingerprint. pixels: how they are stored."""
+    """The features of a source's images, cached on this machine by the data set's fingerprint.
+
+    pixels: how they are stored. places: of `real_places`, those that are taken; None: all.
+    """
+    places = real_places(len(source), 0) if places is None else places
     definition = {
         "identity": source.identity,
         "image_shape": list(source.images.shape[1:]),  # a folder can be read at many sizes
@@ -394,10 +425,12 @@ def real_features(
     }
     if pixels.value_range is not None:
         definition["value_range"] = pixels.value_range
+    if len(places) < len(source):
+        definition["chosen"] = "at random"
     return Parts(
         epath.Path(cache_folder()) / "features",
         definition,
-        lambda part: features.compute(source.read(np.arange(part.start, part.stop))),
+        lambda part: features.compute(source.read(places[part.start : part.stop])),
     )
 
 

@@ -127,12 +127,14 @@ def psnr(e: Evaluation) -> dict[str, Any]:
 
     total = np.zeros((e.num_real, *experiment.image_shape))
     ratio, count = np.zeros(e.num_real), np.zeros(e.num_real, int)
-    for places, samples in e.restored():
+    places = e.conditioned_on()
+    for which, samples in e.restored():
         x = network(samples)
-        for array, values in ((total, x), (ratio, _psnr(x, network(e.source.read(places)))), (count, 1)):
-            np.add.at(array, places, values)
+        for array, values in ((total, x), (ratio, _psnr(x, network(e.source.read(places[which])))), (count, 1)):
+            np.add.at(array, which, values)
     drawn = np.flatnonzero(count)
-    real, rows, repeats = network(e.source.read(drawn)), e.source.read_rows(drawn), e.num_images // e.num_real
+    real, rows = network(e.source.read(places[drawn])), e.source.read_rows(places[drawn])
+    repeats = e.num_images // e.num_real
     result: dict[str, Any] = {**bits.mean_and_error(ratio[drawn] / count[drawn]), "unit": "dB"}
     if repeats > 1 and e.num_images % e.num_real == 0:
         result["mean_of_samples"] = {"samples": repeats, **bits.mean_and_error(_psnr(total / repeats, real))}
@@ -166,7 +168,7 @@ def nearest(e: Evaluation) -> dict[str, Any]:
         queries = e.features.compute(samples)["features"]
         found[e.features.name] = scores.nearest(queries, [e.real()["features"]], count=NEAREST)
     for name, (places, distances) in found.items():
-        result[name] = {"places": places.tolist(), "distances": distances.tolist()}
+        result[name] = {"places": e.places[places].tolist(), "distances": distances.tolist()}
     return {"nearest": result, "definition": e.definition("sampling", "features", "reference")}
 
 

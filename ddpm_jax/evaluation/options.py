@@ -32,7 +32,7 @@ class Options:
     num_images: Annotated[int, Bounds(0, LAST_IMAGE)] = 0
     """Images that are sampled and judged; 0: as many as the real ones, at most 50,000."""
     num_real: Annotated[int, Bounds(0)] = 0
-    """Real images: the first of the source; 0: all."""
+    """Real images, chosen at random and always the same, since a source may be sorted by class; 0: all."""
     terms: Annotated[int, Bounds(0)] = 0
     """Terms of the bound between the prior's and the decoder's that each image is given, at random times; 0: all T - 1."""
     bootstrap: Annotated[int, Bounds(0)] = 10
