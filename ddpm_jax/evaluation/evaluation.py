@@ -313,9 +313,7 @@ class Evaluation:
     def _real_features(self) -> Parts:
         pixels, places = self.experiment.pixels, self.places
         batch_size, mesh = self.batch_size, self.mesh
-        return real_features(
-            self.source, self.features, batch_size=batch_size, mesh=mesh, pixels=pixels, places=places
-        )
+        return real_features(self.source, self.features, batch_size=batch_size, mesh=mesh, pixels=pixels, places=places)
 
     def read(self, part: range) -> np.ndarray:
         """A range of the real images, as they are stored (n, H, W, C)."""
