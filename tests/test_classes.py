@@ -1,5 +1,6 @@
 """Runs with classes: labels follow their images, and every promise of other runs holds."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -26,6 +27,7 @@ from ddpm_jax.data.sheets import class_grid, enlarge, grid
 from ddpm_jax.diffusion.bound import bits_per_dim
 from ddpm_jax.evaluation.digits import agreement
 from ddpm_jax.evaluation.evaluation import Evaluation, Programs
+from ddpm_jax.evaluation.evaluators import open_held_out
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.generation.generator import guided, make_generator, sample_key, with_guide
@@ -36,6 +38,8 @@ from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.export import export_run
 from ddpm_jax.sampling.guidance import guide
 from ddpm_jax.training import step as training
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.start import start_state
 from ddpm_jax.training.workdir import load_run, write_run
 
 CLASSES = tiny(
@@ -359,16 +363,17 @@ def evaluation(run):
 
 @pytest.mark.slow
 def test_bound_of_a_run_with_classes_is_that_of_each_image_and_its_class(evaluation, run):
-    labels = jnp.asarray(evaluation.source.labels[:8])
+    places = evaluation.places
+    labels = jnp.asarray(evaluation.source.labels[places])
     drawn = evaluation.drawn()
     ours = drawn.L_T[:8] + drawn.bits[:8].sum(1)
     x_0 = from_uint8(evaluation.read(range(8)))
     expected = bits_per_dim(
-        run.experiment.process, run.experiment.model(run.params, labels=labels), _bound_key(), x_0, jnp.arange(8)
+        run.experiment.process, run.experiment.model(run.params, labels=labels), _bound_key(), x_0, jnp.asarray(places)
     )
     np.testing.assert_allclose(ours, expected.total, rtol=1e-4)
     others = run.experiment.model(run.params, labels=(labels + 1) % 10)
-    wrong = bits_per_dim(run.experiment.process, others, _bound_key(), x_0, jnp.arange(8))
+    wrong = bits_per_dim(run.experiment.process, others, _bound_key(), x_0, jnp.asarray(places))
     assert np.abs(ours / wrong.total - 1).max() > 1e-3
 
 
@@ -384,6 +389,79 @@ def test_evaluated_samples_have_the_classes_of_the_real_images(evaluation):
     alone = make_generator(evaluation.experiment, evaluation.mesh, FEW)
     expected = alone(evaluation.params, sample_key(0), np.arange(20), table[:20])
     assert np.abs(generated - np.asarray(expected, int)).max() <= 1
+
+
+def of_classes(path, classes, *, each=2):
+    """A folder of pictures for each class, whose brightness is the class's among all."""
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("L", (8, 8), 25 * ["cat", "cow", "dog", "horse"].index(name)).save(path / name / f"{i}.png")
+    return str(path)
+
+
+def test_classes_of_another_source_are_found_by_name(tmp_path):
+    """A test set without cows, whose dogs are class 1 of its own, and class 2 of the run."""
+    data = dataclasses.replace(CLASSES.data, source=of_classes(tmp_path / "test", ["cat", "dog"]))
+    source = open_source(data)
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    ours = source.in_classes_of(("cat", "cow", "dog"))
+    assert ours.labels_of(3).tolist() == [0, 0, 2, 2]
+    assert list(ours.read_classes()) == ["cat", "cow", "dog"]
+    assert source.in_classes_of(()).labels.tolist() == [0, 0, 1, 1]
+    assert open_source(CLASSES.data).in_classes_of(tuple("0123456789")).labels_of(10).max() == 9
+    with pytest.raises(UsageError, match=r"class 'dog', and the run has cat, cow; name the classes alike"):
+        source.in_classes_of(("cat", "cow")).labels_of(2)
+
+
+def test_held_out_images_and_evaluations_have_the_classes_of_the_run(tmp_path, run):
+    source = of_classes(tmp_path / "test", ["cat", "dog"])
+    config = dataclasses.replace(CLASSES, train=dataclasses.replace(CLASSES.train, eval_source=source))
+    assert open_held_out(experiment(config), (*"abc", "cat", "dog")).labels.tolist() == [3, 3, 4, 4]
+    named = dataclasses.replace(run, classes=("cat", "cow", "dog", *"3456789"))
+
+    def labels(*words):
+        evaluation = Evaluation.of_run(
+            named, tmp_path, PIXELS, Options(source=source), dataclasses.replace(FEW, labels=words)
+        )
+        return evaluation.labels.tolist(), evaluation.sampling()["classes"], evaluation._tables()["labels"].tolist()
+
+    assert labels("dog")[::2] == ([0, 0, 2, 2], [2])
+    (tmp_path / "labels.txt").write_text("cat")
+    before = labels(str(tmp_path / "labels.txt"))
+    (tmp_path / "labels.txt").write_text("cow")
+    assert labels(str(tmp_path / "labels.txt"))[1] != before[1]  # samples of other classes are not taken for these
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [("cat dog horse", "class 1 of the checkpoint, 'cow', is 'dog' now"), ("cat", "is missing now")],
+)
+def test_a_resume_with_data_that_renumber_the_classes_is_refused(classes, said, tmp_path):
+    config = tiny(
+        model={"ch_mult": (1,), "attn_resolutions": (8,), "num_classes": 4},
+        data={"source": of_classes(tmp_path / "old", ["cat", "cow", "dog"])},
+        train={
+            "steps": 2,
+            "batch_size": 8,
+            "sample_every": 0,
+            "save_every": 2,
+            "log_every": 2,
+            "steps_per_dispatch": 2,
+        },
+    )
+    train(experiment(config), tmp_path / "run", mesh=one_device())
+    more = of_classes(tmp_path / "more", ["cat", "cow", "dog", "horse"])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", config=config)
+    with contextlib.closing(checkpoints):
+
+        def start(source):
+            data = dataclasses.replace(config.data, source=source)
+            return start_state(experiment(config), open_source(data), one_device(), checkpoints, changed_data=True)
+
+        start(more)  # a class after the others leaves them their numbers
+        with pytest.raises(UsageError, match=said):
+            start(of_classes(tmp_path / "new", classes.split()))
 
 
 def test_agreement_of_real_digits_with_their_labels_is_high_and_with_others_low():

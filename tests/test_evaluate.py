@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 from evaluated import CONFIG, make_workdir
+from PIL import Image
 from scipy.spatial.distance import cdist
 from tiny import experiment, tiny
 
@@ -342,6 +343,22 @@ def test_a_damaged_definition_of_parts_is_written_anew(there, tmp_path):
     (parts.folder / "definition.json").write_bytes(there)
     Parts(tmp_path, {"a": 1}, parts.compute).get(range(3))
     assert json.loads((parts.folder / "definition.json").read_text()) == {"a": 1}
+
+
+def test_features_of_pictures_that_were_edited_in_place_are_computed_anew(loaded, tmp_path):
+    """Uncompressed pictures keep their names and sizes, which are a folder's fingerprint."""
+
+    def brightness(value):
+        path = tmp_path / "a.bmp"
+        Image.new("L", (8, 8), value).save(path)
+        os.utime(path, ns=(0, 1_000_000_000 * value))
+        source = open_source(dataclasses.replace(CONFIG.data, source=str(tmp_path)))
+        features = real_features(source, PIXELS, batch_size=8, mesh=loaded.mesh)
+        return source.identity, features.all(1, 8, title="")["features"].mean()
+
+    (before, dark), (after, bright) = brightness(10), brightness(200)
+    assert before == after
+    assert bright > dark + 1
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())

@@ -507,7 +507,17 @@ def test_a_set_of_images_that_is_itself_named_is_read(tmp_path):
     path = make_folder(tmp_path / "set", names=["a.jpg"])
     (path / SET).write_text("{}")
     (path / "parts").mkdir()
-    assert len(opened(path)) == 1
+    (path / "grid.png").write_bytes((path / "a.jpg").read_bytes())
+    (path / "process.webp").write_bytes((path / "a.jpg").read_bytes())
+    assert len(opened(path)) == 1  # its sheet and its animation are no images
+
+
+def test_a_workdir_is_no_source_of_images(tmp_path):
+    path = make_folder(tmp_path / "run", names=["a.jpg"])
+    (path / "checkpoints").mkdir()
+    (path / CONFIG).write_text("{}")
+    with pytest.raises(UsageError, match=r"is the workdir of a run, .* give a folder of images"):
+        opened(path)
 
 
 def test_folders_that_cannot_be_read_are_noted(tmp_path, monkeypatch, capsys):

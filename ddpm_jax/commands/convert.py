@@ -140,7 +140,7 @@ def classifier(workdir: str, file: str, test: str, epochs: int) -> None:
     print(f"The classifier is now in {file}")
     if held_out:
         features = program_features(path, one_device(), image_shape=source.images.shape[1:], batch_size=PART)
-        tested = open_source(dataclasses.replace(config.data, source=held_out))
+        tested = open_source(dataclasses.replace(config.data, source=held_out)).in_classes_of(source.read_classes())
         share = accuracy(features.compute, tested, np.unique(labels_of(source)))
         print(f"It is right about {share:.2%} of the images of {held_out}")
 

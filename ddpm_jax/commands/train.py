@@ -67,7 +67,8 @@ def train(
     mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
         source = open_source(config.data)
-        held_out = open_held_out(experiment) if config.train.eval_every else None
+        classes = source.read_classes() if experiment.num_classes else ()
+        held_out = open_held_out(experiment, classes) if config.train.eval_every else None
         enter(workdir, config, own_network=experiment.has_own_network)
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)

@@ -11,6 +11,7 @@ from ddpm_jax.core.errors import UsageError
 HIDDEN = (".", "__MACOSX")  # the first letters of hidden files and folders
 READ = "are links to folders that are read already, or that hold this one"
 OUTPUT = "hold a run or a set of generated images"
+SHEETS = ("grid.png", "process.")  # of an image set, which is given itself: no images of it
 
 
 def find_files(root: str) -> dict[str, str]:
@@ -38,6 +39,11 @@ def find_files(root: str) -> dict[str, str]:
                 left_out.setdefault(f"cannot be read ({error.strerror})", []).append(inside)
                 continue
             names = {entry.name for entry in entries}
+            if not inside and _is_run(names):
+                raise UsageError(
+                    f"data.source={root!r} is the workdir of a run, whose pictures are sheets of many images; give a folder of "
+                    "images, such as those that sample.py writes"
+                )
             if identity in read or (inside and _is_output(names)):
                 left_out.setdefault(READ if identity in read else OUTPUT, []).append(inside)
                 continue
@@ -45,7 +51,7 @@ def find_files(root: str) -> dict[str, str]:
             bar.update()
             for entry in entries:
                 name = inside + entry.name
-                if entry.name.startswith(HIDDEN):
+                if entry.name.startswith(HIDDEN) or ("set.json" in names and entry.name.startswith(SHEETS)):
                     continue
                 if not os.path.isdir(entry.path):
                     files[name] = entry.path
@@ -63,6 +69,11 @@ def _identity(path: str) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder that holds these names is a workdir (see workdir.py)."""
+    return names >= {"config.json", "checkpoints"}
+
+
 def _is_output(names: set[str]) -> bool:
-    """Whether a folder that holds these names is a workdir (see workdir.py) or an image set (see image_set.py)."""
-    return names >= {"config.json", "checkpoints"} or ("set.json" in names and bool(names & {"parts", "grid.png"}))
+    """Whether a folder that holds these names is a workdir or an image set (see image_set.py)."""
+    return _is_run(names) or ("set.json" in names and bool(names & {"parts", "grid.png"}))

@@ -47,6 +47,7 @@ class Source:
         read_labels: () -> int (N,), or None if there are none.
         read_classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
+        stamp: A second fingerprint, for caches alone. It changes whenever the content does, and may change more often.
         conditions: Of data.condition=paired: (N, H, W, K), stored like the images.
     """
 
@@ -55,6 +56,7 @@ class Source:
     identity: dict[str, str | int]
     read_classes: Callable[[], Sequence[str]] = tuple
     conditions: np.ndarray | DecodedPictures | None = None
+    stamp: str = ""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -97,6 +99,26 @@ class Source:
                 "change the labels"
             )
         return self.labels.astype(np.int32)
+
+    def in_classes_of(self, names: Sequence[str]) -> "Source":
+        """The source with the classes of these names: its own, found by name. As it is where either has no names.
+
+        Its labels raise UsageError if there are images of a class without one of these names.
+        """
+
+        def read_labels() -> np.ndarray | None:
+            own, labels = list(self.read_classes()), self.labels
+            if labels is None or not own or not names or own == list(names):
+                return labels
+            places = {name: i for i, name in enumerate(names)}
+            if missing := [own[label] for label in np.unique(labels) if own[label] not in places]:
+                raise UsageError(
+                    f"the images have the class {missing[0]!r}, and the run has {', '.join(map(str, names[:NAMED]))}; "
+                    "name the classes alike, or leave its images out"
+                )
+            return np.array([places.get(name, -1) for name in own])[labels]
+
+        return replace(self, read_labels=read_labels, read_classes=lambda: names or self.read_classes())
 
 
 class Arrays(NamedTuple):
@@ -238,7 +260,8 @@ def open_source(config: DataConfig) -> Source:
             "for each"
         )
     identity = source.identity | {"conditions": digest(of_conditions.identity)}
-    return replace(source, identity=identity, conditions=of_conditions.images)
+    stamp = source.stamp + of_conditions.stamp
+    return replace(source, identity=identity, conditions=of_conditions.images, stamp=stamp)
 
 
 def _opened(config: DataConfig, content: Arrays | Pictures) -> Source:
@@ -246,7 +269,13 @@ def _opened(config: DataConfig, content: Arrays | Pictures) -> Source:
         return _of_arrays(config, content)
     images = decoded(content, config)
     once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
-    return Source(decode_once(images) if once else images, content.labels, content.identity, content.classes)
+    return Source(
+        decode_once(images) if once else images,
+        content.labels,
+        content.identity,
+        content.classes,
+        stamp=content.stamp,
+    )
 
 
 def _read_conditions(config: DataConfig, images: Arrays | Pictures) -> Arrays | Pictures:

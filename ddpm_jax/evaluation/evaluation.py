@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.core.files import DamagedFileError, check_place, is_regular, remove_remnants, sole_writer
+from ddpm_jax.core.files import DamagedFileError, check_place, digest, is_regular, remove_remnants, sole_writer
 from ddpm_jax.core.room import check_disk, check_memory
 from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
@@ -142,7 +142,7 @@ class Evaluation:
         data = run.config.data
         if options.source:
             data = dataclasses.replace(data, source=options.source, condition_source=options.condition_source)
-        source = open_source(data)
+        source = open_source(data).in_classes_of(run.classes)
         model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
         folder = epath.Path(workdir) / EVALUATION
         evaluation = cls(programs, run.params, source, features, options, model=model, folder=folder)
@@ -220,7 +220,8 @@ class Evaluation:
         if self.programs.guide is not None:
             drawn |= {"guide": self.programs.guide.checkpoint}
         if self.labels is not None:
-            drawn |= {"labels": list(sampler.labels) or self.source.identity}
+            table = self._tables()["labels"].tolist()
+            drawn |= {"labels": list(sampler.labels) or self.source.identity, "classes": digest(table)[:16]}
         if self.experiment.conditioning is not None:
             drawn |= {"conditions": self.source.identity, "of_images": self.num_real, **self._chosen()}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
@@ -377,6 +378,8 @@ class Evaluation:
             return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
         definition = {**self.definition(name), "identity": self.source.identity, **self._chosen()}
+        if self.source.stamp:
+            definition["stamp"] = self.source.stamp
         parts = self._parts(definition, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
 
@@ -421,6 +424,8 @@ def real_features(
         "batch_size": batch_size,
         "software": software(mesh),
     }
+    if source.stamp:  # of a folder, whose identity has names and sizes alone
+        definition["stamp"] = source.stamp
     if pixels.value_range is not None:
         definition["value_range"] = pixels.value_range
     if len(places) < len(source):

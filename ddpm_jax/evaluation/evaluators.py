@@ -7,7 +7,7 @@ add it to `EVALUATORS`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,8 +36,8 @@ from ddpm_jax.training.step import TrainState
 TERMS = 16  # terms of the bound between L_T and L_0 for each held-out image
 
 
-def open_held_out(experiment: Experiment) -> Source:
-    """train.eval_images images of train.eval_source, decoded like the training images.
+def open_held_out(experiment: Experiment, classes: Sequence[str] = ()) -> Source:
+    """train.eval_images images of train.eval_source, decoded like the training images. classes: the names of theirs.
 
     Raises UsageError if the source cannot be read, or has fewer than two images.
     """
@@ -46,6 +46,7 @@ def open_held_out(experiment: Experiment) -> Source:
     source = open_source(
         dataclasses.replace(config.data, source=train.eval_source, condition_source=train.eval_condition_source)
     )
+    source = source.in_classes_of(classes)
     if len(source) < 2:
         raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
     labels = source.labels_of(config.model.num_classes)

@@ -77,6 +77,7 @@ def start_state(
                 raise UsageError(
                     f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
                 )
+            _check_classes(experiment, source, meta)
             tqdm.write(f"Note: {changed}.")
         check_network(meta, experiment)
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
@@ -88,6 +89,19 @@ def start_state(
         state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params), averages=averages)
     meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
     return state, meta | ({"classes": list(source.read_classes())} if experiment.num_classes else {})
+
+
+def _check_classes(experiment: Experiment, source: Source, meta: dict[str, Any]) -> None:
+    """Raises UsageError if the numbers of the classes have come to mean others."""
+    before = meta.get("classes") or []
+    now = list(source.read_classes()) if before and experiment.num_classes else []
+    if now and now[: len(before)] != before:
+        place = next(i for i, name in enumerate(before) if now[i : i + 1] != [name])
+        there = f"is {now[place]!r} now" if place < len(now) else "is missing now"
+        raise UsageError(
+            f"class {place} of the checkpoint, {before[place]!r}, {there}; name the classes so that they keep their order, "
+            "or start in another workdir"
+        )
 
 
 def initial_params(experiment: Experiment, state: TrainState, mesh: Mesh) -> Any:
