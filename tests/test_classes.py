@@ -433,11 +433,7 @@ def test_held_out_images_and_evaluations_have_the_classes_of_the_run(tmp_path, r
     assert labels(str(tmp_path / "labels.txt"))[1] != before[1]  # samples of other classes are not taken for these
 
 
-@pytest.mark.parametrize(
-    ("classes", "said"),
-    [("cat dog horse", "class 1 of the checkpoint, 'cow', is 'dog' now"), ("cat", "is missing now")],
-)
-def test_a_resume_with_data_that_renumber_the_classes_is_refused(classes, said, tmp_path):
+def test_a_resume_with_data_that_renumber_the_classes_is_refused(tmp_path):
     config = tiny(
         model={"ch_mult": (1,), "attn_resolutions": (8,), "num_classes": 4},
         data={"source": of_classes(tmp_path / "old", ["cat", "cow", "dog"])},
@@ -460,8 +456,10 @@ def test_a_resume_with_data_that_renumber_the_classes_is_refused(classes, said, 
             return start_state(experiment(config), open_source(data), one_device(), checkpoints, changed_data=True)
 
         start(more)  # a class after the others leaves them their numbers
-        with pytest.raises(UsageError, match=said):
-            start(of_classes(tmp_path / "new", classes.split()))
+        with pytest.raises(UsageError, match="class 1 of the checkpoint, 'cow', is 'dog' now"):
+            start(of_classes(tmp_path / "without", ["cat", "dog", "horse"]))
+        with pytest.raises(UsageError, match="class 2 of the checkpoint, 'dog', is missing now"):
+            start(of_classes(tmp_path / "fewer", ["cat", "cow"]))
 
 
 def test_agreement_of_real_digits_with_their_labels_is_high_and_with_others_low():
