@@ -19,6 +19,7 @@ from PIL import Image
 from tiny import experiment, tiny
 
 from ddpm_jax.benchmark import capacity, plan, programs, timing, topology, torch_peer
+from ddpm_jax.benchmark.options import dtypes_of
 from ddpm_jax.benchmark.plan import Plan
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
@@ -216,7 +217,7 @@ def params_of(config):
         ({"steps": (0,)}, "--steps 0 is too small; use 1 or more"),
         ({"batch_sizes": (4, -1)}, "--batch-sizes -1 is too small"),
         ({"repeats": 0}, "--repeats 0 is too small"),
-        ({"dtypes": ()}, "--dtypes has no value"),
+        ({"batch_sizes": ()}, "--steps or --batch-sizes has no value"),
         ({"samplers": ()}, "there is nothing to measure"),
         ({"peak_tflops": -1.0}, "--peak-tflops -1.0 is not a positive number"),
         ({"peak_tflops": float("nan")}, "--peak-tflops nan is not a positive number"),
@@ -230,6 +231,12 @@ def params_of(config):
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         plan.refuse(SMALL, Plan(**changes))
+
+
+def test_the_network_computes_as_the_config_says_unless_the_plan_does():
+    bfloat16 = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="bfloat16"))
+    assert dtypes_of(bfloat16, Plan()) == ("bfloat16",)
+    assert dtypes_of(bfloat16, Plan(dtypes=("float32", "bfloat16"))) == ("float32", "bfloat16")
 
 
 def test_a_batch_that_memory_cannot_hold_is_refused_with_the_bytes(monkeypatch):

@@ -31,9 +31,10 @@ from ddpm_jax.evaluation.evaluators import open_held_out
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.generation.generator import guided, make_generator, sample_key, with_guide
-from ddpm_jax.generation.image_set import generate_set
+from ddpm_jax.generation.given import Given
+from ddpm_jax.generation.image_set import generate_set, tables_of
 from ddpm_jax.generation.labels import label_table
-from ddpm_jax.generation.options import SamplerOptions
+from ddpm_jax.generation.options import GivenOptions, SamplerOptions
 from ddpm_jax.interop.diffusers import read_model
 from ddpm_jax.interop.export import export_run
 from ddpm_jax.sampling.guidance import guide
@@ -262,6 +263,23 @@ def test_autoguidance_leads_away_from_another_run(run, tmp_path):
     written(tmp_path / "alien", alien, drawn(alien))
     with pytest.raises(UsageError, match="another schedule"):
         with_guide(run, dataclasses.replace(options, guide_with=str(tmp_path / "alien")))
+    floats = tiny(data={"value_range": (0.0, 1.0)}, model={"ch_mult": (1,), "attn_resolutions": (8,)})
+    written(tmp_path / "floats", floats, drawn(floats))
+    with pytest.raises(UsageError, match="of other images"):
+        with_guide(run, dataclasses.replace(options, guide_with=str(tmp_path / "floats")))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"guidance_interval": (0, 5)}, "--guidance-interval has no effect at --guidance 1; leave it out"),
+        ({"guidance_rescale": 0.7}, "--guidance-rescale has no effect at --guidance 1"),
+        ({"spacing": "quadratic"}, "--spacing quadratic has no effect without --steps"),
+    ],
+)
+def test_sampler_options_without_effect_are_refused(run, options, said):
+    with pytest.raises(UsageError, match=said):
+        make_generator(run.experiment, run.mesh, SamplerOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -324,6 +342,26 @@ def test_set_of_classes_continues_and_holds_its_labels(run, tmp_path):
             batch_size=4,
             format="both",
         )
+
+
+def test_pictures_given_to_a_run_with_classes_need_theirs(run):
+    """Otherwise picture i would be drawn as class i, and the images between two pictures as one class after another."""
+
+    def labels(tables, *words, guidance=1.0):
+        given = Given(GivenOptions(), tables, {}, None)
+        options = SamplerOptions(labels=words, guidance=guidance)
+        return tables_of(dataclasses.replace(run, given=given), options)["labels"].tolist()
+
+    pictures, ends = {"pictures": np.zeros((4, 8, 8, 1))}, {"ends": np.zeros((1, 2, 8, 8, 1))}
+    assert labels(pictures, "3", "5") == [3, 5]
+    assert labels(ends, "3") == [3]
+    assert len(labels(ends, guidance=0)) == 10  # ignored
+    with pytest.raises(
+        UsageError, match=r"has classes, and pictures are given; say of which class they are by --labels"
+    ):
+        labels(pictures)
+    with pytest.raises(UsageError, match=r"--interpolate draws all its images of one class; give one"):
+        labels(ends, "3", "5")
 
 
 def test_definition_of_a_set_without_classes_is_what_it_was():

@@ -182,6 +182,7 @@ def test_the_weights_checksum_is_that_of_the_ema_parameters(evaluated, run):
 
 
 def test_fid_on_fewer_than_10000_images_is_labelled_as_not_comparable(evaluated):
+    assert "it is of 20 images" in evaluated[1]["is"]["not_comparable"]
     said = evaluated[1]["fid"]["not_comparable"]
     assert said.startswith("not comparable with published FIDs: it is of 20 images, and below 10,000 its bias is large")
     assert evaluated[1]["fid"]["standard_error"] > 0
@@ -678,6 +679,12 @@ def test_a_wrong_command_line_is_told_in_one_sentence(command, arguments, messag
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(message)
+
+
+def test_preprocessing_without_inception_is_refused(command, run):
+    code, _, err = command(run, "--features", "pixels", "--preprocessing", "pytorch-fid")
+    assert (code, err.split(";")[1].strip()) == (2, "leave it out")
+    assert err.startswith("--preprocessing pytorch-fid is Inception's, and has no effect on --features pixels")
 
 
 def test_a_missing_workdir_is_told(command):

@@ -139,6 +139,13 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0
 
 
+def test_kernel_distance_of_small_sets_tells_a_spread_like_that_of_other_sets():
+    """Their subsets were the sets themselves, whose spread is none."""
+    generator = np.random.default_rng(0)
+    found = [scores.kernel_distance(*generator.normal(size=(2, 64, 3)), subset_size=64) for _ in range(50)]
+    assert 0.5 < np.mean([distance.error for distance in found]) / np.std([distance.value for distance in found]) < 3
+
+
 # ---- Precision, recall, density, coverage, nearest
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddpm_jax.benchmark.comparison import Comparison
-from ddpm_jax.benchmark.options import Plan
+from ddpm_jax.benchmark.options import Plan, dtypes_of
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import Timing, commit
 from ddpm_jax.config import Config
@@ -109,7 +109,7 @@ def checkout(name: str) -> Path:
 def single_rows(config: Config, plan: Plan) -> Iterator[tuple[Row, list[str]]]:
     """The rows of a plan: what each is called, and the options that measure it alone."""
     batch = config.train.batch_size
-    for dtype in plan.dtypes:
+    for dtype in dtypes_of(config, plan):
         for sampler, steps, images in itertools.product(plan.samplers, plan.steps, plan.batch_sizes):
             options = ["--samplers", sampler, "--steps", str(steps), "--batch-sizes", str(images), "--dtypes", dtype]
             yield {"what": sampler, "steps": steps, "batch": images, "dtype": dtype}, options

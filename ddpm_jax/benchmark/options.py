@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm_jax.benchmark.comparison import FEWEST
+from ddpm_jax.config import Config
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.options import POSITIVE, Bounds, Flag, check_bounds
 from ddpm_jax.generation.options import SAMPLER
 
 OF_RUNS = ("peer", "peer_mode", "peak_tflops", "fit", "trace")  # of one version on the device that is there
+DType = Literal["float32", "bfloat16"]
 DEFAULTS = Path(__file__).with_name("defaults.py")  # a config file
 
 
@@ -25,7 +27,7 @@ class Plan:
     """How many of the T steps they visit."""
     batch_sizes: Annotated[tuple[int, ...], Bounds(1, 10**6)] = (1, 16)
     """Images sampled together."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    dtypes: Annotated[tuple[DType, ...], tyro.conf.arg(help_behavior_hint="(default: the config's)")] = ()
     """What the network computes in."""
     repeats: Annotated[int, Bounds(1, 10**4)] = 5
     """Timed runs of each program, after the one that warms it up."""
@@ -50,6 +52,11 @@ class Plan:
     """Peak of one device, where it is not known here."""
 
 
+def dtypes_of(config: Config, plan: Plan) -> tuple[DType, ...]:
+    """What the network computes in: as the plan says, or else the config."""
+    return plan.dtypes or (config.model.dtype,)
+
+
 def check_plan(plan: Plan, *, compiling: bool = False, comparing: bool = False) -> None:
     """Raises UsageError for a plan that cannot be carried out, whatever the config.
 
@@ -63,8 +70,8 @@ def check_plan(plan: Plan, *, compiling: bool = False, comparing: bool = False) 
     if comparing and plan.repeats < FEWEST:
         raise UsageError(f"--repeats {plan.repeats} is too small for --against; use {FEWEST} or more")
     check_bounds(plan)
-    if not plan.dtypes or (plan.samplers and not (plan.steps and plan.batch_sizes)):
-        raise UsageError("--steps, --batch-sizes or --dtypes has no value; give at least one for each")
+    if plan.samplers and not (plan.steps and plan.batch_sizes):
+        raise UsageError("--steps or --batch-sizes has no value; give at least one for each")
     if not (plan.samplers or plan.train or plan.data or plan.fit):
         raise UsageError("there is nothing to measure; give --samplers a name, or add --train, --data or --fit")
     if plan.peer_mode != Plan.peer_mode and plan.peer == "none":

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from ddpm_jax.benchmark import capacity, programs, topology, torch_peer
-from ddpm_jax.benchmark.options import Plan, check_plan
+from ddpm_jax.benchmark.options import Plan, check_plan, dtypes_of
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.config import Config, check, to_json
 from ddpm_jax.core.errors import UsageError, program
@@ -50,7 +50,7 @@ def _sampling(plan: Plan) -> Iterator[tuple[SamplerOptions, int, int]]:
 
 
 def _experiments(config: Config, plan: Plan) -> Iterator[Experiment]:
-    for dtype in plan.dtypes:
+    for dtype in dtypes_of(config, plan):
         model = dataclasses.replace(config.model, dtype=dtype)
         yield Experiment.from_config(dataclasses.replace(config, model=model))
 

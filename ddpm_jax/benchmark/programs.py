@@ -209,9 +209,9 @@ def training(experiment: Experiment, *, how: How, peer: Peer | None = None) -> l
 
 
 def _record(call: Callable[[], Any], how: How, labels: Row, compiled: Any) -> None:
-    """Profiles a program, if that is wanted, as train_step_128_bfloat16, say."""
+    """Profiles a program, if that is wanted, as train_step_1_128_bfloat16, say."""
     if how.trace:
-        name = "_".join(str(labels[key]) for key in ("what", "batch", "dtype")).replace(" ", "_")
+        name = "_".join(str(labels[key]) for key in ("what", "steps", "batch", "dtype")).replace(" ", "_")
         trace.record(call, how.trace, name, compiled.as_text())
 
 

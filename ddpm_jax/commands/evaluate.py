@@ -25,6 +25,11 @@ from ddpm_jax.training.workdir import Run, is_parameters, load_run
 
 def choose(run: Run, arguments: Evaluate) -> tuple[tuple[str, ...], Features]:
     """The metrics that are computed, and the features. Without Inception weights the default is what needs none."""
+    if arguments.features != "inception" and arguments.preprocessing != Evaluate.preprocessing:
+        raise UsageError(
+            f"--preprocessing {arguments.preprocessing} is Inception's, and has no effect on --features {arguments.features}; "
+            "leave it out"
+        )
     metrics, batch_size, pixels = arguments.metrics, arguments.options.batch_size, run.experiment.pixels
     offered = tuple(
         name for name in METRICS if name not in ON_REQUEST and (pixels.value_range is None or name not in BITS)

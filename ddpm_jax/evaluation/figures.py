@@ -118,7 +118,8 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
         "progressive": grid(progressive(chain), columns=min(10, schedule.T)),
         "shared_latents": grid(shared(chain), columns=COLUMNS),
     }
-    if evaluation.num_real >= 2 and run.experiment.conditioning is None:  # whose condition would it be?
+    classless = not run.experiment.num_classes or run.config.train.label_dropout > 0
+    if evaluation.num_real >= 2 and classless and run.experiment.conditioning is None:  # whose would they be?
         real = pixels.to_network(evaluation.read(range(2)))
         pictures["interpolation"] = grid(interpolation(chain, schedule, real), columns=COLUMNS)
     for name, found in results.get("nearest", {}).get("nearest", {}).items():

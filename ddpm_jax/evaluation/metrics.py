@@ -40,17 +40,24 @@ def fid(e: Evaluation) -> dict[str, Any]:
         result: dict[str, Any] = {"value": distance(features)}
         if repeats:
             result["standard_error"] = scores.bootstrap_error(distance, features, repeats=repeats)
-    reasons = []
-    if len(features) < scores.MIN_COMPARABLE:
-        reasons.append(f"it is of {len(features):,} images, and below {scores.MIN_COMPARABLE:,} its bias is large")
-    if not e.features.name.startswith(INCEPTION):
-        reasons.append(f"its features are {e.features.name}, not Inception's")
-    if len(features) <= features.shape[1]:
-        reasons.append(f"{len(features):,} images leave the covariance of {features.shape[1]:,} features singular")
+    fewest = len(features) if e.options.statistics else min(len(features), e.num_real)
+    reasons = _not_comparable(e, fewest)
+    if fewest <= features.shape[1]:
+        reasons.append(f"{fewest:,} images leave the covariance of {features.shape[1]:,} features singular")
     if reasons:
         result["not_comparable"] = "not comparable with published FIDs: " + "; ".join(reasons)
     definition = e.definition("sampling", "features", "statistics") | {"bootstrap": e.options.bootstrap}
     return result | {"definition": definition}
+
+
+def _not_comparable(e: Evaluation, images: int) -> list[str]:
+    """Why a number of so many images cannot be compared with published ones."""
+    reasons = []
+    if images < scores.MIN_COMPARABLE:
+        reasons.append(f"it is of {images:,} images, and below {scores.MIN_COMPARABLE:,} its bias is large")
+    if not e.features.name.startswith(INCEPTION):
+        reasons.append(f"its features are {e.features.name}, not Inception's")
+    return reasons
 
 
 def inception_score(e: Evaluation) -> dict[str, Any]:
@@ -58,7 +65,11 @@ def inception_score(e: Evaluation) -> dict[str, Any]:
     if "logits" not in e.generated():
         raise UsageError(f"the metric is needs logits, which --features {e.features.name} does not have; use inception")
     score = scores.inception_score(e.generated()["logits"])
-    return _estimate(score, "deviation_over_splits") | {"definition": e.definition("sampling", "features")}
+    result: dict[str, Any] = _estimate(score, "deviation_over_splits")
+    result["definition"] = e.definition("sampling", "features")
+    if reasons := _not_comparable(e, e.num_images):
+        result["not_comparable"] = "not comparable with published scores: " + "; ".join(reasons)
+    return result
 
 
 def kid(e: Evaluation) -> dict[str, Any]:

@@ -141,11 +141,13 @@ def kernel_distance(
 ) -> Estimate:
     """KID: the unbiased squared maximum mean discrepancy of features with the kernel (x.y / D + 1)^3.
 
-    Mean and standard deviation over fixed random subsets of both sets, drawn without replacement. Raises UsageError for fewer
-    than 2 images.
+    Mean and standard deviation over fixed random subsets of both sets, drawn without replacement. Where a set has no more images
+    than a subset, subsets have half of them: of subsets that are the whole set the spread would be none. Raises UsageError for
+    fewer than 2 images.
     """
-    size = min(subset_size, len(a), len(b))
-    if size < 2:
+    fewest = min(len(a), len(b))
+    size = subset_size if fewest > subset_size else max(fewest // 2, 2)
+    if fewest < 2:
         raise UsageError(
             f"got {len(a)} and {len(b)} image(s), but the kernel distance needs at least 2; take more images"
         )

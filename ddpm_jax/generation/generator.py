@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, Shaped
+from tqdm import tqdm
 
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
@@ -45,17 +46,21 @@ def with_guide(run: Run, options: SamplerOptions) -> Run:
 
     def meaning(experiment: Experiment) -> tuple[Any, ...]:
         process = experiment.process
-        return experiment.image_shape, experiment.conditioning, process.prediction, process.schedule.betas.tolist()
+        image = experiment.image_shape, experiment.pixels, experiment.conditioning
+        return *image, process.prediction, process.schedule.betas.tolist()
 
     if meaning(guide.experiment) != meaning(run.experiment):
         raise UsageError(
             f"--guide-with {options.guide_with} is a run of other images, conditions or prediction, or another schedule; give "
             "one whose outputs mean the same"
         )
-    if guide.experiment.num_classes not in (0, run.experiment.num_classes):
+    renamed = guide.classes and run.classes and guide.classes != run.classes
+    if guide.experiment.num_classes and (guide.experiment.num_classes != run.experiment.num_classes or renamed):
         raise UsageError(
             f"--guide-with {options.guide_with} is a run of other classes; give one of the same, or of none"
         )
+    if guide.note and jax.process_index() == 0:
+        tqdm.write(f"Note: of the run that guides, {guide.note}.")
     return dataclasses.replace(run, guide=guide)
 
 
@@ -76,6 +81,11 @@ def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | 
     other: the experiment of `guide_with`; params is then a pair, of the experiment's and the other's. Raises UsageError if
     there is nothing to guide by.
     """
+    for name in ("guidance_interval", "guidance_rescale"):
+        if options.guidance == 1 and getattr(options, name) != getattr(SamplerOptions(), name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no effect at --guidance 1; leave it out, or give a larger one"
+            )
     if options.guidance != 1 and other is None and not experiment.num_classes:
         raise UsageError(
             f"--guidance {options.guidance:g} needs a run with classes, but this one has none; leave it out, or name another "

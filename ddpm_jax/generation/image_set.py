@@ -387,10 +387,22 @@ def choose_format(experiment: Experiment, format: Format | None) -> Format:
 
 
 def tables_of(run: Run, options: SamplerOptions) -> dict[str, Any]:
-    """What the images of a run are drawn with, by the generator's argument."""
+    """What the images of a run are drawn with, by the generator's argument.
+
+    Raises UsageError if pictures are given to a run with classes, and nobody says of which class they are.
+    """
     labels = label_table(options.labels, run.experiment.num_classes, run.classes)
     given = {} if run.given is None else run.given.tables
-    return {**given} if labels is None else {**given, "labels": labels}
+    if labels is None:
+        return {**given}
+    if given and not options.labels and options.guidance != 0:
+        raise UsageError(
+            "the run has classes, and pictures are given; say of which class they are by --labels, one for all, in turn or a "
+            "file of one on each line, or leave the classes out by --guidance 0"
+        )
+    if "ends" in given and len(set(labels.tolist())) > 1 and options.guidance != 0:
+        raise UsageError("--interpolate draws all its images of one class; give one by --labels, or --guidance 0")
+    return {**given, "labels": labels}
 
 
 def _definition(run: Run, options: SamplerOptions, labels: Table | None) -> dict[str, Any]:

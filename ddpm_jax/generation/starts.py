@@ -24,6 +24,10 @@ def build_sampler(process: Process, options: SamplerOptions, *, highest: int | N
     """The sampler of these options. highest: the largest t that it visits. Raises UsageError if they do not go together."""
     if options.steps == ():
         raise UsageError("--steps has no value; give one, or leave it out for all steps")
+    if options.spacing != SamplerOptions().spacing and not options.steps:
+        raise UsageError(
+            f"--spacing {options.spacing} has no effect without --steps, since all are visited; give both, or none"
+        )
     try:
         return make_sampler(
             process,
