@@ -229,6 +229,23 @@ def test_a_card_has_the_number_of_most_samples(reported, tmp_path):
     assert "<strong>1.250</strong>" in reported[3]
 
 
+def test_numbers_of_samples_that_were_drawn_otherwise_read_otherwise(reported, tmp_path):
+    """Of as many samples the card has those of the data's classes by the most steps, whatever the files' names."""
+    workdir = epath.Path(shutil.copytree(reported[0], tmp_path / "run"))
+    [fid] = (workdir / EVALUATION).glob("fid-00000080-0*.json")
+    others = ({"steps": 20, "guidance": 3.0}, {"steps": 50, "clip": "none"}, {"steps": 90, "labels": ["3"]})
+    for value, other in enumerate(others, start=5):
+        for name in (f"{value}" * 8, f"{9 - value}" * 8):  # both orders
+            result = json.loads(fid.read_text())
+            result["definition"]["sampling"] |= {"images": 70, **other}
+            (workdir / EVALUATION / f"fid-00000080-{name}.json").write_text(json.dumps(result | {"value": value}))
+    page = write_report(workdir).read_text()
+    assert "<strong>6</strong>" in page
+    assert "70 samples, ancestral, 50 steps, clip none, pixels" in page
+    for said in ("20 steps, guidance 3.0, seed 0", "50 steps, clip none, seed 0", "90 steps, labels 3, seed 0"):
+        assert f"70 samples, ancestral, {said}" in page
+
+
 def test_without_figures_the_samples_are_shown_and_without_those_the_grid_of_the_training(reported, tmp_path):
     workdir, evaluation, *_ = reported
     for name in ("drawn", "grid"):

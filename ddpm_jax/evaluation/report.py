@@ -21,7 +21,16 @@ from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
 from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, said_weights, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.reference import QUARTERS, Reference, find_reference, say_verdict
-from ddpm_jax.evaluation.results import PRDC, describe, made_of, number_of, plain, progressive_code, read_results
+from ddpm_jax.evaluation.results import (
+    PRDC,
+    describe,
+    made_of,
+    number_of,
+    plain,
+    progressive_code,
+    read_results,
+    sampled_by,
+)
 from ddpm_jax.training import ema
 from ddpm_jax.training.metric_writer import read_metrics
 from ddpm_jax.training.workdir import data_of, read_config
@@ -198,11 +207,16 @@ def _strip(workdir: epath.Path, config: Config) -> str:
 
 
 def _cards(results: list[dict[str, Any]], step: int, better: str, paper: dict[str, str]) -> str:
-    """The first four of HEADLINES at a step, each of the better parameters and from the most samples, if there are several."""
+    """The first four of HEADLINES at a step, each of the better parameters, of the data's own classes, from the most samples, and
+    of these by the most steps, if there are several.
+    """
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
-    def rank(result: dict[str, Any]) -> tuple[bool, int]:
-        return weights_of(result) == better, (result["definition"].get("sampling") or {}).get("images", 0)
+    def rank(result: dict[str, Any]) -> tuple[bool, bool, int, int]:
+        sampling = result["definition"].get("sampling") or {}
+        own, steps = not isinstance(sampling.get("labels"), list), sampling.get("steps", 0)
+        count = sum(steps) if isinstance(steps, list) else steps
+        return weights_of(result) == better, own, sampling.get("images", 0), count
 
     for result in sorted((result for result in results if step_of(result) == step), key=rank):
         parts = {name: result[name] for name in PRDC} if result["metric"] == "prdc" else {result["metric"]: result}
@@ -230,7 +244,7 @@ def _of(result: dict[str, Any]) -> str:
     definition, said = result["definition"], said_weights(result)
     real = definition.get("reference") or {}
     if sampling := definition.get("sampling"):
-        said.append(f"{sampling['images']:,} samples")
+        said += [f"{sampling['images']:,} samples", sampled_by(sampling)]
         said += [definition["features"]] if definition.get("features") else []
     elif "source" in real:
         said.append(f"{real['images']:,} real images")

@@ -1,5 +1,6 @@
 """The results of a workdir: read, checked and said in words, with as many digits as their spread allows."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ from etils import epath
 from ddpm_jax.core.files import DamagedFileError, digest, read_json
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.metrics import file_name, said_weights, step_of, weights_of
+from ddpm_jax.generation.options import SamplerOptions
 
 SPREADS = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
 PRDC = ("precision", "recall", "density", "coverage")
@@ -87,9 +89,7 @@ def made_of(result: dict[str, Any]) -> str:
     """What a result was computed from, in one line."""
     definition, said = result["definition"], said_weights(result)
     if sampling := definition.get("sampling"):
-        said.append(
-            f"{sampling['images']:,} samples, {sampling['sampler']}, {sampling['steps']} steps, seed {sampling['seed']}"
-        )
+        said.append(f"{sampling['images']:,} samples, {sampled_by(sampling)}, seed {sampling['seed']}")
     if bound := definition.get("bound"):
         said.append(f"{bound['terms']:,} of {bound['T'] - 1:,} terms between L_T and L_0, seed {bound['seed']}")
     if flow := definition.get("flow"):
@@ -100,6 +100,22 @@ def made_of(result: dict[str, Any]) -> str:
     if real:
         said.append(f"{real['images']:,} images of {real['source']}" if "source" in real else real["statistics"])
     return "; ".join(said)
+
+
+def sampled_by(sampling: dict[str, Any]) -> str:
+    """How samples were drawn, in a few words: the sampler, its steps, and what differs from the defaults."""
+    steps = sampling["steps"]
+    said = [sampling["sampler"], f"{' + '.join(map(str, steps)) if isinstance(steps, list) else steps} steps"]
+    default = dataclasses.asdict(SamplerOptions())
+    for name in [name for name in default if name not in ("sampler", "steps", "labels", "guide_with")]:
+        value = sampling.get(name, default[name])
+        if value != default[name]:
+            said.append(f"{name.replace('_', ' ')} {value if isinstance(value, str | int | float) else list(value)}")
+    if sampling.get("guide"):
+        said.append(f"guided by the run {sampling['guide'][:8]}")
+    if isinstance(sampling.get("labels"), list):
+        said.append(f"labels {' '.join(sampling['labels'])}")
+    return ", ".join(said)
 
 
 def progressive_code(result: dict[str, Any]) -> tuple[list[list[str]], dict[str, list[float]]]:
