@@ -447,7 +447,8 @@ def test_psnr_is_of_the_images_whose_conditions_the_samples_have(workdir, run):
     options = ("--metrics", "psnr", "--num-real", 4, "--num-images", 8, "--batch-size", 8, *FEW, "--no-figures")
     command("evaluate", workdir, "--features", "pixels", *options)
     (result,) = (json.loads(path.read_text()) for path in (workdir / "evaluation").glob("psnr-*.json"))
-    order, images = np.tile(epoch_order(0, 0, 4), 2), open_source(UP.data).read(np.arange(4))
+    order, source = np.tile(epoch_order(0, 0, 4), 2), open_source(UP.data)
+    images = source.read(epoch_order(0, 0, len(source))[:4])
     generate = make_generator(run.experiment, run.mesh, SamplerOptions("ddim", steps=(3,)))
     conditions = np.asarray(run.experiment.conditioning.split(images)[1])[order]
     samples = np.asarray(generate(run.params, sample_key(0), np.arange(8), conditions=conditions), float)
