@@ -26,6 +26,9 @@ from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
+DECODING = (
+    2  # raised whenever pictures.py decodes some picture to other values, so that no file of older values is used
+)
 BLOCK = 256  # pictures that are decoded in parallel before they are written; fewer if they exceed BLOCK_BYTES
 BLOCK_BYTES = 2**28
 READ_BYTES = 2**20  # read at a time by each thread that checks a file
@@ -48,7 +51,8 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
     if pictures cannot be decoded or the file cannot be written; no file remains.
     """
     of_floats = [] if images.value_range is None else [images.value_range]
-    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__, *of_floats])
+    versions = [PIL.__version__, DECODING]
+    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, *versions, *of_floats])
     path = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     try:
         cached = _mapped(path, key, images)
