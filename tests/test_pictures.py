@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.data import pictures
-from ddpm_jax.data.pictures import centre_box, decode
+from ddpm_jax.data.pictures import centre_box, decode, upright_size
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 6, 3), np.uint8)
@@ -168,6 +168,16 @@ def test_orientation_of_exif_is_honoured(orientation, form):
     exif[0x0112] = orientation
     content = encoded(np.ascontiguousarray(stored), form, exif=exif, **({} if form == "PNG" else {"quality": 95}))
     assert np.abs(decode(content, (16, 16), 3).astype(int) - upright).max() <= 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_upright_size_is_that_of_the_turned_picture(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = upright_size(encoded(COLOURS[:4], form, exif=exif))
+    assert size == ((6, 4) if orientation < 5 else (4, 6))
+    assert upright_size(encoded(COLOURS[:4], form)) == (6, 4)
 
 
 def test_first_frame_of_an_animation_is_taken():

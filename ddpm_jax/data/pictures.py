@@ -17,13 +17,14 @@ as they are. 16-bit colours and transparency are refused, since Pillow reads the
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from ddpm_jax.core.errors import UsageError
 
@@ -31,15 +32,18 @@ PAGED = (".tif", ".tiff")  # endings of files that may have several pages
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *PAGED)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SIXTEEN_BITS = 65535
+FIRST_ON_ITS_SIDE = 5  # of the EXIF orientations 1 to 8
+ORIENTED = re.compile(rb"exif|adobe\.xmp", re.IGNORECASE)  # in a PNG that may have an orientation
 MAX_PIXELS = 2**26  # 8192 x 8192; Pillow warns of a decompression bomb beyond 1.3 times this
 
 
 class PictureError(UsageError):
-    """A picture that cannot be decoded. Attributes: `name` and `reason`."""
+    """A picture that cannot be decoded, or that a sentence says is no good. Attributes: `name` and `reason`."""
 
-    def __init__(self, name: str, reason: str):
+    def __init__(self, name: str, reason: str, sentence: str = ""):
         super().__init__(
-            f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
+            sentence
+            or f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
             "ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
         )
         self.name = name
@@ -72,6 +76,16 @@ def decode(
         return np.concatenate(images, axis=-1)
 
 
+def upright_size(content: bytes) -> tuple[int, int]:
+    """The width and height of an encoded picture with its EXIF orientation applied. Raises any error for a damaged picture."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        # Pillow has turned the size of a TIFF file itself. It decodes a whole PNG to look for EXIF data after the pixels.
+        if picture.format == "TIFF" or (picture.format == "PNG" and not ORIENTED.search(content)):
+            return picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
+        return picture.size[::-1] if turned else picture.size
+
+
 def _check_pages(pages: int, channels: int, value_range: Range) -> None:
     """Raises ValueError if a picture with so many pages has not so many channels."""
     alone = (1,) if value_range else (1, 3)
@@ -87,7 +101,7 @@ def _decode_page(
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
-    if value_range is not None and not picture.mode.startswith("I") and ";16" in str(picture.tile):
+    if value_range is not None and not picture.mode.startswith("I") and ";16" in str(getattr(picture, "tile", "")):
         raise ValueError(
             "its colours or its transparency have 16 bits, of which data.value_range needs all and 8 can be read; store it as "
             "grey without transparency"
@@ -230,6 +244,8 @@ class DecodedPictures:
             for row, i in rows:
                 try:
                     images[row] = decode(self.pictures.read(i), self.shape[1:3], self.shape[3], self.value_range)
+                except PictureError as error:
+                    errors[row] = error
                 except Exception as error:  # a damaged picture can raise any error
                     reason = str(error).partition(" <_io.BytesIO")[0]  # Pillow names the buffer, which means nothing
                     errors[row] = PictureError(self.pictures.names[i], reason or type(error).__name__)
