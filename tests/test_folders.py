@@ -69,11 +69,14 @@ def make(request, tmp_path):
     return lambda name="pictures", **options: make_zip(tmp_path / f"{name}.zip", **options)
 
 
+def to_decode(path):
+    return sources.decoded(sources.open_pictures(str(path)), DataConfig(source=str(path), image_size=8))
+
+
 def list_bad(path):
     """Writes the list of the bad pictures of a source, as prepare_data.py --check does; returns it."""
-    encoded = sources.open_pictures(str(path))
-    bad = cache.find_bad(sources.decoded(encoded, DataConfig(source=str(path), image_size=8)))
-    cache.write_bad(encoded, bad)
+    bad = cache.find_bad(to_decode(path))
+    cache.write_bad(to_decode(path), bad)
     return bad
 
 
@@ -614,8 +617,8 @@ def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
     path = make(content=CONTENT | {"a.jpg": CUT, "b/10.png": b""})
     identity = sources.open_pictures(str(path)).identity
     with refuses(
-        "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-        f"write it with ddpm-jax prepare-data {path} --check"
+        "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none for this data.channels and "
+        f"data.value_range; write it with ddpm-jax prepare-data {path} --check"
     ):
         opened(path, on_bad_image="skip")
     bad = list_bad(path)
@@ -653,7 +656,7 @@ def test_a_list_of_other_pictures_is_not_used(make):
 def test_a_damaged_list_of_bad_pictures_is_told_with_the_remedy(content, make):
     path = make(content=CONTENT | {"a.jpg": CUT})
     list_bad(path)
-    file = cache.bad_list(sources.open_pictures(str(path)))
+    file = cache.bad_list(to_decode(path))
     if content is None:
         file.unlink()
         os.mkfifo(file)

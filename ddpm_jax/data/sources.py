@@ -224,7 +224,7 @@ def open_source(config: DataConfig) -> Source:
     """
     content = open_content(config.source)
     if not isinstance(content, Arrays) and config.on_bad_image == "skip":
-        before, content = len(content.names), without_bad(content, config.source)
+        before, content = len(content.names), without_bad(decoded(content, config), config.source)
         tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out; they cannot be decoded.")
     source = _opened(config, content)
     if config.condition != PAIRED:
