@@ -18,6 +18,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import epoch_order, make_feed, open_source
 from ddpm_jax.data.conditions import CONDITIONS, conditioning_of
+from ddpm_jax.data.pictures import PictureError
 from ddpm_jax.evaluation.bits import bound_key, make_bound, strata
 from ddpm_jax.evaluation.evaluation import Programs
 from ddpm_jax.evaluation.evaluators import SampleGrid
@@ -145,6 +146,22 @@ def test_pairs_that_are_none_are_refused(tmp_path):
         open_source(dataclasses.replace(pairs_of(tmp_path), condition_source=""))
     with pytest.raises(UsageError, match="no names in common; give two of one kind"):
         open_source(dataclasses.replace(pairs_of(tmp_path), source="digits", channels=1))
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_a_condition_of_another_aspect_than_its_image_is_refused_with_both_names(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
+    pair_folders(tmp_path)
+    photo, exif = Image.new("RGB", (12, 8)), Image.Exif()
+    for size in ((12, 8), (3, 2), (7, 5), (25, 17)):  # of the condition: the same aspect, rounded
+        photo.save(tmp_path / "images/a/3.png")
+        Image.new("L", size).save(tmp_path / "conditions/a/3.bmp")
+        open_source(pairs_of(tmp_path, cache=cache)).rows[np.array([3])]
+    exif[0x0112] = 6
+    photo.save(tmp_path / "images/a/3.png", exif=exif)  # turned against its condition, which the cache had decoded
+    message = r"condition a/3.bmp does not fit: its 25 x 17 pixels .* the 8 x 12 of the image a/3.png; cut or turn one"
+    with pytest.raises(PictureError, match=message):
+        open_source(pairs_of(tmp_path, cache=cache)).rows[np.array([3])]
 
 
 # ---- Training

@@ -69,11 +69,14 @@ def make(request, tmp_path):
     return lambda name="pictures", **options: make_zip(tmp_path / f"{name}.zip", **options)
 
 
+def to_decode(path):
+    return sources.decoded(sources.open_pictures(str(path)), DataConfig(source=str(path), image_size=8))
+
+
 def list_bad(path):
     """Writes the list of the bad pictures of a source, as prepare_data.py --check does; returns it."""
-    encoded = sources.open_pictures(str(path))
-    bad = cache.find_bad(sources.decoded(encoded, DataConfig(source=str(path), image_size=8)))
-    cache.write_bad(encoded, bad)
+    bad = cache.find_bad(to_decode(path))
+    cache.write_bad(to_decode(path), bad)
     return bad
 
 
@@ -624,8 +627,8 @@ def test_skip_leaves_out_what_the_check_listed_and_records_the_count(make):
     path = make(content=CONTENT | {"a.jpg": CUT, "b/10.png": b""})
     identity = sources.open_pictures(str(path)).identity
     with refuses(
-        "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-        f"write it with ddpm-jax prepare-data {path} --check"
+        "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none for this data.channels and "
+        f"data.value_range; write it with ddpm-jax prepare-data {path} --check"
     ):
         opened(path, on_bad_image="skip")
     bad = list_bad(path)
@@ -663,7 +666,7 @@ def test_a_list_of_other_pictures_is_not_used(make):
 def test_a_damaged_list_of_bad_pictures_is_told_with_the_remedy(content, make):
     path = make(content=CONTENT | {"a.jpg": CUT})
     list_bad(path)
-    file = cache.bad_list(sources.open_pictures(str(path)))
+    file = cache.bad_list(to_decode(path))
     if content is None:
         file.unlink()
         os.mkfifo(file)
@@ -723,3 +726,38 @@ def test_broken_and_missing_zip_files_are_refused(tmp_path):
 def test_formats_by_their_first_bytes_not_their_ending(make):
     path = make(names=["a.png"], content={"a.png": encoded(Image.fromarray(COLOURS), "JPEG")})
     assert len(opened(path)) == 1
+
+
+@pytest.mark.parametrize("data_cache", ["auto", "none"])
+@pytest.mark.parametrize(
+    ("most", "value_range", "note"),
+    [
+        (
+            4095,
+            None,
+            "go from 0 to 15, 5.88% of the 8 bits that are kept; scale them; for 16-bit files that hold fewer",
+        ),
+        (
+            4095,
+            (0, 65535),
+            "go from 0 to 4095, 6.25% of data.value_range; scale them, or set it to the range that they have",
+        ),
+        (4095, (0, 4095), ""),
+        (20_000, None, ""),
+    ],
+)
+def test_values_in_a_small_part_of_their_range_are_told_once(data_cache, most, value_range, note, tmp_path, capsys):
+    content = {f"{i}.png": encoded(np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)) for i in range(3)}
+    path = make_folder(tmp_path / "p", list(content), content)
+    for _ in range(2):
+        opened(path, channels=1, cache=data_cache, value_range=value_range)
+    told = "".join(capsys.readouterr())
+    assert (
+        told.count("Note: the values of 3 of the 3 images of ") == told.count(note or "Note: the values") == bool(note)
+    )
+
+
+def test_values_of_arrays_in_a_small_part_of_their_range_are_told(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.linspace(0, 1, 128, dtype=np.float32).reshape(2, 8, 8))
+    opened(tmp_path / "x.npy", channels=1, value_range=(0, 8))
+    assert "go from 0 to 1, 12.50% of data.value_range; scale them" in "".join(capsys.readouterr())

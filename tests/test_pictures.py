@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.data import pictures
-from ddpm_jax.data.pictures import centre_box, decode
+from ddpm_jax.data.pictures import centre_box, decode, upright_size
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 6, 3), np.uint8)
@@ -114,6 +114,40 @@ def test_16_bits_with_alpha_are_laid_on_white():
     assert np.abs(decode(content, (6, 6), 1)[..., 0] - (grey * alpha + 255 * (1 - alpha))).max() <= 1
 
 
+@pytest.mark.parametrize("values", [[-1000, 30000], [0, 65536], [0, 2**31]])
+def test_integers_beyond_16_bits_need_a_range_and_are_kept_with_one(values):
+    picture = Image.fromarray(np.array([values], np.int64).astype(np.int32))
+    content = bytearray(encoded(picture, "TIFF"))
+    if values[1] == 2**31:  # Pillow writes no unsigned values of 32 bits: the tag SampleFormat, a short, from 2 to 1
+        content[content.index(struct.pack("<HHI", 339, 3, 1)) + 8] = 1
+    with pytest.raises(ValueError, match=rf"go from {values[0]} to {values[1]}, .*; they need data\.value_range"):
+        decode(bytes(content), (1, 2), 1)
+    image = decode(bytes(content), (1, 2), 1, (-1000.0, 2.0**31))
+    np.testing.assert_array_equal(image[0, :, 0], np.array(values, np.float32))
+
+
+def test_16_bits_whose_white_is_0_are_inverted_like_8_bits():
+    values = np.array([[0, 300, 65535]], np.uint16)
+    content = encoded(values, "TIFF", tiffinfo={262: 0})  # PhotometricInterpretation
+    np.testing.assert_array_equal(decode(content, (1, 3), 1)[..., 0], (65535 - values) >> 8)
+    np.testing.assert_array_equal(decode(content, (1, 3), 1, (0, 65535))[..., 0], 65535 - values)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bits_whose_low_byte_cannot_be_read_are_refused_with_a_range(channels):
+    with pytest.raises(ValueError, match=r"have 16 bits, of which data\.value_range needs all and 8 can be read"):
+        decode(png_16(channels)[0], (6, 6), 1, (0, 65535))
+
+
+def test_pages_are_turned_each_by_its_orientation():
+    picture = Image.fromarray(GREYS[:3])
+    buffer = io.BytesIO()
+    picture.save(buffer, "TIFF", save_all=True, append_images=[picture], tiffinfo={274: 6})
+    expected = decode(encoded(picture, "TIFF", tiffinfo={274: 6}), (6, 3), 1)
+    np.testing.assert_array_equal(expected[..., 0], np.rot90(GREYS[:3], -1))
+    np.testing.assert_array_equal(decode(buffer.getvalue(), (6, 3), 2), expected.repeat(2, -1))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_orientation_of_exif_is_honoured(orientation, form):
@@ -134,6 +168,16 @@ def test_orientation_of_exif_is_honoured(orientation, form):
     exif[0x0112] = orientation
     content = encoded(np.ascontiguousarray(stored), form, exif=exif, **({} if form == "PNG" else {"quality": 95}))
     assert np.abs(decode(content, (16, 16), 3).astype(int) - upright).max() <= 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_upright_size_is_that_of_the_turned_picture(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = upright_size(encoded(COLOURS[:4], form, exif=exif))
+    assert size == ((6, 4) if orientation < 5 else (4, 6))
+    assert upright_size(encoded(COLOURS[:4], form)) == (6, 4)
 
 
 def test_first_frame_of_an_animation_is_taken():

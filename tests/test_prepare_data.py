@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip
+from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip, to_decode
+from test_pictures import encoded, pages
 
 from ddpm_jax import cli
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import RunError, UsageError
-from ddpm_jax.data import cache, open_source, sources
+from ddpm_jax.data import cache, open_source
 
 ROOT = Path(__file__).parent.parent
 BAD = CONTENT | {"a.jpg": CUT, "b/10.png": b"hello"}
@@ -51,7 +52,7 @@ def test_check_names_every_bad_picture_and_writes_their_list(make, prepare_data,
     assert truncated.startswith("a.jpg: ")
     assert "truncated" in truncated
     assert unknown.startswith("b/10.png: cannot identify image file")
-    file = cache.bad_list(sources.open_pictures(str(path)))
+    file = cache.bad_list(to_decode(path))
     assert summary == f"2 of 7 pictures cannot be decoded; their list: {file}"
     assert sorted(json.loads(file.read_text())) == ["a.jpg", "b/10.png"]
     source = open_source(DataConfig(source=str(path), image_size=8, on_bad_image="skip"))
@@ -64,6 +65,30 @@ def test_check_of_good_pictures_ends_with_0(prepare_data, tmp_path):
     code, out = prepare_data(path, "--check", "--workers", 2)
     assert code == 0
     assert out.startswith("0 of 7 pictures cannot be decoded")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "bad"),
+    [
+        ("", {}, ["float.tif", "pages.tif"]),
+        ("--channels 1 --value-range 0 65535", {"channels": 1, "value_range": (0, 65535)}, ["pages.tif"]),
+        ("--channels 1 --value-range 0 4095", {"channels": 1, "value_range": (0, 4095)}, ["a.png", "pages.tif"]),
+    ],
+)
+def test_check_is_by_the_channels_and_values_of_the_run_and_so_is_its_list(
+    options, changes, bad, prepare_data, tmp_path
+):
+    grey, ones = np.full((8, 8), 200, np.uint8), np.ones((8, 8), np.float32)
+    content = {"a.png": encoded(grey), "float.tif": encoded(ones, "TIFF"), "pages.tif": pages(ones, ones)}
+    path = make_folder(tmp_path / "p", list(content), content)
+    data = DataConfig(source=str(path), image_size=8, on_bad_image="skip", **changes)
+    prepare_data(path, "--check", "--channels", 3 if options else 1)  # a list for other options
+    with pytest.raises(UsageError, match=f"have none for this .*; write it with .* --check {options}".rstrip() + "$"):
+        open_source(data)
+    code, out = prepare_data(path, "--check", *options.split())
+    assert code == 1
+    assert [line.split(":")[0] for line in out.splitlines()[:-1]] == bad
+    assert len(open_source(data)) == 3 - len(bad)
 
 
 def test_a_list_that_cannot_be_written_is_told_after_the_names(prepare_data, tmp_path, monkeypatch, capsys):
@@ -103,6 +128,8 @@ def test_what_needs_no_preparation_and_what_cannot_be_checked_is_said(prepare_da
 
 
 def test_arguments_are_checked(prepare_data, tmp_path):
+    with pytest.raises(UsageError, match=r"value_range=\(2\.0, 1\.0\) is no range of float32"):
+        prepare_data(make_folder(tmp_path), "--check", "--value-range", 2, 1)
     code, _ = prepare_data("--check")
     assert code == 2
     with pytest.raises(UsageError, match="--workers -1 is too small; use 0 or more"):

@@ -15,7 +15,7 @@ from etils import epath
 from ddpm_jax.benchmark.options import DEFAULTS, Plan, check_plan
 from ddpm_jax.commands.config_file import are_pictures, load_config, options_of
 from ddpm_jax.commands.configs import shipped
-from ddpm_jax.config import Config, check
+from ddpm_jax.config import RANGE, Config, check
 from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.options import LAST_SEED, Bounds, Flag, check_bounds
 from ddpm_jax.evaluation.options import METRIC, Options, Preprocessing, check_options
@@ -147,6 +147,10 @@ class PrepareData:
     """What data.source takes: tfds:NAME[:split], or with --check a folder or a zip file of pictures."""
     check: Flag = False
     """Decode every picture, and list those that cannot be, for --data.on-bad-image skip."""
+    channels: Annotated[int, Bounds(1)] = 3
+    """With --check: data.channels of the run."""
+    value_range: Annotated[tuple[float, float] | None, RANGE] = None
+    """With --check: data.value_range of the run."""
     workers: Annotated[int, Bounds(0)] = 0
     """Threads that decode pictures; 0: one for each CPU core."""
 

@@ -4,7 +4,7 @@ SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NA
 """
 
 from ddpm_jax.commands.arguments import PrepareData
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import Config, DataConfig, check
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import cache, sources, tfds
 
@@ -13,7 +13,7 @@ def main(arguments: PrepareData) -> None:
     """Prepares or checks the source."""
     source = arguments.source
     if arguments.check:
-        check(source, arguments.workers)
+        check_pictures(arguments)
     elif source.startswith(tfds.PREFIX):
         print(f"{source} is prepared: {tfds.prepare(source)}")
     else:
@@ -21,13 +21,14 @@ def main(arguments: PrepareData) -> None:
         raise UsageError(f"{source} needs no preparation; add --check to look for pictures that cannot be decoded")
 
 
-def check(source: str, workers: int) -> None:
+def check_pictures(arguments: PrepareData) -> None:
     """Prints the pictures that cannot be decoded and writes their list; exit code 1 if there are any."""
-    pictures = sources.open_pictures(source)
-    bad = cache.find_bad(sources.decoded(pictures, DataConfig(source=source, workers=workers)))
+    a = arguments
+    data = DataConfig(source=a.source, channels=a.channels, value_range=a.value_range, workers=a.workers)
+    check(Config(data=data))
+    images = sources.decoded(sources.open_pictures(a.source), data)
+    bad = cache.find_bad(images)
     for name, reason in bad.items():
         print(f"{name}: {reason}")
-    print(
-        f"{len(bad)} of {len(pictures.names)} pictures cannot be decoded; their list: {cache.write_bad(pictures, bad)}"
-    )
+    print(f"{len(bad)} of {len(images)} pictures cannot be decoded; their list: {cache.write_bad(images, bad)}")
     raise SystemExit(1 if bad else 0)

@@ -21,11 +21,15 @@ import PIL
 from etils import epath
 from tqdm import tqdm
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.core import files, room
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures
 
+DECODING = (
+    2  # raised whenever pictures.py decodes some picture to other values, so that no file of older values is used
+)
 BLOCK = 256  # pictures that are decoded in parallel before they are written; fewer if they exceed BLOCK_BYTES
 BLOCK_BYTES = 2**28
 READ_BYTES = 2**20  # read at a time by each thread that checks a file
@@ -48,7 +52,8 @@ def decode_once(images: DecodedPictures) -> np.ndarray:
     if pictures cannot be decoded or the file cannot be written; no file remains.
     """
     of_floats = [] if images.value_range is None else [images.value_range]
-    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, PIL.__version__, *of_floats])
+    versions = [PIL.__version__, DECODING]
+    key = json.dumps([images.pictures.identity, images.pictures.stamp, images.shape, *versions, *of_floats])
     path = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     try:
         cached = _mapped(path, key, images)
@@ -162,9 +167,11 @@ def _refusal(bad: list[PictureError], total: int) -> UsageError:
 # ---- Bad pictures
 
 
-def bad_list(pictures: Pictures) -> Path:
-    """The path of the list of pictures that cannot be decoded: JSON, {name: reason}."""
-    return cache_folder() / "bad" / f"{files.digest(pictures.identity)[:32]}.json"
+def bad_list(images: DecodedPictures) -> Path:
+    """The path of the list of pictures that cannot be decoded to such channels and values: JSON, {name: reason}."""
+    value_range = [float(end) for end in images.value_range or ()]
+    key = files.digest([images.pictures.identity, images.shape[3], value_range, DECODING])
+    return cache_folder() / "bad" / f"{key[:32]}.json"
 
 
 def find_bad(images: DecodedPictures) -> dict[str, str]:
@@ -172,9 +179,9 @@ def find_bad(images: DecodedPictures) -> dict[str, str]:
     return {error.name: error.reason for _, errors in _blocks(images, "Checking pictures") for error in errors}
 
 
-def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
+def write_bad(images: DecodedPictures, bad: dict[str, str]) -> Path:
     """Writes the list of pictures that cannot be decoded; returns its path. Raises RunError if it cannot be written."""
-    path = bad_list(pictures)
+    path = bad_list(images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(epath.Path(path), json.dumps(bad, indent=1) + "\n")
@@ -186,18 +193,22 @@ def write_bad(pictures: Pictures, bad: dict[str, str]) -> Path:
     return path
 
 
-def without_bad(pictures: Pictures, source: str) -> Pictures:
+def without_bad(images: DecodedPictures, source: str) -> Pictures:
     """The pictures without those of the list; their identity records the list. Raises UsageError if there is no list."""
-    path = bad_list(pictures)
+    pictures, path = images.pictures, bad_list(images)
+    options = f" --channels {images.shape[3]}" if images.shape[3] != DataConfig.channels else ""
+    if images.value_range:
+        options += " --value-range {:.9g} {:.9g}".format(*images.value_range)
+    command = f"ddpm-jax prepare-data {source} --check{options}"
     try:
-        with files.advising(f"write it again with ddpm-jax prepare-data {source} --check"):
+        with files.advising(f"write it again with {command}"):
             bad = files.read_json(epath.Path(path))
             if unknown := bad.keys() - set(pictures.names):
                 raise DamagedFileError(path, f"it lists {min(unknown)}, which is not among the pictures")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none; "
-            f"write it with ddpm-jax prepare-data {source} --check"
+            "data.on_bad_image=skip needs the list of bad pictures, but these pictures have none for this data.channels and "
+            f"data.value_range; write it with {command}"
         ) from None
     kept = [i for i, name in enumerate(pictures.names) if name not in bad]
     if len(kept) == len(pictures.names):

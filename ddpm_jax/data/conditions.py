@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest
-from ddpm_jax.data.pictures import DecodedPictures, Pictures
+from ddpm_jax.data.pictures import DecodedPictures, PictureError, Pictures, upright_size
 from ddpm_jax.data.pixels import Pixels
 
 Images = Float[Array, "B H W C"]
@@ -132,7 +132,8 @@ class Joined:
 def in_order_of(images: Pictures, conditions: Pictures, source: str) -> Pictures:
     """The conditions in the order of the images with the same names, their endings apart. source: the conditions'.
 
-    Raises UsageError if an image has no condition, or more than one.
+    Raises UsageError if an image has no condition, or more than one. Reading a condition raises PictureError if its aspect is not
+    its image's: both are cut around their centres, and would no longer show the same.
     """
     stems = [os.path.splitext(name)[0] for name in conditions.names]
     places = {stem: i for i, stem in enumerate(stems)}
@@ -146,10 +147,30 @@ def in_order_of(images: Pictures, conditions: Pictures, source: str) -> Pictures
     for i in chosen:
         if twice[stems[i]] > 1:
             raise UsageError(f"{source} has {twice[stems[i]]} conditions named {stems[i]}; leave one of them")
+    names = [conditions.names[i] for i in chosen]
+
+    def read(i):
+        content = conditions.read(chosen[i])
+        _check_aspects(images.names[i], upright_size(images.read(i)), names[i], upright_size(content))
+        return content
+
     return replace(
         conditions,
-        names=[conditions.names[i] for i in chosen],
-        read=lambda i: conditions.read(chosen[i]),
+        names=names,
+        read=read,
         labels=lambda: None,
         identity=conditions.identity | {"order": digest(chosen)},
+        stamp=digest([conditions.stamp, images.stamp, images.identity]),  # since images may change, and are compared
     )
+
+
+def _check_aspects(image: str, size: tuple[int, int], condition: str, of_condition: tuple[int, int]) -> None:
+    """Raises PictureError if the aspects of an image and its condition differ by more than a pixel of the smaller one."""
+    (W, H), (w, h) = size, of_condition
+    if abs(W * h - w * H) > max(W, H, w, h):
+        reason = f"its {w} x {h} pixels have another aspect than the {W} x {H} of the image {image}"
+        raise PictureError(
+            condition,
+            reason,
+            f"the condition {condition} does not fit: {reason}; cut or turn one of them to the other's aspect",
+        )

@@ -3,40 +3,47 @@
 Decoding, in this order:
 1. The EXIF orientation is applied. Only the first frame of an animation is used. A TIFF file of several pages is one image: each
    page, as grey, is a channel.
-2. 16-bit values keep their high byte. Transparent pixels are blended with white. Palettes and CMYK become RGB.
+2. 16-bit values keep their high byte; those of 32 bits must be 0 to 65535, and count like them. Transparent pixels are blended
+   with white. Palettes and CMYK become RGB.
 3. For data.channels=1 colours become luma, (299 R + 587 G + 114 B) / 1000; for 3 grey is repeated.
 4. The largest centred part with the aspect of data.image_size is cropped (rounding towards the top left).
 5. It is resized to data.image_size with Pillow's bicubic filter, which antialiases when it shrinks.
 
 With data.value_range the image is grey and float32, on the scale of 16 bits: 16-bit values are kept, those of 8 bits are
-multiplied by 257, luma and resized values are not rounded. Float values of a TIFF file are kept as they are.
+multiplied by 257, luma and resized values are not rounded. Values of a TIFF file of 32 bits or with a sign, and floats, are kept
+as they are. 16-bit colours and transparency are refused, since Pillow reads their high byte alone.
 """
 
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from ddpm_jax.core.errors import UsageError
 
 PAGED = (".tif", ".tiff")  # endings of files that may have several pages
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *PAGED)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SIXTEEN_BITS = 65535
+FIRST_ON_ITS_SIDE = 5  # of the EXIF orientations 1 to 8
+ORIENTED = re.compile(rb"exif|adobe\.xmp", re.IGNORECASE)  # in a PNG that may have an orientation
 MAX_PIXELS = 2**26  # 8192 x 8192; Pillow warns of a decompression bomb beyond 1.3 times this
 
 
 class PictureError(UsageError):
-    """A picture that cannot be decoded. Attributes: `name` and `reason`."""
+    """A picture that cannot be decoded, or that a sentence says is no good. Attributes: `name` and `reason`."""
 
-    def __init__(self, name: str, reason: str):
+    def __init__(self, name: str, reason: str, sentence: str = ""):
         super().__init__(
-            f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
+            sentence
+            or f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
             "ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
         )
         self.name = name
@@ -51,8 +58,8 @@ def decode(
 ) -> Shaped[np.ndarray, "H W C"]:
     """Decodes a picture as the module describes, to (*size, channels): uint8, or float32 if there is a value_range.
 
-    Raises ValueError for more than MAX_PIXELS pixels, a value outside of the range, or other pages than channels, and any error
-    for a damaged picture.
+    Raises ValueError for more than MAX_PIXELS pixels, a value outside of the range (without one, of 16 bits), 16-bit colours with
+    a range, or other pages than channels, and any error for a damaged picture.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
@@ -63,10 +70,20 @@ def decode(
         for page in range(pages):
             picture.seek(page)
             sizes.add(picture.size)
-            images.append(_decode_page(picture.copy(), size, 1, value_range))
+            images.append(_decode_page(picture, size, 1, value_range))
         if len(sizes) > 1:
             raise ValueError(f"its pages have {len(sizes)} sizes, expected one")
         return np.concatenate(images, axis=-1)
+
+
+def upright_size(content: bytes) -> tuple[int, int]:
+    """The width and height of an encoded picture with its EXIF orientation applied. Raises any error for a damaged picture."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        # Pillow has turned the size of a TIFF file itself. It decodes a whole PNG to look for EXIF data after the pixels.
+        if picture.format == "TIFF" or (picture.format == "PNG" and not ORIENTED.search(content)):
+            return picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
+        return picture.size[::-1] if turned else picture.size
 
 
 def _check_pages(pages: int, channels: int, value_range: Range) -> None:
@@ -84,6 +101,11 @@ def _decode_page(
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
+    if value_range is not None and not picture.mode.startswith("I") and ";16" in str(getattr(picture, "tile", "")):
+        raise ValueError(
+            "its colours or its transparency have 16 bits, of which data.value_range needs all and 8 can be read; store it as "
+            "grey without transparency"
+        )
     ImageOps.exif_transpose(picture, in_place=True)
     if value_range is not None:
         values = np.asarray(_resized(_grey_values(picture, value_range), size))
@@ -120,7 +142,7 @@ def _grey_values(picture: Image.Image, value_range: tuple[float, float]) -> Imag
     """The picture as grey float32 values of 16 bits."""
     scale = "" if picture.mode == "F" else " on the scale of 16 bits"
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture).astype(np.float32)
+        values = (np.asarray(picture) if picture.mode == "F" else _integers(picture)).astype(np.float32)
         if not np.isfinite(values).all():
             raise ValueError("it has values that are not finite")
     else:
@@ -136,12 +158,27 @@ def _grey_values(picture: Image.Image, value_range: tuple[float, float]) -> Imag
 def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("its values are floats, which need data.value_range")
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow itself keeps the high byte of 16-bit colours
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode.startswith("I"):  # grey of 16 or 32 bits; Pillow itself keeps the high byte of 16-bit colours
+        values = _integers(picture)
+        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+            raise ValueError(
+                f"its values go from {values.min()} to {values.max()}, beyond the 0 to {SIXTEEN_BITS} of 16 bits; they need "
+                "data.value_range"
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture
+
+
+def _integers(picture: Image.Image) -> Shaped[np.ndarray, "H W"]:
+    """The values of a grey picture of 16 or 32 bits, with the sign and the black that a TIFF file's tags say."""
+    values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
+    if values.dtype == np.int32 and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
+        values = values.view(np.uint32)  # Pillow reads them as if they had a sign
+    white_is_0 = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return SIXTEEN_BITS - values if white_is_0 else values  # Pillow inverts those of 8 bits alone
 
 
 @dataclass(frozen=True)
@@ -207,6 +244,8 @@ class DecodedPictures:
             for row, i in rows:
                 try:
                     images[row] = decode(self.pictures.read(i), self.shape[1:3], self.shape[3], self.value_range)
+                except PictureError as error:
+                    errors[row] = error
                 except Exception as error:  # a damaged picture can raise any error
                     reason = str(error).partition(" <_io.BytesIO")[0]  # Pillow names the buffer, which means nothing
                     errors[row] = PictureError(self.pictures.names[i], reason or type(error).__name__)

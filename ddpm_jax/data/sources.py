@@ -34,6 +34,8 @@ from ddpm_jax.data.pixels import Pixels
 DECODE_ONCE_BYTES = 2**33  # the largest cache of data.cache=auto: CelebA-HQ at 256 has 6 GB, LSUN church 25 GB
 DIGEST_BYTES = 2**26  # of images hashed at a time
 MOST_BYTES = 2**29  # of an encoded picture: 8192 x 8192 pixels of four 16-bit channels, uncompressed
+SAMPLED = 16  # images whose values are compared with their range
+NARROW = 0.25  # share of the range below which a note is told
 MOST_SHOWN = 200  # characters of a name in a message
 GREY, RGB = 1, 3  # channels of pictures
 
@@ -246,7 +248,7 @@ def open_source(config: DataConfig) -> Source:
     """
     content = open_content(config.source)
     if not isinstance(content, Arrays) and config.on_bad_image == "skip":
-        before, content = len(content.names), without_bad(content, config.source)
+        before, content = len(content.names), without_bad(decoded(content, config), config.source)
         tqdm.write(f"Note: {before - len(content.names)} of {before} pictures are left out; they cannot be decoded.")
     source = _opened(config, content)
     if config.condition != PAIRED:
@@ -266,16 +268,35 @@ def open_source(config: DataConfig) -> Source:
 
 def _opened(config: DataConfig, content: Arrays | Pictures) -> Source:
     if isinstance(content, Arrays):
-        return _of_arrays(config, content)
-    images = decoded(content, config)
-    once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
-    return Source(
-        decode_once(images) if once else images,
-        content.labels,
-        content.identity,
-        content.classes,
-        stamp=content.stamp,
-    )
+        source = _of_arrays(config, content)
+    else:
+        images = decoded(content, config)
+        once = config.cache in ("device", "host") or (config.cache == "auto" and images.nbytes <= DECODE_ONCE_BYTES)
+        kept = decode_once(images) if once else images
+        source = Source(kept, content.labels, content.identity, content.classes, stamp=content.stamp)
+    _note_narrow_values(config, source.images)
+    return source
+
+
+def _note_narrow_values(config: DataConfig, images: np.ndarray | DecodedPictures) -> None:
+    """Tells of images that use little of their range, such as 12 bits in files of 16, by a few of them."""
+    count = min(len(images), SAMPLED, max(1, DIGEST_BYTES * len(images) // images.nbytes))
+    chosen = np.linspace(0, len(images) - 1, count).astype(int)
+    sample, errors = images.attempts(chosen) if isinstance(images, DecodedPictures) else (images[chosen], [])
+    if errors:  # a bad picture is told when it is needed
+        return
+    (low, high), least, greatest = config.value_range or (0, 255), float(sample.min()), float(sample.max())
+    share = (greatest - least) / (high - low)
+    if share < NARROW:
+        remedy = "scale them, or set it to the range that they have"
+        if not config.value_range:
+            remedy = (
+                "scale them; for 16-bit files that hold fewer, e.g. 12, set data.value_range to what they hold, 0 4095"
+            )
+        _tell(
+            f"Note: the values of {count} of the {len(images)} images of {config.source} go from {least:g} to {greatest:g}, "
+            f"{share:.2%} of {'data.value_range' if config.value_range else 'the 8 bits that are kept'}; {remedy}."
+        )
 
 
 def _read_conditions(config: DataConfig, images: Arrays | Pictures) -> Arrays | Pictures:
