@@ -192,9 +192,9 @@ class TrainConfig:
     save_every: Annotated[int, Bounds(1), MAY_CHANGE] = 5000
     """Steps between two checkpoints."""
     keep_last: Annotated[int, Bounds(2), MAY_CHANGE] = 2
-    """How many of the newest checkpoints stay, at least 2."""
+    """How many of the newest checkpoints stay, at least 2. If a later command keeps fewer, those that are there stay for good."""
     keep_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
-    """Keep every checkpoint whose step is a multiple of this as well; 0: none."""
+    """Keep every checkpoint whose step is a multiple of this as well; 0: none. A later command deletes none of those there."""
     eval_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
     """Steps between two evaluations of the EMA parameters on held-out images, each at a checkpoint; 0: none."""
     eval_source: Annotated[str, MAY_CHANGE] = ""

@@ -201,6 +201,14 @@ def test_the_best_of_a_run_without_evaluations_is_refused(run):
         load_run(run, step="best")
 
 
+def test_the_best_that_is_not_saved_any_more_is_told(run, capsys):
+    load_run(run, step="best")
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(run / CHECKPOINTS / "4")
+    load_run(run, step="best")
+    assert "Note: eval_loss was least at step 4, which is not saved any more; step" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_stays_when_the_run_goes_on_without_evaluations(run):
     train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0))), run)

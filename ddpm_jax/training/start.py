@@ -39,6 +39,9 @@ def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainSta
             "step; set --train.ema-warmup, or draw samples with --weights raw."
         )
     said += f"\nCurves and samples: tensorboard --logdir {shlex.quote(str(workdir))} (pip install tensorboard)"
+    if step >= train.steps:
+        said += f"\nThe run stands at step {step} and train.steps={train.steps}, so nothing is left to train; raise it to go on."
+        return said
     return said + (f"\nContinuing from step {step}." if step else "")
 
 
