@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm_jax.commands.arguments import Train
-from ddpm_jax.config import check
+from ddpm_jax.config import check, flatten
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
-from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
 from ddpm_jax.evaluation.reference import find_reference, make_track
 from ddpm_jax.training.checkpoint import Checkpoints
@@ -53,8 +53,8 @@ def train(
         The last state.
 
     Raises:
-        UsageError: If the config, the data or the workdir cannot be used. This is raised before anything is compiled, except
-            for a picture that cannot be decoded at its step.
+        UsageError: If the config, the data or the workdir cannot be used, or processes differ in the first two. This is raised
+            before anything is compiled, except for a picture that cannot be decoded at its step.
         RunError: If a loss is not finite, a save fails or the workdir is gone.
         OSError: If the logs cannot be written.
         Interrupted: After SIGTERM or SIGINT, once the state is saved.
@@ -64,10 +64,11 @@ def train(
         >>> train(Experiment.from_config(config), "runs/mine")    # doctest: +SKIP
     """
     config, workdir, stop = experiment.config, open_folder(workdir), StopSignal()
+    # Hosts may find the images under different names: their identities are compared once they are open.
+    sharding.check_same({name: value for name, value in flatten(config).items() if not name.endswith("source")})
     mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
-        source = open_source(config.data)
-        held_out = open_held_out(experiment) if config.train.eval_every else None
+        source, held_out = _open_data(experiment)
         enter(workdir, config, own_network=experiment.has_own_network)
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)
@@ -102,6 +103,15 @@ def _checked_mesh(experiment: Experiment, mesh: Mesh | None) -> Mesh:
     if not own_network:
         check_training(config, mesh)
     return mesh
+
+
+def _open_data(experiment: Experiment) -> tuple[Source, Source | None]:
+    """The training images and the held-out ones, if there are evaluations: the same on all processes."""
+    config = experiment.config
+    source = open_source(config.data)
+    held_out = open_held_out(experiment) if config.train.eval_every else None
+    sharding.check_same({"data.source": source.identity, "train.eval_source": held_out.identity if held_out else {}})
+    return source, held_out
 
 
 def _check_dispatch(step: int, steps: int) -> None:
