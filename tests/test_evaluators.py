@@ -248,6 +248,15 @@ def test_what_can_be_compared_is_of_the_same_images_samples_and_features(held_ou
     assert with_options(eval_every=4) == with_options(keep_best="eval_fid") == with_options()
 
 
+def test_held_out_images_that_are_the_training_images_are_told(held_out):
+    source = open_source(CONFIG.data)
+    (note,) = command.data_notes(CONFIG, source, open_held_out(experiment(CONFIG)))
+    assert note.startswith(
+        "train.eval_source=digits holds the training images, so its numbers tell nothing of new ones"
+    )
+    assert command.data_notes(CONFIG, source, held_out) == command.data_notes(CONFIG, source, None) == []
+
+
 def test_one_held_out_image_is_refused(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros((1, 8, 8, 1), np.uint8))
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_source=str(tmp_path / "one.npy")))

@@ -9,12 +9,13 @@ import signal
 import sys
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm_jax.commands.arguments import Train
-from ddpm_jax.config import check, flatten
+from ddpm_jax.config import Config, check, flatten
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
@@ -30,6 +31,8 @@ from ddpm_jax.training.snapshots import make_snapshots
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
+
+MOST_NAMED = 10  # classes in a note
 
 
 def train(
@@ -111,7 +114,31 @@ def _open_data(experiment: Experiment) -> tuple[Source, Source | None]:
     source = open_source(config.data)
     held_out = open_held_out(experiment) if config.train.eval_every else None
     sharding.check_same({"data.source": source.identity, "train.eval_source": held_out.identity if held_out else {}})
+    for note in data_notes(config, source, held_out):
+        tqdm.write(f"Note: {note}.")
     return source, held_out
+
+
+def data_notes(config: Config, source: Source, held_out: Source | None) -> list[str]:
+    """What is odd about the images, one sentence each: held-out ones that are the training images, classes without images.
+
+    Raises UsageError if the images have no labels of the config's classes.
+    """
+    notes, num_classes = [], config.model.num_classes
+    if held_out is not None and held_out.identity == source.identity:
+        notes.append(
+            f"train.eval_source={config.train.eval_source} holds the training images, so its numbers tell nothing of new ones; "
+            "name others, a test split such as tfds:cifar10:test"
+        )
+    labels = source.labels_of(num_classes)
+    absent = [] if labels is None else np.setdiff1d(np.arange(num_classes), labels).tolist()
+    if absent:
+        named = ", ".join(map(str, absent[:MOST_NAMED])) + (", ..." if len(absent) > MOST_NAMED else "")
+        notes.append(
+            f"model.num_classes={num_classes}, but {len(absent)} of these have no images ({named}) and are never trained; set it "
+            "to the number of classes that there are, or add images"
+        )
+    return notes
 
 
 def _check_dispatch(step: int, steps: int) -> None:
