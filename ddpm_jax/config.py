@@ -192,9 +192,9 @@ class TrainConfig:
     save_every: Annotated[int, Bounds(1), MAY_CHANGE] = 5000
     """Steps between two checkpoints."""
     keep_last: Annotated[int, Bounds(2), MAY_CHANGE] = 2
-    """How many of the newest checkpoints stay, at least 2."""
+    """How many of the newest checkpoints stay, at least 2. If a later command keeps fewer, those that are there stay for good."""
     keep_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
-    """Keep every checkpoint whose step is a multiple of this as well; 0: none."""
+    """Keep every checkpoint whose step is a multiple of this as well; 0: none. A later command deletes none of those there."""
     eval_every: Annotated[int, Bounds(0), MAY_CHANGE] = 0
     """Steps between two evaluations of the EMA parameters on held-out images, each at a checkpoint; 0: none."""
     eval_source: Annotated[str, MAY_CHANGE] = ""
@@ -240,6 +240,7 @@ def num_labels(config: Config) -> int:
     return config.model.num_classes + bool(config.train.label_dropout)
 
 
+OWN_BETAS = ("cosine", "jsd")  # schedules that beta_start and beta_end do not change
 MOST_LAST_ALPHA_BAR = 0.01  # of a schedule that ends in noise; the paper's ends at 4e-5
 
 
@@ -275,7 +276,40 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
         )
     if schedule.alphas_cumprod[-1] > MOST_LAST_ALPHA_BAR:
         warnings.append(_ends_early(config.diffusion, float(schedule.alphas_cumprod[-1])))
-    return warnings
+    return warnings + _without_effect(config)
+
+
+def _without_effect(config: Config) -> list[str]:
+    """The warnings for options that were changed and that no other option makes use of."""
+    values, usual, diffusion = flatten(config), flatten(Config()), config.diffusion
+    of_evaluations = (
+        "eval_source",
+        "eval_condition_source",
+        "eval_images",
+        "eval_samples",
+        "eval_features",
+        "keep_best",
+    )
+    unused = {}
+    if not config.train.eval_every:
+        why = "of evaluations, and train.eval_every=0 makes none; set it as well"
+        unused[why] = [f"train.{name}" for name in of_evaluations]
+    # The configs shipped have the paper's betas, scaled to their T, which another schedule may be set beside.
+    if diffusion.schedule in OWN_BETAS and not np.allclose(
+        (diffusion.beta_start, diffusion.beta_end), _papers_betas(diffusion.T)
+    ):
+        unused[f"not used by diffusion.schedule={diffusion.schedule}"] = ["diffusion.beta_start", "diffusion.beta_end"]
+    if diffusion.loss_weighting != "min_snr":
+        unused[f"not used by diffusion.loss_weighting={diffusion.loss_weighting}"] = ["diffusion.min_snr_gamma"]
+    changed = {why: [name for name in names if values[name] != usual[name]] for why, names in unused.items()}
+    return [
+        f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {why}" for why, names in changed.items() if names
+    ]
+
+
+def _papers_betas(T: int) -> tuple[float, float]:
+    """The first and the last of the paper's betas, 1e-4 and 0.02 of T = 1000, for another T."""
+    return 1e-4 * 1000 / T, 0.02 * 1000 / T
 
 
 def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
@@ -283,8 +317,8 @@ def _ends_early(diffusion: DiffusionConfig, last: float) -> str:
     from ddpm_jax.diffusion.schedules import make_schedule  # it imports JAX
 
     remedies = ["diffusion.schedule=cosine"]
-    if diffusion.schedule not in ("cosine", "jsd"):  # these have no betas of their own
-        start, end = (beta * 1000 / diffusion.T for beta in (1e-4, 0.02))  # the paper's, of T = 1000
+    if diffusion.schedule not in OWN_BETAS:
+        start, end = _papers_betas(diffusion.T)
         if end < 1:
             scaled = make_schedule(diffusion.schedule, T=diffusion.T, beta_start=start, beta_end=end)
             if scaled.alphas_cumprod[-1] <= MOST_LAST_ALPHA_BAR:

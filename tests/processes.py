@@ -16,8 +16,11 @@ def one_device(folder):
     return os.environ | flags | caches | {"JAX_PLATFORMS": "cpu"}
 
 
-def start(command, environment, processes):
-    """One process of the command, or several joined ones, each with a cache of its own, as on machines of their own."""
+def start(command, environment, processes, last=()):
+    """One process of the command, or several joined ones, each with a cache of its own, as on machines of their own.
+
+    last: further options of the last process.
+    """
     if processes > 1:
         with socket.socket() as s:
             s.bind(("localhost", 0))
@@ -26,7 +29,7 @@ def start(command, environment, processes):
         environment = environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *command, *(last if i == processes - 1 else ())],
             cwd=ROOT,
             env=environment | {"JAX_PROCESS_ID": str(i), "DDPM_JAX_CACHE": f"{environment['DDPM_JAX_CACHE']}_{i}"},
             stdout=subprocess.PIPE,

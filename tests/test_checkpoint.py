@@ -23,7 +23,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.diffusion.losses import init_loss_history
 from ddpm_jax.training import checkpoint
-from ddpm_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage
+from ddpm_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage, keep_for_good
 from ddpm_jax.training.step import TrainState, init_state
 
 META = {"data": {"images": 1797, "sha256": "00ff"}, "since_log": {"loss": [0.1 + 0.2, 1e-45, -0.0]}}
@@ -503,6 +503,16 @@ def test_the_newest_and_every_nth_stay(tmp_path):
     with Opened(tmp_path, keep_last=3) as checkpoints:
         checkpoints.save_all(80, 90)
         assert checkpoints.steps() == [70, 80, 90]
+
+
+def test_what_is_kept_for_good_stays_intact(tmp_path):
+    with Opened(tmp_path, keep_last=3) as checkpoints:
+        checkpoints.save_all(10, 20, 30)
+        keep_for_good(checkpoints.directory, [10])
+    with Opened(tmp_path, keep_last=2) as checkpoints:
+        checkpoints.save_all(40, 50)
+        assert checkpoints.steps() == [10, 40, 50]
+        assert find_damage(checkpoints.folder(10)) is None
 
 
 def test_an_unfinished_step_costs_no_intact_one(directory):

@@ -17,11 +17,12 @@ from test_training import run as trained
 from tiny import experiment, one_device, tiny
 
 from ddpm_jax import train
+from ddpm_jax.commands.train import data_notes
 from ddpm_jax.config import ConfigError
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
-from ddpm_jax.data import batch_indices, make_feed, open_source
+from ddpm_jax.data import Source, batch_indices, make_feed, open_source
 from ddpm_jax.data.pixels import from_uint8
 from ddpm_jax.data.sheets import class_grid, enlarge, grid
 from ddpm_jax.diffusion.bound import bits_per_dim
@@ -50,6 +51,16 @@ CLASSES = tiny(
 )
 FEW = SamplerOptions(sampler="ddim", steps=(3,))
 ONE = jax.devices()[:1]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "labels", "absent"), [(3, [0, 2, 2, 1], ""), (4, [0, 2], "2 of these have no images (1, 3)")]
+)
+def test_classes_without_images_are_told(num_classes, labels, absent):
+    source = Source(np.zeros((len(labels), 8, 8, 1), np.uint8), lambda: np.array(labels), {})
+    notes = data_notes(tiny(model={"num_classes": num_classes}), source, None)
+    assert len(notes) == bool(absent)
+    assert all(f"model.num_classes=4, but {absent} and are never trained" in note for note in notes)
 
 
 def drawn(config, seed=5):

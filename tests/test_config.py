@@ -216,16 +216,22 @@ def test_right_config_passes_without_a_warning(num_devices):
     assert check(TINY, num_devices=num_devices) == []
 
 
+PAPER = {"beta_start": 1e-4, "beta_end": 0.02}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"diffusion": {"variance": "learned_range", "loss": "hybrid"}},
         {"diffusion": {"variance": "learned", "loss": "vb"}},
         {"diffusion": {"variance": "learned", "loss": "rescaled_hybrid"}},
-        {"diffusion": {"schedule": "jsd", "prediction": "x_0"}},
-        {"diffusion": {"schedule": "jsd", "prediction": "x_prev"}},
+        {"diffusion": PAPER | {"schedule": "jsd", "prediction": "x_0"}},
+        {"diffusion": PAPER | {"schedule": "jsd", "prediction": "x_prev"}},
         {"diffusion": {"loss_weighting": "min_snr", "prediction": "v"}},
-        {"diffusion": {"T": 2, "schedule": "cosine"}},
+        {"diffusion": PAPER | {"T": 2, "schedule": "cosine"}},
+        {"diffusion": {"T": 100, "schedule": "cosine", "beta_start": 1e-3, "beta_end": 0.2}},  # as in configs/digits.py
+        {"diffusion": {"loss_weighting": "min_snr", "min_snr_gamma": 3.0}},
+        {"train": {"eval_every": 10, "eval_source": "x", "eval_samples": 8, "keep_best": "eval_fid"}},
         {"train": {"keep_every": 20}},
         {"model": {"dropout": 0.0, "attn_resolutions": (8, 4)}},
         {"seed": 2**32 - 1},
@@ -240,6 +246,28 @@ def test_warm_up_longer_than_the_run_is_a_warning():
     assert check(tiny(train={"warmup_steps": 41})) == [
         "train.warmup_steps=41 is longer than the run of 40 steps, so the learning rate never reaches train.lr"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (
+            {"train": {"eval_source": "x", "keep_best": "eval_fid"}},
+            "train.eval_source and train.keep_best are of evaluations, and train.eval_every=0 makes none; set it as well",
+        ),
+        (
+            {"diffusion": PAPER | {"schedule": "cosine", "beta_end": 0.3}},
+            "diffusion.beta_end is not used by diffusion.schedule=cosine",
+        ),
+        (
+            {"diffusion": {"schedule": "jsd", "prediction": "x_0"}},
+            "diffusion.beta_start and diffusion.beta_end are not used by diffusion.schedule=jsd",
+        ),
+        ({"diffusion": {"min_snr_gamma": 3.0}}, "diffusion.min_snr_gamma is not used by diffusion.loss_weighting=none"),
+    ],
+)
+def test_an_option_without_effect_is_a_warning(changes, warning):
+    assert check(tiny(**changes)) == [warning]
 
 
 def passes_without_a_warning(diffusion, start=0.0001, end=0.02):

@@ -201,6 +201,14 @@ def test_the_best_of_a_run_without_evaluations_is_refused(run):
         load_run(run, step="best")
 
 
+def test_the_best_that_is_not_saved_any_more_is_told(run, capsys):
+    load_run(run, step="best")
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(run / CHECKPOINTS / "4")
+    load_run(run, step="best")
+    assert "Note: eval_loss was least at step 4, which is not saved any more; step" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_stays_when_the_run_goes_on_without_evaluations(run):
     train(experiment(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=16, eval_every=0))), run)
@@ -238,6 +246,15 @@ def test_what_can_be_compared_is_of_the_same_images_samples_and_features(held_ou
     others = [with_options(eval_images=2), with_options(eval_samples=8), with_options(eval_features="inception")]
     assert len({with_options(), eval_of(CONFIG, source, source), *others}) == 5
     assert with_options(eval_every=4) == with_options(keep_best="eval_fid") == with_options()
+
+
+def test_held_out_images_that_are_the_training_images_are_told(held_out):
+    source = open_source(CONFIG.data)
+    (note,) = command.data_notes(CONFIG, source, open_held_out(experiment(CONFIG)))
+    assert note.startswith(
+        "train.eval_source=digits holds the training images, so its numbers tell nothing of new ones"
+    )
+    assert command.data_notes(CONFIG, source, held_out) == command.data_notes(CONFIG, source, None) == []
 
 
 def test_one_held_out_image_is_refused(tmp_path):

@@ -27,11 +27,11 @@ from ddpm_jax.evaluation.evaluation import Programs
 from ddpm_jax.evaluation.evaluators import TERMS, HeldOut, open_held_out
 from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.training import step as training
-from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest
 from ddpm_jax.training.loop import Log, Losses
 from ddpm_jax.training.metric_writer import MetricWriter, read_metrics
-from ddpm_jax.training.start import start_state
-from ddpm_jax.training.workdir import held, load_run
+from ddpm_jax.training.start import describe_origin, start_state
+from ddpm_jax.training.workdir import Run, held, load_run
 
 # What other tests of resuming leave out: a history of losses, data fed by the host, grids and evaluations.
 CONFIG = tiny(
@@ -153,18 +153,35 @@ def test_steps_per_dispatch_must_divide_the_step_a_run_stands_at(finished, tmp_p
         )
 
 
-def test_init_from_starts_with_the_other_runs_moving_average(finished, tmp_path):
+def test_init_from_starts_with_the_other_runs_moving_average(finished, tmp_path, capsys):
     workdir, state = finished
     config, mesh = changed(init_from=str(workdir)), sharding.make_mesh(fsdp=8)
     source = open_source(config.data)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    start, _ = start_state(experiment(config), source, mesh, checkpoints, unverified=False)
+    start, meta = start_state(experiment(config), source, mesh, checkpoints, unverified=False)
     checkpoints.close()
     assert start.step == 0
+    digest = manifest_digest(epath.Path(workdir / "checkpoints/8"))
+    assert meta["init_from"] == {"step": 8, "checkpoint": digest, "weights": "ema"}
+    said = capsys.readouterr().out
+    assert f"Starting from step 8 of {workdir} (ema).\nNote: 43% of the EMA at step 8 is still the initial" in said
+    assert "trained for something else" not in said
     for params in (start.params, start.ema_params):
         for a, b in zip(*map(jax.tree.leaves, (params, state.ema_params)), strict=True):
             np.testing.assert_array_equal(a, b)
     assert all(not np.any(a) for a in jax.tree.leaves(jax.device_get(start.opt_state)))
+
+
+def test_what_the_other_run_was_trained_for_instead_is_told():
+    theirs = tiny(data={"condition": "downsample2"}, diffusion={"schedule": "cosine"}, train={"lr": 1.0})
+    run = Run(experiment(theirs), 0, "", "ema", {}, sharding.make_mesh(), classes=("cat", "dog", "owl"))
+    said = describe_origin(tiny(data={"value_range": (0.0, 1.0)}), ("cat", "owl", "dog"), run, "runs/x")
+    assert said.endswith(
+        "Note: its parameters were trained for something else: data.value_range (there None, here (0.0, 1.0)), "
+        "data.condition (there 'downsample2', here 'none'), diffusion.schedule (there 'cosine', here 'linear'), "
+        "class 1 (there 'dog', here 'owl')."
+    )
+    assert "Note" not in describe_origin(theirs, (), run, "runs/x")
 
 
 @pytest.mark.slow

@@ -119,6 +119,21 @@ def test_what_the_first_process_refuses_stops_all(alone, environment, tmp_path):
     assert "the first process has stopped; its message says why" in outputs[1]
 
 
+@pytest.mark.parametrize("other", ["lr", "images", "eval-images"])
+def test_another_config_or_other_images_on_one_process_stop_all(other, environment, tmp_path):
+    np.savez(tmp_path / "other.npz", images=np.zeros((20, 8, 8), np.uint8))
+    option = {"lr": "--train.lr=0.1", "images": "--data.source=", "eval-images": "--train.eval-source="}[other]
+    option += f"{tmp_path}/other.npz" if option.endswith("=") else ""
+    running = start([*TRAIN, "--workdir", str(tmp_path / "w")], environment, 2, last=[option])
+    outputs = finish(running, 2)
+    assert "another process differs from the first one" in outputs[0]
+    told = {"lr": "train.lr (there 0.003, here 0.1)", "images": "data.source.images (there 1797, here 20)"}
+    assert (
+        f"differs from process 0 in {told.get(other, 'train.eval_source.images (there 1797, here 20)')}" in outputs[1]
+    )
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
 def test_processes_that_are_not_named_are_told_so(environment, tmp_path):
     command = [sys.executable, *TRAIN, "--workdir", str(tmp_path / "w"), "--distributed"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

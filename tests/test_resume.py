@@ -145,7 +145,7 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, uninterrupted, enviro
 def test_the_finished_run_says_so_and_longer_training_is_allowed(uninterrupted, environment, tmp_path):
     code, output = finish(start(uninterrupted, environment))
     assert code == 0
-    assert "Continuing from step 120" in output
+    assert "The run stands at step 120 and train.steps=120, so nothing is left to train" in output
     assert f"tensorboard --logdir {uninterrupted} " in output
     longer = tmp_path / "longer"
     shutil.copytree(uninterrupted, longer)

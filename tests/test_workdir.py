@@ -13,6 +13,8 @@ from tiny import experiment, tiny
 
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import LOCK
+from ddpm_jax.training.checkpoint import KEPT, MANIFEST
+from ddpm_jax.training.metric_writer import METRICS
 from ddpm_jax.training.step import init_state
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held, load_run, write_run
 
@@ -70,6 +72,54 @@ def test_a_config_that_was_changed_is_taken_where_one_insists(change):
 
 def test_what_may_change_is_taken(change):
     assert load_run(change("train", "steps", 10**6)).step == 0
+
+
+# ---- Options that an earlier command was given
+
+
+def with_steps(workdir, **train):
+    """A workdir of this config that was evaluated at six steps, best at 20; its checkpoints are no more than their manifests."""
+    config = tiny(train=train)
+    enter(workdir, config)
+    for step in range(10, 70, 10):
+        (workdir / CHECKPOINTS / str(step)).mkdir(parents=True)
+        (workdir / CHECKPOINTS / str(step) / MANIFEST).touch()
+    lines = [{"step": step, "eval_loss": abs(step - 20), "eval_fid": step} for step in range(10, 70, 10)]
+    (workdir / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [
+        ({"keep_last": 3}, {}, [40, 50, 60]),
+        ({"keep_last": 3, "keep_every": 20}, {"keep_last": 4}, [20, 40, 60]),
+        ({"keep_every": 20}, {"keep_every": 30}, [20, 40, 60]),
+        ({"keep_every": 20}, {"keep_every": 10}, []),
+        ({"keep_last": 2}, {"keep_last": 5}, []),
+        ({}, {"keep_best": "eval_fid"}, [20]),
+        ({"keep_last": 3}, {"keep_last": 3, "steps": 80}, []),
+    ],
+)
+def test_a_command_with_other_options_costs_no_checkpoint_that_an_earlier_one_keeps(
+    before, now, kept, tmp_path, capsys
+):
+    workdir = epath.Path(tmp_path)
+    with_steps(workdir, **before)
+    enter(workdir, tiny(train=now))
+    assert sorted(int(path.parent.name) for path in tmp_path.glob(f"{CHECKPOINTS}/*/{KEPT}")) == kept
+    said = capsys.readouterr().out
+    assert said.count("Note: the checkpoints of the steps") == bool(kept)
+    assert ", ".join(map(str, kept)) in said
+    assert "goes on with other options" in said
+
+
+def test_options_that_change_are_told_and_the_same_ones_are_not(tmp_path, capsys):
+    config = with_steps(epath.Path(tmp_path), keep_last=3)
+    enter(epath.Path(tmp_path), config)
+    assert capsys.readouterr().out == ""
+    enter(epath.Path(tmp_path), tiny(train={"log_every": 10}))
+    assert "other options than before: train.log_every 4 -> 10, train.keep_last 3 -> 2.\n" in capsys.readouterr().out
 
 
 # ---- One training at a time

@@ -58,6 +58,7 @@ def main(arguments: Evaluate) -> None:
         import_extra(module, "evaluation", program())
     if arguments.distributed:
         sharding.start_processes()
+        sharding.check_same(dataclasses.asdict(arguments))
     if is_parameters(workdir):
         made = f"ddpm-jax convert from-parameters {workdir} runs/NAME"
         raise UsageError(f"{workdir} is parameters and no folder, where the results would go; make it one: {made}")

@@ -50,6 +50,7 @@ def main(arguments: Sample) -> None:
     """Samples and writes the images."""
     if arguments.distributed:
         sharding.start_processes()
+        sharding.check_same(dataclasses.asdict(arguments))
     run = with_guide(load_run(arguments.workdir, **dataclasses.asdict(arguments.parameters)), arguments.sampler)
     run = with_given(run, arguments.given, arguments.num_images)
     out = epath.Path(arguments.out or f"{folder_of_outputs(arguments.workdir)}/{default_name(run.step, arguments)}")

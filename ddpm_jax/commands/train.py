@@ -9,16 +9,17 @@ import signal
 import sys
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm_jax.commands.arguments import Train
-from ddpm_jax.config import check
+from ddpm_jax.config import Config, check, flatten
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
-from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
 from ddpm_jax.evaluation.reference import find_reference, make_track
 from ddpm_jax.training.checkpoint import Checkpoints
@@ -30,6 +31,8 @@ from ddpm_jax.training.snapshots import make_snapshots
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
 from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
+
+MOST_NAMED = 10  # classes in a note
 
 
 def train(
@@ -53,8 +56,8 @@ def train(
         The last state.
 
     Raises:
-        UsageError: If the config, the data or the workdir cannot be used. This is raised before anything is compiled, except
-            for a picture that cannot be decoded at its step.
+        UsageError: If the config, the data or the workdir cannot be used, or processes differ in the first two. This is raised
+            before anything is compiled, except for a picture that cannot be decoded at its step.
         RunError: If a loss is not finite, a save fails or the workdir is gone.
         OSError: If the logs cannot be written.
         Interrupted: After SIGTERM or SIGINT, once the state is saved.
@@ -64,11 +67,11 @@ def train(
         >>> train(Experiment.from_config(config), "runs/mine")    # doctest: +SKIP
     """
     config, workdir, stop = experiment.config, open_folder(workdir), StopSignal()
+    # Hosts may find the images under different names: their identities are compared once they are open.
+    sharding.check_same({name: value for name, value in flatten(config).items() if not name.endswith("source")})
     mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
-        source = open_source(config.data)
-        classes = source.read_classes() if experiment.num_classes else ()
-        held_out = open_held_out(experiment, classes) if config.train.eval_every else None
+        source, held_out = _open_data(experiment)
         enter(workdir, config, own_network=experiment.has_own_network)
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)
@@ -103,6 +106,40 @@ def _checked_mesh(experiment: Experiment, mesh: Mesh | None) -> Mesh:
     if not own_network:
         check_training(config, mesh)
     return mesh
+
+
+def _open_data(experiment: Experiment) -> tuple[Source, Source | None]:
+    """The training images and the held-out ones, if there are evaluations: the same on all processes."""
+    config = experiment.config
+    source = open_source(config.data)
+    classes = source.read_classes() if experiment.num_classes else ()
+    held_out = open_held_out(experiment, classes) if config.train.eval_every else None
+    sharding.check_same({"data.source": source.identity, "train.eval_source": held_out.identity if held_out else {}})
+    for note in data_notes(config, source, held_out):
+        tqdm.write(f"Note: {note}.")
+    return source, held_out
+
+
+def data_notes(config: Config, source: Source, held_out: Source | None) -> list[str]:
+    """What is odd about the images, one sentence each: held-out ones that are the training images, classes without images.
+
+    Raises UsageError if the images have no labels of the config's classes.
+    """
+    notes, num_classes = [], config.model.num_classes
+    if held_out is not None and held_out.identity == source.identity:
+        notes.append(
+            f"train.eval_source={config.train.eval_source} holds the training images, so its numbers tell nothing of new ones; "
+            "name others, a test split such as tfds:cifar10:test"
+        )
+    labels = source.labels_of(num_classes)
+    absent = [] if labels is None else np.setdiff1d(np.arange(num_classes), labels).tolist()
+    if absent:
+        named = ", ".join(map(str, absent[:MOST_NAMED])) + (", ..." if len(absent) > MOST_NAMED else "")
+        notes.append(
+            f"model.num_classes={num_classes}, but {len(absent)} of these have no images ({named}) and are never trained; set it "
+            "to the number of classes that there are, or add images"
+        )
+    return notes
 
 
 def _check_dispatch(step: int, steps: int) -> None:

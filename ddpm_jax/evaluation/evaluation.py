@@ -143,6 +143,7 @@ class Evaluation:
         if options.source:
             data = dataclasses.replace(data, source=options.source, condition_source=options.condition_source)
         source = open_source(data).in_classes_of(run.classes)
+        sharding.check_same({"the real images": source.identity})
         model = {"step": run.step, "weights": run.weights, "weights_sha256": weights_checksum(run.params)}
         folder = epath.Path(workdir) / EVALUATION
         evaluation = cls(programs, run.params, source, features, options, model=model, folder=folder)

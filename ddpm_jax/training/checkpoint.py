@@ -5,6 +5,7 @@
     DIRECTORY/<step>/averages   the further averages, if the config asks for some
     DIRECTORY/<step>/meta       JSON: the data set's identity, losses not logged yet
     DIRECTORY/<step>/manifest.json   the step, the config's fixed fields, and path, size and SHA-256 of every other file
+    DIRECTORY/<step>/kept       empty, and only where the step is never deleted (`keep_for_good`)
 
 A step is written as DIRECTORY/<step>.saving.tmp and renamed once its manifest is complete. It is renamed again before it is
 deleted. A kill therefore never leaves a partial step under its final name. (Object stores cannot rename: there, a step without
@@ -17,7 +18,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +34,7 @@ from ddpm_jax.core.files import DamagedFileError, digest, fingerprint, parse_jso
 from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
+KEPT = "kept"
 NO_STEP = -1
 ITEMS = ("state", "ema", "averages", "meta")
 SAVING, DELETING = ".saving.tmp", ".deleting.tmp"
@@ -145,6 +147,22 @@ def saved_steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
 
 
+def finished_steps(directory: epath.Path) -> list[int]:
+    """Those of the `saved_steps` whose saving was completed."""
+    return [step for step in saved_steps(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
+def multiples(steps: list[int], every: int) -> list[int]:
+    """The steps that are multiples of `every`; none if that is 0."""
+    return [step for step in steps if every and step % every == 0]
+
+
+def keep_for_good(directory: epath.Path, steps: Iterable[int]) -> None:
+    """Marks finished steps, so that no later save deletes them."""
+    for step in steps:
+        (directory / str(step) / KEPT).touch()
+
+
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -229,9 +247,10 @@ class Checkpoints:
 
     def _delete_old(self, keep: int | None) -> None:
         # Only finished steps count: a damaged or partial one must not displace an intact one.
-        finished = [s for s in self.steps() if s not in self._passed_over and (self.folder(s) / MANIFEST).exists()]
-        for step in finished[: -self.keep_last]:
-            if step != keep and not (self.keep_every and step % self.keep_every == 0):
+        finished = [step for step in finished_steps(self.directory) if step not in self._passed_over]
+        stay = {keep, *finished[-self.keep_last :], *multiples(finished, self.keep_every)}
+        for step in finished:
+            if step not in stay and not (self.folder(step) / KEPT).exists():
                 self._delete(self.folder(step))
 
     def sweep(self) -> None:
@@ -350,7 +369,10 @@ class Checkpoints:
         return self._restore(step, averages=_restore_as(like)).averages
 
     def restore_meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network"."""
+        """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network".
+
+        With classes their names, "classes"; with train.init_from "init_from": the step, checkpoint and weights of that run.
+        """
         meta = self._restore(step, meta=ocp.args.JsonRestore()).meta
         if not isinstance(meta, dict) or "data" not in meta or not isinstance(meta.get("since_log"), dict):
             raise UsageError(

@@ -62,15 +62,16 @@ def _is_scalar(value: Any) -> bool:
     return type(value) in (str, float) or (type(value) is int and abs(value) < 2**63)
 
 
-def best_step(workdir: epath.Path, name: str, steps: Collection[int]) -> int | None:
-    """The first of the steps at which a scalar was least, or None if it was logged at none of them.
+def best_step(workdir: epath.Path, name: str, steps: Collection[int] | None = None) -> int | None:
+    """The first of the steps at which a scalar was least, or None if it was logged at none of them. Default: all steps.
 
     Compares only lines whose "eval_of" equals that of the last line.
     """
     numbers = [line for line in read_metrics(workdir) if not isinstance(line.get(name, ""), str)]
     logged = [line for line in numbers if math.isfinite(line[name])]
     comparable = [line for line in logged if line.get("eval_of") == logged[-1].get("eval_of")]
-    return min(((line[name], line["step"]) for line in comparable if line["step"] in steps), default=(0, None))[1]
+    asked = [(line[name], line["step"]) for line in comparable if steps is None or line["step"] in steps]
+    return min(asked, default=(0, None))[1]
 
 
 def cut_metrics(path: epath.Path, last_step: int) -> int:

@@ -1,6 +1,7 @@
 """The first state of a training: the newest intact checkpoint, another run's parameters, or random ones."""
 
 import dataclasses
+import itertools
 import shlex
 from typing import Any
 
@@ -10,6 +11,8 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from ddpm_jax import config as configs
+from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source
@@ -17,7 +20,7 @@ from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.ema import MOST_INITIAL, initial_share
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.step import TrainState, abstract_state, equal_averages, init_sharded_state
-from ddpm_jax.training.workdir import check_network, load_run, network_name
+from ddpm_jax.training.workdir import Run, check_network, load_run, network_name
 
 
 def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainState, workdir: epath.Path) -> str:
@@ -39,6 +42,9 @@ def describe(experiment: Experiment, source: Source, mesh: Mesh, state: TrainSta
             "step; set --train.ema-warmup, or draw samples with --weights raw."
         )
     said += f"\nCurves and samples: tensorboard --logdir {shlex.quote(str(workdir))} (pip install tensorboard)"
+    if step >= train.steps:
+        said += f"\nThe run stands at step {step} and train.steps={train.steps}, so nothing is left to train; raise it to go on."
+        return said
     return said + (f"\nContinuing from step {step}." if step else "")
 
 
@@ -83,12 +89,19 @@ def start_state(
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
         return state, meta | {"data": source.identity}
     state = init_sharded_state(experiment, mesh)
-    if experiment.config.train.init_from:
-        params = initial_params(experiment, state, mesh)
+    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
+    classes = tuple(source.read_classes()) if experiment.num_classes else ()
+    if experiment.num_classes:
+        meta["classes"] = list(classes)
+    if origin := experiment.config.train.init_from:
+        network = experiment.network if experiment.has_own_network else None  # else the U-Net of the other run's config
+        run = load_run(origin, mesh=mesh, network=network)
+        params = fitting_params(run, state, origin)
         averages = equal_averages(experiment, params)
         state = dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params), averages=averages)
-    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
-    return state, meta | ({"classes": list(source.read_classes())} if experiment.num_classes else {})
+        meta["init_from"] = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights}
+        tqdm.write(describe_origin(experiment.config, classes, run, origin))
+    return state, meta
 
 
 def _check_classes(experiment: Experiment, source: Source, meta: dict[str, Any]) -> None:
@@ -104,19 +117,33 @@ def _check_classes(experiment: Experiment, source: Source, meta: dict[str, Any])
         )
 
 
-def initial_params(experiment: Experiment, state: TrainState, mesh: Mesh) -> Any:
-    """The EMA parameters of the run `train.init_from`. Raises UsageError if their shapes differ from this network's."""
-    source = experiment.config.train.init_from
-    network = experiment.network if experiment.has_own_network else None  # else the U-Net of the other run's config
-    params = load_run(source, mesh=mesh, network=network).params
+def fitting_params(run: Run, state: TrainState, origin: str) -> Any:
+    """A run's parameters, split like the state's. Raises UsageError, with the run's name, if their shapes differ."""
     theirs, ours = (
-        {jax.tree_util.keystr(k): a.shape for k, a in jax.tree.leaves_with_path(p)} for p in (params, state.params)
+        {jax.tree_util.keystr(k): a.shape for k, a in jax.tree.leaves_with_path(p)} for p in (run.params, state.params)
     )
     different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if different:
         name = different[0]
         raise UsageError(
-            f"the parameters of train.init_from={source} do not fit this network: {name} has shape "
+            f"the parameters of train.init_from={origin} do not fit this network: {name} has shape "
             f"{theirs.get(name)} there and {ours.get(name)} here; use the same model"
         )
-    return jax.device_put(params, jax.tree.map(lambda a: a.sharding, state.params))
+    return jax.device_put(run.params, jax.tree.map(lambda a: a.sharding, state.params))
+
+
+def describe_origin(config: Config, classes: tuple[str, ...], run: Run, origin: str) -> str:
+    """Lines about the run that another one starts from: its step, its note, and what its parameters were trained for instead.
+
+    config, classes: of the run that starts.
+    """
+    said = f"Starting from step {run.step} of {origin} ({run.weights})."
+    if run.note:
+        said += f"\nNote: {run.note}."
+    was, now = configs.flatten(run.config), configs.flatten(config)
+    meant = [name for name in was if name.startswith("diffusion.") or name in ("data.value_range", "data.condition")]
+    other = [f"{name} (there {was[name]!r}, here {now[name]!r})" for name in meant if was[name] != now[name]]
+    if run.classes and classes:  # either may have no names
+        pairs = enumerate(itertools.zip_longest(run.classes, classes))
+        other += [f"class {i} (there {a!r}, here {b!r})" for i, (a, b) in pairs if a != b][:1]
+    return said + (f"\nNote: its parameters were trained for something else: {', '.join(other)}." if other else "")

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import jax
 from etils import epath
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import (
@@ -38,7 +39,15 @@ from ddpm_jax.core.files import (
 )
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training import ema
-from ddpm_jax.training.checkpoint import Checkpoints, manifest_digest, read_meta, saved_steps
+from ddpm_jax.training.checkpoint import (
+    Checkpoints,
+    finished_steps,
+    keep_for_good,
+    manifest_digest,
+    multiples,
+    read_meta,
+    saved_steps,
+)
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment, Network
 from ddpm_jax.training.metric_writer import METRICS, best_step
@@ -99,7 +108,8 @@ def check_there(workdir: epath.Path) -> None:
 def enter(workdir: epath.Path, config: Config, *, own_network: bool = False) -> None:
     """Writes the config into the workdir. Raises UsageError with the fields that differ if it belongs to another config.
 
-    Before its first checkpoint a workdir accepts any config, so that a config that failed can be corrected.
+    Before its first checkpoint a workdir accepts any config, so that a config that failed can be corrected. Later, a note names
+    the fields that change. Checkpoints that the config there keeps and this one would delete stay for good.
     """
     sharding.first_decides(lambda: _enter(workdir, config, own_network))
 
@@ -118,9 +128,37 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
             )
         if old == config:
             return
+        _tell_changes(old, config)
+        _keep(workdir, old.train, config.train)
     elif workdir.exists() and not all(path.name == LOCK or is_remnant(path, CONFIG) for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     _write_config(workdir, config)
+
+
+def _tell_changes(old: Config, new: Config) -> None:
+    was, now = configs.flatten(old), configs.flatten(new)
+    changes = ", ".join(f"{name} {was[name]!r} -> {now[name]!r}" for name in configs.differences(old, new))
+    tqdm.write(f"Note: the run goes on with other options than before: {changes}.")
+
+
+def _keep(workdir: epath.Path, old: TrainConfig, new: TrainConfig) -> None:
+    """Keeps for good what the old options keep of the checkpoints that are there, where the new ones keep less.
+
+    A command that forgets an option must not cost the checkpoints that an earlier one was told to keep.
+    """
+    steps, stay = finished_steps(workdir / CHECKPOINTS), set[int | None]()
+    if new.keep_last < old.keep_last:
+        stay |= set(steps[-old.keep_last :])
+    if old.keep_every and not (new.keep_every and old.keep_every % new.keep_every == 0):
+        stay |= set(multiples(steps, old.keep_every))
+    if new.keep_best != old.keep_best:
+        stay.add(best_step(workdir, old.keep_best, steps))
+    if kept := sorted(step for step in stay if step is not None):
+        keep_for_good(workdir / CHECKPOINTS, kept)
+        tqdm.write(
+            f"Note: the checkpoints of the steps {', '.join(map(str, kept))}, which the options before were to keep, stay "
+            f"beside those of the new options; delete their folders in {workdir / CHECKPOINTS} if you do not need them."
+        )
 
 
 def _write_config(workdir: epath.Path, config: Config) -> None:
@@ -288,9 +326,7 @@ def load_run(
     config = read_config(workdir, own_network=network is not None)
     check_tracked(weights, config.train)
     if step == "best":
-        step = best_step(workdir, config.train.keep_best, saved_steps(workdir / CHECKPOINTS))
-        if step is None:
-            raise UsageError(f"{workdir} has no {config.train.keep_best} yet; set train.eval_every, or give a step")
+        step = _best(workdir, config.train.keep_best)
     experiment, width = Experiment.from_config(config, network), width_of(weights)
     with contextlib.closing(Checkpoints(workdir / CHECKPOINTS, config=config)) as checkpoints:
         # For a rebuilt average the newest checkpoint only tells what the run is.
@@ -307,6 +343,19 @@ def load_run(
             read = functools.partial(rebuild, workdir, config, width, step=step, unverified=unverified)
             params, chosen, proof = _rebuilt(sharding.first_gives(read) or b"", like, workdir / SNAPSHOTS)
     return Run(experiment, chosen, proof, weights, params, mesh, tuple(meta.get("classes", ())))
+
+
+def _best(workdir: epath.Path, name: str) -> int:
+    """The saved step at which a number was least, with a note if it was less at one that is not saved any more."""
+    step = best_step(workdir, name, saved_steps(workdir / CHECKPOINTS))
+    if step is None:
+        raise UsageError(f"{workdir} has no {name} yet; set train.eval_every, or give a step")
+    least = best_step(workdir, name)
+    if least != step and jax.process_index() == 0:
+        print(
+            f"Note: {name} was least at step {least}, which is not saved any more; step {step} is the best that is saved."
+        )
+    return step
 
 
 def _restore(checkpoints: Checkpoints, step: int, like: TrainState, weights: str) -> Any:
