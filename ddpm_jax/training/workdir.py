@@ -66,6 +66,7 @@ from ddpm_jax.training.step import TrainState, abstract_state
 from ddpm_jax.training.weights import canonical, check_tracked, width_of
 
 CHECKPOINTS = "checkpoints"
+MOST_NAMED = 10  # steps in a note
 ITEMS_OF = {"ema": ("ema",), "raw": ("state", "ema", "averages")}  # of a checkpoint, by weights; else the averages
 
 
@@ -155,8 +156,11 @@ def _keep(workdir: epath.Path, old: TrainConfig, new: TrainConfig) -> None:
         stay.add(best_step(workdir, old.keep_best, steps))
     if kept := sorted(step for step in stay if step is not None):
         keep_for_good(workdir / CHECKPOINTS, kept)
+        named = (
+            ", ".join(map(str, kept)) if len(kept) <= MOST_NAMED else f"{kept[0]} to {kept[-1]} ({len(kept)} of them)"
+        )
         tqdm.write(
-            f"Note: the checkpoints of the steps {', '.join(map(str, kept))}, which the options before were to keep, stay "
+            f"Note: the checkpoints of the steps {named}, which the options before were to keep, stay "
             f"beside those of the new options; delete their folders in {workdir / CHECKPOINTS} if you do not need them."
         )
 
