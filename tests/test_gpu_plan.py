@@ -254,7 +254,7 @@ def test_a_rehearsal_goes_on_where_its_time_ended_and_needs_no_tensorflow(tmp_pa
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: entry["state"] for name, entry in found["tasks"].items()} == dict.fromkeys(names, "done")
     assert {row["what"] for row in found["rows"]} == {"train step", "ddim"}
-    assert set(found["traces"]) == {"train_step_1_11_bfloat16", "ddim_10_1_bfloat16"}
+    assert set(found["traces"]) == {"train_step_5_11_bfloat16", "ddim_10_1_bfloat16"}
     assert found["curve"][-1]["step"] == 10
     assert [line["step"] for line in found["curve"] if "eval_loss_quarter_1" in line] == [5, 10]
     assert {result["metric"] for result in found["evaluations"]} == {"fid", "kid"}
