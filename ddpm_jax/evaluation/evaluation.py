@@ -222,7 +222,7 @@ class Evaluation:
             drawn |= {"guide": self.programs.guide.checkpoint}
         if self.labels is not None:
             table = self._tables()["labels"].tolist()
-            drawn |= {"labels": list(sampler.labels) or self.source.identity, "classes": digest(table)[:16]}
+            drawn |= {"labels": list(sampler.labels) or self.source.identity, "labels_sha256": digest(table)}
         if self.experiment.conditioning is not None:
             drawn |= {"conditions": self.source.identity, "of_images": self.num_real, **self._chosen()}
         return {**self.model, **drawn, "variance": process.variance, "seed": self.options.seed}
