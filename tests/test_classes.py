@@ -473,7 +473,11 @@ def test_held_out_images_and_evaluations_have_the_classes_of_the_run(tmp_path, r
         evaluation = Evaluation.of_run(
             named, tmp_path, PIXELS, Options(source=source), dataclasses.replace(FEW, labels=words)
         )
-        return evaluation.labels.tolist(), evaluation.sampling()["labels_sha256"], evaluation._tables()["labels"].tolist()
+        return (
+            evaluation.labels.tolist(),
+            evaluation.sampling()["labels_sha256"],
+            evaluation._tables()["labels"].tolist(),
+        )
 
     assert labels("dog")[::2] == ([0, 0, 2, 2], [2])
     (tmp_path / "labels.txt").write_text("cat")

@@ -133,13 +133,6 @@ def test_16_bits_whose_white_is_0_are_inverted_like_8_bits():
     np.testing.assert_array_equal(decode(content, (1, 3), 1, (0, 65535))[..., 0], 65535 - values)
 
 
-def test_32_bits_whose_white_is_0_are_refused():
-    content = encoded(Image.fromarray(np.array([[0, 300]], np.int32)), "TIFF", tiffinfo={262: 0})
-    for value_range in (None, (0, 65535)):
-        with pytest.raises(ValueError, match="its white is 0, .*; store it with 0 as black"):
-            decode(content, (1, 2), 1, value_range)
-
-
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bits_whose_low_byte_cannot_be_read_are_refused_with_a_range(channels):
     with pytest.raises(ValueError, match=r"have 16 bits, of which data\.value_range needs all and 8 can be read"):

@@ -173,18 +173,12 @@ def _without_depth_and_alpha(picture: Image.Image) -> Image.Image:
 
 
 def _integers(picture: Image.Image) -> Shaped[np.ndarray, "H W"]:
-    """The values of a grey picture of 16 or 32 bits, with the sign and the black that a TIFF file's tags say.
-
-    Raises ValueError if 0 is white and the values do not have 16 bits without a sign, since it is not told which one is black.
-    """
+    """The values of a grey picture of 16 or 32 bits, with the sign and the black that a TIFF file's tags say."""
     values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
     if values.dtype == np.int32 and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
         values = values.view(np.uint32)  # Pillow reads them as if they had a sign
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) != 0:
-        return values
-    if values.dtype.str[1:] != "u2":
-        raise ValueError("its white is 0, which is known of 8 and 16 bits without a sign alone; store it with 0 as black")
-    return SIXTEEN_BITS - values  # Pillow inverts those of 8 bits alone
+    white_is_0 = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return SIXTEEN_BITS - values if white_is_0 else values  # Pillow inverts those of 8 bits alone
 
 
 @dataclass(frozen=True)
