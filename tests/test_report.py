@@ -256,7 +256,7 @@ def test_without_figures_the_samples_are_shown_and_without_those_the_grid_of_the
     for name in ("drawn", "grid"):
         page = write_report(tmp_path / name).read_text()
         [(alt, (kind, content))] = [found for found in pictures(page).items() if found[0].startswith("Samples")]
-        assert (alt, kind) == ("Samples of step 40", "png")
+        assert (alt, kind) == ("Samples of step 40, ancestral, 10 steps", "png")
         assert content == (workdir / EVALUATION / FOLDER / "samples-00000040.png").read_bytes()
         assert "<h2>Figures</h2>" not in page
     newer = tmp_path / "drawn" / "samples"
@@ -283,13 +283,13 @@ def test_while_the_ema_is_of_little_use_the_raw_parameters_come_first(reported, 
         page = write_report(workdir).read_text()
         return next(alt for alt in pictures(page) if alt.startswith("Samples of")), "<strong>7</strong>" in page
 
-    assert shown() == ("Samples of step 40", False)
+    assert shown() == ("Samples of step 40, ancestral, 10 steps", False)
     values = json.loads((workdir / "config.json").read_text())
     values["train"]["ema_decay"] = 0.9999
     (workdir / "config.json").write_text(json.dumps(values))
-    assert shown() == ("Samples of step 40, raw parameters", True)
+    assert shown() == ("Samples of step 40, raw parameters, ancestral, 10 steps", True)
     drawn.with_name("samples-00000040-raw.png").unlink()
-    assert shown() == ("Samples of step 40, EMA (left) and raw parameters (right)", True)
+    assert shown() == ("Samples of step 40, EMA (left) and raw parameters (right), ancestral, 10 steps", True)
 
 
 def test_the_strip_ends_between_two_rows_of_samples(tmp_path):

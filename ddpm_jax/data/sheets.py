@@ -3,15 +3,18 @@
 A grid shows the first three channels of images with more, and the first of two.
 """
 
+import contextlib
 import io
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 COLUMNS = 8
 MOST_COLUMNS = 16
+DESCRIPTION = "Description"  # PNG's own word for it
 LINE, MARGIN = 14, 3  # pixels of a line of text, and beside it
 
 
@@ -20,11 +23,20 @@ def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def png_bytes(image: UInt8[np.ndarray, "H W C"]) -> bytes:
-    """A uint8 image of 1 or 3 channels, encoded as PNG."""
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, "PNG")
+def png_bytes(image: UInt8[np.ndarray, "H W C"], description: str = "") -> bytes:
+    """A uint8 image of 1 or 3 channels, encoded as PNG. description: kept in the file (`description_of`)."""
+    buffer, info = io.BytesIO(), PngInfo()
+    if description:
+        info.add_itxt(DESCRIPTION, description)
+    to_pil(image).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def description_of(png: bytes) -> str:
+    """The description that a PNG of `png_bytes` holds; empty without one, and for a file that is broken."""
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return str(image.info.get(DESCRIPTION, ""))
+    return ""
 
 
 def grid(

@@ -24,6 +24,7 @@ from ddpm_jax.data.pixels import to_uint8
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation.evaluation import Evaluation
+from ddpm_jax.evaluation.results import sampled_by
 from ddpm_jax.generation.generator import sample_key
 from ddpm_jax.sampling import latents
 from ddpm_jax.sampling.ancestral import ancestral
@@ -34,6 +35,7 @@ from ddpm_jax.training.workdir import Run
 
 COLUMNS = 8
 FOLDER = "figures"
+SAMPLED = ("samples", "nearest", "nearest_features")  # of the evaluation's samples, by its sampler
 
 
 def chain_of(run: Run, *, seed: int, rows: np.ndarray | None = None) -> Chain:
@@ -100,7 +102,8 @@ def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w c"]:
 
 def draw_samples(run: Run, evaluation: Evaluation, folder: epath.Path) -> None:
     """Draws the first samples alone, the picture that a report starts with, as `draw_figures` does."""
-    _write(run, folder, {"samples": _sheet(run.experiment.pixels.to_pictures(evaluation.first_samples()))})
+    sheet = _sheet(run.experiment.pixels.to_pictures(evaluation.first_samples()))
+    _write(run, folder, {"samples": sheet}, sampled_by(evaluation.sampling()))
 
 
 def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: dict[str, dict[str, Any]]) -> None:
@@ -128,16 +131,18 @@ def draw_figures(run: Run, evaluation: Evaluation, folder: epath.Path, results: 
         pictures["nearest" if name == "pixels" else "nearest_features"] = grid(
             pixels.to_pictures(near), columns=columns
         )
-    _write(run, folder, pictures)
+    _write(run, folder, pictures, sampled_by(evaluation.sampling()))
 
 
-def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "h w c"]]) -> None:
+def _write(run: Run, folder: epath.Path, pictures: dict[str, UInt8[np.ndarray, "h w c"]], drawn: str) -> None:
+    """Writes pictures. drawn: how the evaluation's samples were drawn."""
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     end = "" if run.weights == "ema" else f"-{file_part(run.weights)}"
     for name, sheet in pictures.items():
-        write_bytes(folder / f"{name}-{run.step:08d}{end}.png", png_bytes(enlarge(sheet)))
+        content = png_bytes(enlarge(sheet), drawn if name in SAMPLED else "")
+        write_bytes(folder / f"{name}-{run.step:08d}{end}.png", content)
 
 
 # ---- Curves

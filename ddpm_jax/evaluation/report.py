@@ -16,6 +16,7 @@ from etils import epath
 from ddpm_jax import config as configs
 from ddpm_jax.config import Config
 from ddpm_jax.core.files import remove_remnants, write_text
+from ddpm_jax.data.sheets import description_of
 from ddpm_jax.evaluation.evaluation import EVALUATION
 from ddpm_jax.evaluation.figures import COLUMNS, FOLDER, curves
 from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, said_weights, step_of, weights_of
@@ -195,15 +196,18 @@ def _strip(workdir: epath.Path, config: Config) -> str:
         return ""
     alt, path, in_rows = found
     content, (down, across) = path.read_bytes(), config.data.size
+    if drawn := description_of(content):
+        alt = f"{alt}, {drawn}"
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))  # of a PNG
     scale = width // (COLUMNS * (across + 1) - 1)
     top = scale * (STRIP_ROWS * (down + 1) - 1)
     pixels = _pixelated(config)
     if not in_rows or height <= top:
         image = _image(content, "png", alt, classes=f"whole {pixels}")
-        return f'<figure class="strip">{image}<figcaption>{alt}.</figcaption></figure>'
+        return f'<figure class="strip">{image}<figcaption>{html.escape(alt)}.</figcaption></figure>'
     image = _image(content, "png", alt, classes=pixels, style=f"aspect-ratio: {width} / {top}")
-    return f'<details class="strip"><summary>{image}<small>{alt}; a click shows all, or the first.</small></summary></details>'
+    said = f"<small>{html.escape(alt)}; a click shows all, or the first.</small>"
+    return f'<details class="strip"><summary>{image}{said}</summary></details>'
 
 
 def _cards(results: list[dict[str, Any]], step: int, better: str, paper: dict[str, str]) -> str:
@@ -369,7 +373,10 @@ def _figures(workdir: epath.Path, config: Config) -> str:
             if found := _newest(workdir / EVALUATION / FOLDER, f"{name}-", end):
                 step, path = found
                 text = f"{caption} Step {step:,}{parameters}."
-                image = _image(path.read_bytes(), "png", text, classes=pixels)
+                content = path.read_bytes()
+                if drawn := description_of(content):
+                    text += f" Samples by {drawn}."
+                image = _image(content, "png", text, classes=pixels)
                 said.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
     return "<h2>Figures</h2>" + _pair(said) if said else ""
 
