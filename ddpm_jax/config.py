@@ -210,7 +210,7 @@ class TrainConfig:
     keep_best: Annotated[Literal["eval_loss", "eval_bits_per_dim", "eval_fid"], MAY_CHANGE] = "eval_loss"
     """The checkpoint at which this was least is kept too: `--step best`."""
     init_from: str = ""
-    """Workdir of a run whose EMA parameters this one starts from; empty: start from random ones."""
+    """Workdir, pretrained:NAME or exported .safetensors file whose EMA parameters the run starts from; empty: random ones."""
     fsdp: Annotated[int, Bounds(1), MAY_CHANGE] = 1
     """Devices over which parameters, EMA and optimizer state are split, for models too big for one device."""
 

@@ -261,6 +261,20 @@ def test_what_asks_for_running_is_refused_where_one_only_compiles(changes, optio
         plan.refuse(SMALL, Plan(**changes), compiling=True)
 
 
+def test_fsdp_is_checked_by_the_devices_that_are_compiled_for(monkeypatch):
+    """By the 16 of the topology, and not by the 8 that are there; samplers split no state."""
+    monkeypatch.setattr(topology, "describe_topology", lambda name: jax.devices() * 2)
+    monkeypatch.setattr(topology, "compile_sampling", lambda *_: {})
+    split = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, fsdp=16))
+    plan.refuse(split, Plan(train=True, steps=(5,)), compiling=True)
+    plan.refuse(split, Plan(steps=(5,)))
+    with pytest.raises(UsageError, match=r"train\.fsdp=16 does not divide the 8 devices"):
+        plan.refuse(split, Plan(train=True, steps=(5,)))
+    three = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, fsdp=3))
+    with pytest.raises(UsageError, match=r"train\.fsdp=3 does not divide the 16 devices"):
+        next(plan.compile_for(three, Plan(train=True, steps=(5,), batch_sizes=(16,)), "v5e:4x4"))
+
+
 def test_batches_that_the_chips_do_not_share_are_refused_before_anything_is_compiled(monkeypatch):
     monkeypatch.setattr(topology, "describe_topology", lambda name: jax.devices())
     monkeypatch.setattr(topology, "_compile", lambda *_: pytest.fail("compiled"))

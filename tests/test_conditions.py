@@ -164,6 +164,17 @@ def test_a_condition_of_another_aspect_than_its_image_is_refused_with_both_names
         open_source(pairs_of(tmp_path, cache=cache)).rows[np.array([3])]
 
 
+def test_of_several_conditions_of_another_aspect_the_first_is_told(tmp_path, monkeypatch):
+    """They can be decoded, so nothing can be listed or left out."""
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
+    pair_folders(tmp_path)
+    for name in ("a/3", "a/1"):
+        Image.new("RGB", (8, 24)).save(tmp_path / f"images/{name}.png")
+    with pytest.raises(UsageError, match=r"a/1.bmp does not fit: .* \(1 more of \d+ are no good either\)") as refused:
+        open_source(pairs_of(tmp_path, cache="auto")).rows[np.array([3])]
+    assert "--check" not in str(refused.value)
+
+
 # ---- Training
 
 

@@ -133,6 +133,18 @@ def test_16_bits_whose_white_is_0_are_inverted_like_8_bits():
     np.testing.assert_array_equal(decode(content, (1, 3), 1, (0, 65535))[..., 0], 65535 - values)
 
 
+def test_pixels_of_16_bits_are_no_colours_of_16_bits():
+    """A BMP with 5 or 6 bits for each colour, without and with a range."""
+    pixels = np.array([[0x0000, 0xFFFF]], "<u2")
+    masks, header = (
+        struct.pack("<3I", 0xF800, 0x07E0, 0x001F),
+        struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0),
+    )
+    content = struct.pack("<2sIHHI", b"BM", 70, 0, 0, 66) + header + masks + pixels.tobytes()
+    np.testing.assert_array_equal(decode(content, (1, 2), 1)[0, :, 0], [0, 255])
+    np.testing.assert_array_equal(decode(content, (1, 2), 1, (0, 65535))[0, :, 0], [0, 65535])
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bits_whose_low_byte_cannot_be_read_are_refused_with_a_range(channels):
     with pytest.raises(ValueError, match=r"have 16 bits, of which data\.value_range needs all and 8 can be read"):

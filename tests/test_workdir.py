@@ -11,6 +11,8 @@ import pytest
 from etils import epath
 from tiny import experiment, tiny
 
+from ddpm_jax import train
+from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import LOCK
 from ddpm_jax.training.checkpoint import KEPT, MANIFEST
@@ -115,11 +117,31 @@ def test_a_command_with_other_options_costs_no_checkpoint_that_an_earlier_one_ke
 
 
 def test_options_that_change_are_told_and_the_same_ones_are_not(tmp_path, capsys):
-    config = with_steps(epath.Path(tmp_path), keep_last=3)
+    enter(epath.Path(tmp_path) / "begun", tiny(model={"ch": 16}))
+    enter(epath.Path(tmp_path) / "begun", tiny())  # without a checkpoint nothing goes on
+    config = with_steps(epath.Path(tmp_path) / "run", keep_last=3)
+    tmp_path /= "run"
     enter(epath.Path(tmp_path), config)
     assert capsys.readouterr().out == ""
     enter(epath.Path(tmp_path), tiny(train={"log_every": 10}))
     assert "other options than before: train.log_every 4 -> 10, train.keep_last 3 -> 2.\n" in capsys.readouterr().out
+
+
+def test_processes_are_compared_by_the_whole_command(tmp_path, monkeypatch):
+    def compare(facts):
+        raise UsageError(repr(facts))
+
+    monkeypatch.setattr(sharding, "check_same", compare)
+    with pytest.raises(UsageError) as compared:
+        train(experiment(tiny()), tmp_path / "run", changed_data=True)
+    for fact in (
+        f"'--workdir': '{tmp_path / 'run'}'",
+        "'--changed-data': True",
+        "'--unverified': False",
+        "'train.lr': ",
+    ):
+        assert fact in str(compared.value)
+    assert "data.source" not in str(compared.value)  # hosts may call it otherwise
 
 
 # ---- One training at a time

@@ -15,8 +15,9 @@ from typing import IO, Any
 from ddpm_jax.benchmark.comparison import Comparison
 from ddpm_jax.benchmark.options import Plan, dtypes_of
 from ddpm_jax.benchmark.programs import Row
-from ddpm_jax.benchmark.timing import Timing, commit
+from ddpm_jax.benchmark.timing import Timing
 from ddpm_jax.config import Config
+from ddpm_jax.core.checkout import commit
 from ddpm_jax.core.errors import RunError, UsageError
 
 THIS = Path(__file__).parents[2]

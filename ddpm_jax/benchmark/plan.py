@@ -29,7 +29,8 @@ def refuse(config: Config, plan: Plan, *, compiling: bool = False) -> None:
 
     compiling: the plan is for `compile_for`, so options of running are refused.
     """
-    check(config)
+    trained = plan.train or plan.data  # a topology's devices are checked by `compile_for`
+    check(config, num_devices=jax.device_count() if trained and not compiling else None)
     check_plan(plan, compiling=compiling)
     Experiment.from_config(config).check_unconditional("benchmark")
     for options, _, batch in _sampling(plan):

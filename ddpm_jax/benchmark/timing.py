@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ddpm_jax.core.checkout import commit
 from ddpm_jax.core.version import __version__
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors, by JAX's device_kind (some chips have two names).
@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # not installed
-    checkout = commit(Path(__file__).parents[2])
+    checkout = commit()
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -102,17 +102,6 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
     } | ({"commit": checkout} if checkout else {})
-
-
-def commit(checkout: Path) -> str:
-    """The commit of a checkout, marked dirty if files have been changed since; empty if there is none, or no git."""
-    if not (checkout / ".git").exists():
-        return ""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
 
 
 def processor() -> str:

@@ -75,7 +75,7 @@ def from_parameters(source: str, workdir: str, weights: str) -> None:
         raise UsageError(f"{source} is no file of parameters; give pretrained:NAME, or a file that ends in {ENDING}")
     run = load_run(source, weights=weights, mesh=one_device())
     state = dataclasses.replace(state_from_params(run.experiment, run.params), step=jnp.asarray(run.step, jnp.int32))
-    write_run(workdir, run.experiment, state)
+    write_run(workdir, run.experiment, state, run.classes)
     print(f"{source} is now the run {workdir} at step {run.step}, with a fresh optimizer")
 
 

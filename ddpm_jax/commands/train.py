@@ -68,7 +68,8 @@ def train(
     """
     config, workdir, stop = experiment.config, open_folder(workdir), StopSignal()
     # Hosts may find the images under different names: their identities are compared once they are open.
-    sharding.check_same({name: value for name, value in flatten(config).items() if not name.endswith("source")})
+    same = {name: value for name, value in flatten(config).items() if not name.endswith("source")}
+    sharding.check_same(same | {"--workdir": str(workdir), "--unverified": unverified, "--changed-data": changed_data})
     mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
         source, held_out = _open_data(experiment)

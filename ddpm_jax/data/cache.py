@@ -155,6 +155,10 @@ def _blocks(images: DecodedPictures, what: str) -> Iterator[tuple[np.ndarray, li
 
 
 def _refusal(bad: list[PictureError], total: int) -> UsageError:
+    undecoded = [picture for picture in bad if not picture.sentence]
+    if len(bad) > 1 and not undecoded:
+        return UsageError(f"{bad[0]} ({len(bad) - 1} more of {total} are no good either)")
+    bad = undecoded or bad
     if len(bad) == 1:
         return bad[0]
     first = ", ".join(f"{picture.name} ({picture.reason})" for picture in bad[:NAMED])
@@ -198,7 +202,7 @@ def without_bad(images: DecodedPictures, source: str) -> Pictures:
     pictures, path = images.pictures, bad_list(images)
     options = f" --channels {images.shape[3]}" if images.shape[3] != DataConfig.channels else ""
     if images.value_range:
-        options += " --value-range {:.9g} {:.9g}".format(*images.value_range)
+        options += " --value-range {:.17g} {:.17g}".format(*images.value_range)
     command = f"ddpm-jax prepare-data {source} --check{options}"
     try:
         with files.advising(f"write it again with {command}"):

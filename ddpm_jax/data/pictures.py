@@ -38,7 +38,7 @@ MAX_PIXELS = 2**26  # 8192 x 8192; Pillow warns of a decompression bomb beyond 1
 
 
 class PictureError(UsageError):
-    """A picture that cannot be decoded, or that a sentence says is no good. Attributes: `name` and `reason`."""
+    """A picture that cannot be decoded, or that a sentence says is no good. Attributes: `name`, `reason` and `sentence`."""
 
     def __init__(self, name: str, reason: str, sentence: str = ""):
         super().__init__(
@@ -46,8 +46,7 @@ class PictureError(UsageError):
             or f"the picture {name} cannot be decoded ({reason}); mend or remove it, or list all such pictures with "
             "ddpm-jax prepare-data SOURCE --check and leave them out with --data.on-bad-image skip"
         )
-        self.name = name
-        self.reason = reason
+        self.name, self.reason, self.sentence = name, reason, sentence
 
 
 Range = tuple[float, float] | None  # data.value_range
@@ -101,7 +100,8 @@ def _decode_page(
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
-    if value_range is not None and not picture.mode.startswith("I") and ";16" in str(getattr(picture, "tile", "")):
+    deep = ";16" in str(getattr(picture, "tile", "")) and picture.format != "BMP"  # whose BGR;16 are 16 bits a pixel
+    if value_range is not None and not picture.mode.startswith("I") and deep:
         raise ValueError(
             "its colours or its transparency have 16 bits, of which data.value_range needs all and 8 can be read; store it as "
             "grey without transparency"

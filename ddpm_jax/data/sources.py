@@ -105,14 +105,22 @@ class Source:
     def in_classes_of(self, names: Sequence[str]) -> "Source":
         """The source with the classes of these names: its own, found by name. As it is where either has no names.
 
-        Its labels raise UsageError if there are images of a class without one of these names.
+        Names that are paths may differ in the folders that all of a source have: train/cat and train/dog, test/cat and test/dog.
+
+        Its labels raise UsageError if there are images of a class without one of these names, or labels without a class.
         """
 
         def read_labels() -> np.ndarray | None:
             own, labels = list(self.read_classes()), self.labels
             if labels is None or not own or not names or own == list(names):
                 return labels
+            self.labels_of(len(own))  # raises for a label that has no name
             places = {name: i for i, name in enumerate(names)}
+            if not places.keys() >= set(own):
+                places, own = (
+                    {name: i for i, name in enumerate(without_shared_folders(names))},
+                    without_shared_folders(own),
+                )
             if missing := [own[label] for label in np.unique(labels) if own[label] not in places]:
                 raise UsageError(
                     f"the images have the class {missing[0]!r}, and the run has {', '.join(map(str, names[:NAMED]))}; "
@@ -121,6 +129,14 @@ class Source:
             return np.array([places.get(name, -1) for name in own])[labels]
 
         return replace(self, read_labels=read_labels, read_classes=lambda: names or self.read_classes())
+
+
+def without_shared_folders(names: Sequence[str]) -> list[str]:
+    """Names without the leading folders that all of them have: train/cat, train/dog -> cat, dog."""
+    parts = [str(name).split("/") for name in names]
+    while parts and all(len(path) > 1 and path[0] == parts[0][0] for path in parts):
+        parts = [path[1:] for path in parts]
+    return ["/".join(path) for path in parts]
 
 
 class Arrays(NamedTuple):

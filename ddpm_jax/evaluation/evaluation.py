@@ -24,6 +24,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import DamagedFileError, check_place, digest, is_regular, remove_remnants, sole_writer
 from ddpm_jax.core.room import check_disk, check_memory
+from ddpm_jax.core.version import __version__
 from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
@@ -49,6 +50,8 @@ from ddpm_jax.training.workdir import Run
 
 Result = TypeVar("Result")
 EVALUATION = "evaluation"
+NO_EPOCH = 2**63  # an epoch that no training reaches
+CHOSEN = {"chosen": "in random order"}  # real images, where not all are taken
 MOST_IMAGES = 50_000  # the number that papers use for FID
 
 
@@ -233,7 +236,7 @@ class Evaluation:
         return {"source": name, "identity": self.source.identity, "images": self.num_real, **self._chosen()}
 
     def _chosen(self) -> dict[str, str]:
-        return {} if self.num_real == len(self.source) else {"chosen": "at random"}
+        return {} if self.num_real == len(self.source) else CHOSEN
 
     def definition(self, *parts: str) -> dict[str, Any]:
         """The definition of a result. parts: some of sampling, features, reference, statistics, bound, losses, flow."""
@@ -292,7 +295,10 @@ class Evaluation:
             )
             return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
 
-        return self._parts({**self.sampling(), "batch_size": self.batch_size, "software": self.software}, compute)
+        definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
+        if self.experiment.conditioning is not None and self.source.stamp:
+            definition["stamp"] = self.source.stamp
+        return self._parts(definition, compute)
 
     @once
     def generated(self) -> Arrays:
@@ -387,9 +393,10 @@ class Evaluation:
 
 def software(mesh: Mesh) -> dict[str, str]:
     """The versions of the software, and the devices."""
-    names = ("ddpm-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+    names = ("jax", "jaxlib", "flax", "numpy", "scipy")
     return {
         "python": platform.python_version(),
+        "ddpm-jax": __version__,
         **{name: importlib.metadata.version(name) for name in names},
         "device": f"{mesh.devices.size} {mesh.devices.flat[0].device_kind}",
     }
@@ -399,9 +406,10 @@ def real_places(size: int, count: int) -> np.ndarray:
     """The places of the real images in a source of `size`: all in order, or `count` of them in a random order.
 
     A source may be sorted by class, so that the first images are of one class alone. The order is always the same, and fewer
-    images are the first of more. 0: all.
+    images are the first of more. It is that of no epoch: else a short run would be judged by the very images it was trained on.
+    0: all.
     """
-    return np.arange(size) if count == 0 or count >= size else epoch_order(0, 0, size)[:count]
+    return np.arange(size) if count == 0 or count >= size else epoch_order(0, NO_EPOCH, size)[:count]
 
 
 def real_features(
@@ -430,7 +438,7 @@ def real_features(
     if pixels.value_range is not None:
         definition["value_range"] = pixels.value_range
     if len(places) < len(source):
-        definition["chosen"] = "at random"
+        definition |= CHOSEN
     return Parts(
         epath.Path(cache_folder()) / "features",
         definition,

@@ -13,6 +13,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax import config as configs
+from ddpm_jax.core.checkout import commit
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
@@ -98,7 +99,7 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
         "config": configs.to_json(run.config),
         "command": told.command,
         "hardware": told.hardware,
-        "software": software(run.mesh),
+        "software": software(run.mesh) | ({"commit": written_at} if (written_at := commit()) else {}),
         "data": data_of(workdirs[0]),
         "step": run.step,
         "parameters": sum(array.size for array in jax.tree.leaves(run.params)),

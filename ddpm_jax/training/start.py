@@ -83,11 +83,11 @@ def start_state(
                 raise UsageError(
                     f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
                 )
-            _check_classes(experiment, source, meta)
             tqdm.write(f"Note: {changed}.")
         check_network(meta, experiment)
+        recorded = {"classes": _classes_of(source, meta)} if experiment.num_classes else {}
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
-        return state, meta | {"data": source.identity}
+        return state, meta | {"data": source.identity} | recorded
     state = init_sharded_state(experiment, mesh)
     meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
     classes = tuple(source.read_classes()) if experiment.num_classes else ()
@@ -104,17 +104,16 @@ def start_state(
     return state, meta
 
 
-def _check_classes(experiment: Experiment, source: Source, meta: dict[str, Any]) -> None:
-    """Raises UsageError if the numbers of the classes have come to mean others."""
-    before = meta.get("classes") or []
-    now = list(source.read_classes()) if before and experiment.num_classes else []
-    if now and now[: len(before)] != before:
-        place = next(i for i, name in enumerate(before) if now[i : i + 1] != [name])
-        there = f"is {now[place]!r} now" if place < len(now) else "is missing now"
-        raise UsageError(
-            f"class {place} of the checkpoint, {before[place]!r}, {there}; name the classes so that they keep their order, "
-            "or start in another workdir"
-        )
+def _classes_of(source: Source, meta: dict[str, Any]) -> list[str]:
+    """The names of the classes that the run has had so far. Raises UsageError if a number has come to mean another one."""
+    before, now = list(meta.get("classes") or []), list(source.read_classes())
+    for place, (was, name) in enumerate(zip(before, now, strict=False)):
+        if was != name:
+            raise UsageError(
+                f"class {place} of the checkpoint, {was!r}, is {name!r} now; name the classes so that they keep their order, "
+                "or start in another workdir"
+            )
+    return now + before[len(now) :]
 
 
 def fitting_params(run: Run, state: TrainState, origin: str) -> Any:

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,8 +129,9 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
             )
         if old == config:
             return
-        _tell_changes(old, config)
-        _keep(workdir, old.train, config.train)
+        if saved_steps(workdir / CHECKPOINTS):
+            _tell_changes(old, config)
+            _keep(workdir, old.train, config.train)
     elif workdir.exists() and not all(path.name == LOCK or is_remnant(path, CONFIG) for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     _write_config(workdir, config)
@@ -189,8 +190,10 @@ def check_empty(path: epath.PathLike) -> None:
         raise UsageError(f"{folder} is not empty; choose a new folder")
 
 
-def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState) -> None:
+def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState, classes: Sequence[str] = ()) -> None:
     """Creates a workdir with the state as its only checkpoint. It records no data set, so training may use any.
+
+    classes: their names, if they are known.
 
     Raises UsageError if the workdir is not empty, and RunError if saving fails; the workdir is then removed.
     """
@@ -199,7 +202,8 @@ def write_run(workdir: epath.PathLike, experiment: Experiment, state: TrainState
     try:
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config)
         try:
-            checkpoints.save(state, {"data": None, "since_log": {}, "network": network_name(experiment)})
+            meta: dict[str, Any] = {"data": None, "since_log": {}, "network": network_name(experiment)}
+            checkpoints.save(state, meta | ({"classes": list(classes)} if classes else {}))
         finally:
             checkpoints.close()
         _write_config(workdir, config)  # last: after a kill, a folder without it is no workdir
