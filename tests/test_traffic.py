@@ -1,12 +1,13 @@
-"""Bytes to and from HBM, read off a TPU program's text; the expected bytes are counted by hand."""
+"""Bytes to and from HBM and expected cycles, read off a TPU program's text; what is expected is counted by hand."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from ddpm_jax.benchmark import topology
+from ddpm_jax.benchmark.cycles import Product, cycles, products
 from ddpm_jax.benchmark.parts import part_of
-from ddpm_jax.benchmark.traffic import hbm_bytes, instructions, matrix_fill, traffic
+from ddpm_jax.benchmark.traffic import hbm_bytes, instructions, traffic
 from ddpm_jax.core import sharding
 
 # One array is brought early, one in two slices; the loop's body works in VMEM but for one result.
@@ -95,28 +96,50 @@ def test_an_instruction_belongs_to_a_part_of_the_network(place, part):
     assert part_of(place) == part
 
 
-def test_features_are_rounded_up_to_the_matrix_unit():
-    text = """
-ENTRY %main (x: bf16[4,8,8,3]) -> bf16[4,8,8,256] {
+CYCLES = """
+%conv (x: bf16[4,8,8,3], k: bf16[3,3,3,256]) -> bf16[4,8,8,256] {
   %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
   %k = bf16[3,3,3,256]{3,2,1,0} parameter(1)
-  ROOT %y = bf16[4,8,8,256]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(f)/conv"}
+  ROOT %y = bf16[4,8,8,256]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(f)/UNet/conv_in/conv"}
+}
+%gradient (x: bf16[4,8,8,3], g: bf16[4,8,8,256]) -> bf16[3,3,3,256] {
+  %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
+  %g = bf16[4,8,8,256]{3,2,1,0} parameter(1)
+  ROOT %k = bf16[3,3,3,256]{3,2,1,0} convolution(%x, %g), window={size=8x8 pad=1_1x1_1}, dim_labels=f01b_i01o->01bf, metadata={op_name="jit(f)/transpose(jvp(UNet))/conv_in/conv"}
+}
+ENTRY %main (x: bf16[4,8,8,3], k: bf16[3,3,3,256], a: bf16[4,128,256], b: bf16[4,256,64]) -> bf16[3,3,3,256] {
+  %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
+  %k = bf16[3,3,3,256]{3,2,1,0} parameter(1)
+  %a = bf16[4,128,256]{2,1,0} parameter(2)
+  %b = bf16[4,256,64]{2,1,0} parameter(3)
+  %y = bf16[4,8,8,256]{3,2,1,0} fusion(%x, %k), kind=kOutput, calls=%conv, metadata={op_name="jit(f)/UNet/conv_in/conv"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %z = bf16[4,8,8,256]{3,2,1,0} fusion(%x, %k), kind=kOutput, calls=%conv, metadata={op_name="jit(f)/UNet/conv_in/conv"}, backend_config={"window_config":{"estimated_cycles":"20"}}
+  %p = bf16[4,128,64]{2,1,0} convolution(%a, %b), window={size=4}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/UNet/mid_attn_1/dot_general"}, backend_config={"estimated_cycles":"7"}
+  %free = bf16[4,128,64]{2,1,0} bitcast(%p)
+  %add = bf16[4,128,64]{2,1,0} add(%free, %free), metadata={op_name="jit(f)/UNet/mid_attn_1/add"}, backend_config={"estimated_cycles":"2"}
+  ROOT %g = bf16[3,3,3,256]{3,2,1,0} fusion(%x, %z), kind=kOutput, calls=%gradient, metadata={op_name="jit(f)/transpose(jvp(UNet))/conv_in/conv"}, backend_config={"estimated_cycles":"30"}
 }
 """
-    assert matrix_fill(text, 128) == pytest.approx(3 / 128)
-    assert matrix_fill(text, 256) == pytest.approx(3 / 256)
-    batched = """
-ENTRY %main (x: bf16[4,128,256]) -> bf16[4,128,64] {
-  %x = bf16[4,128,256]{2,1,0} parameter(0)
-  %k = bf16[4,256,64]{2,1,0} parameter(1)
-  ROOT %y = bf16[4,128,64]{2,1,0} convolution(%x, %k), window={size=4}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/dot_general"}
-}
-"""
-    assert matrix_fill(batched, 128) == 0.5
-    # The convolution has 2 * 4*64*256 * 27 FLOPs, the product 2 * 4*128*64 * 256.
-    both = matrix_fill(text + batched.replace("%main", "%other").replace("ENTRY ", ""), 128)
-    assert both == pytest.approx((3_538_944 + 16_777_216) / (3_538_944 * 128 / 3 + 16_777_216 * 2))
-    assert matrix_fill("", 128) == 1
+
+
+def test_cycles_are_summed_by_part():
+    assert cycles(CYCLES) == {"convolutions": 120, "convolutions, backward": 30, "attention": 9}
+    assert cycles(HLO) == {}
+
+
+def test_products_that_are_alike_are_one_with_the_cycles_of_all():
+    """A convolution and its kernel's gradient have the same FLOPs; a batched product takes each place of the window once."""
+    flops = 2 * 4 * 8 * 8 * 256 * 3 * 9 / 1e9
+    assert products(CYCLES) == [
+        Product("convolutions: [4, 8, 8, 3] x [3, 3, 3, 256] -> [4, 8, 8, 256]", 2, 2 * flops, 120),
+        Product(
+            "convolutions, backward: [4, 8, 8, 3] x [4, 8, 8, 256] -> [3, 3, 3, 256]",
+            1,
+            pytest.approx(flops),
+            30,
+        ),
+        Product("attention: [4, 128, 256] x [4, 256, 64] -> [4, 128, 64]", 1, 2 * 4 * 128 * 64 * 256 / 1e9, 7),
+    ]
 
 
 @pytest.mark.filterwarnings(
@@ -140,27 +163,33 @@ def test_a_program_compiled_for_a_tpu_reads_and_writes_what_it_must():
     least = 2 * (2 * 64 * 32 * 32 * 128 + 2 * 9 * 128 * 128)
     assert least <= sum(traffic(compiled.as_text()).values()) <= 1.01 * least
     assert compiled.cost_analysis()["bytes accessed"] > 1.9 * least
-    assert matrix_fill(compiled.as_text(), 128) == 1
+    assert sum(one.gflops for one in products(compiled.as_text())) == pytest.approx(4 * 64 * 32 * 32 * 9 * 128**2 / 1e9)
+    assert sum(cycles(compiled.as_text()).values()) > sum(one.cycles for one in products(compiled.as_text())) > 0
 
 
 class Chip:
     device_kind, platform = "TPU v5 lite", "tpu"
 
 
-def test_the_roofline_says_which_peak_bounds_with_the_padding(monkeypatch):
+def test_the_roofline_says_which_peak_bounds_and_what_the_compiler_expects():
     row = topology.roofline({"gflops": 197.0, "memory_mib": 8e9 / 2**20}, HLO, Chip)
     assert row["arithmetic_ms"] == pytest.approx(1)
     assert row["traffic_gb"] == pytest.approx(30_720 / 1e9)
     assert row["memory_ms"] == pytest.approx(30_720 / 819e6)
     assert row["of_hbm"] == pytest.approx(0.5)
     assert row["bound_by"] == "arithmetic"
+    assert "expected_ms" not in row
     assert topology.roofline({"gflops": 0.001}, HLO, Chip)["bound_by"] == "memory"
-    with monkeypatch.context() as m:  # an arithmetic of 0.75 of the memory's time, half of whose matrix unit is padding
-        m.setattr(topology, "matrix_fill", lambda hlo, width: 0.5)
-        assert topology.roofline({"gflops": 0.75 * 197 * row["memory_ms"]}, HLO, Chip)["bound_by"] == "arithmetic"
-    told = topology.tell_traffic(row | {"what": "train step", "devices": 8}, largest=1)
+    told = topology.tell_parts(row | {"what": "train step", "devices": 8}, largest=1)
     assert told == "train step, 8 chips: outside the network: 0.00 GB; other: 0.00 GB"
-    assert topology.tell_traffic({"what": "train step"}) == ""
+    assert topology.tell_parts({"what": "train step"}) == ""
+    expected = topology.roofline({"gflops": 0.1}, CYCLES, Chip)
+    per_ms = 197e9 / 131_072  # cycles at which the matrix unit reaches its peak
+    assert expected["expected_ms"] == pytest.approx(159 / per_ms)
+    assert expected["expected_ms_by_part"]["attention"] == pytest.approx(9 / per_ms)
+    [product] = [one for one in expected["products"] if one["what"].startswith("attention")]
+    assert product["of_peak"] == pytest.approx(2 * 4 * 128 * 64 * 256 / 131_072 / 7)
+    assert "convolutions: 0.00 GB, 0.00 ms" in topology.tell_parts(expected | {"what": "train step", "devices": 8})
 
 
 class Refused:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from ddpm_jax.benchmark.cycles import cycles, products
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
 from ddpm_jax.benchmark.timing import peak_tflops
-from ddpm_jax.benchmark.traffic import matrix_fill, traffic
+from ddpm_jax.benchmark.traffic import traffic
 from ddpm_jax.config import check
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError, first_line
@@ -43,27 +44,30 @@ COLUMNS = {
     "of_hbm": ("of HBM", ".0%"),
     "gflops": ("GFLOP a chip and step", ".1f"),
     "arithmetic_ms": ("arithmetic ms", ".2f"),
-    "matrix_fill": ("filled", ".0%"),
     "traffic_gb": ("GB to and from HBM", ".2f"),
     "memory_ms": ("memory ms", ".2f"),
     "bound_by": ("bound by", ""),
+    "expected_ms": ("compiler's ms", ".2f"),
     "collectives": ("collectives", ""),
 }
 
 
 class Chip(NamedTuple):
-    """What bounds a TPU chip beside its peak TFLOP/s, from the vendor: HBM in GB and GB/s, and the width of its matrix units."""
+    """What bounds a TPU chip beside its peak TFLOP/s: HBM in GB and GB/s, from the vendor, and FLOPs in a cycle of the compiler.
+
+    libtpu expects 117, 127, 252 and 456 thousand FLOPs a cycle of one product of 4,096 x 4,096 matrices, in the order below.
+    """
 
     hbm_gb: int
     hbm_gb_per_s: float
-    width: int
+    flops_per_cycle: int
 
 
 CHIPS = {
-    "TPU v4": Chip(32, 1228.0, 128),
-    "TPU v5 lite": Chip(16, 819.0, 128),
-    "TPU v5": Chip(95, 2765.0, 128),
-    "TPU v6 lite": Chip(32, 1640.0, 256),
+    "TPU v4": Chip(32, 1228.0, 131_072),
+    "TPU v5 lite": Chip(16, 819.0, 131_072),
+    "TPU v5": Chip(95, 2765.0, 262_144),
+    "TPU v6 lite": Chip(32, 1640.0, 524_288),
 }
 
 
@@ -182,29 +186,42 @@ def _compile(function: Any, mesh: Mesh, *arguments: Any) -> Row:
 def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
     """The least time of a step by its arithmetic and by its bytes of HBM, each at the chip's peak, and which is longer.
 
-    What bounds the step is told with the padding of the matrix unit, which takes its time too.
+    Beside them the time that the compiler expects, which says how near to these the kernels come that it has found.
     """
     chip, peak = CHIPS.get(device.device_kind), peak_tflops(device, "bfloat16")
     if chip is None or peak is None:
         return {}
-    parts = traffic(hlo)
-    gb = sum(parts.values()) / 1e9
-    arithmetic, moved, fill = row["gflops"] / peak, 1e3 * gb / chip.hbm_gb_per_s, matrix_fill(hlo, chip.width)
+    parts, expected = traffic(hlo), cycles(hlo)
+    gb, per_ms = sum(parts.values()) / 1e9, peak * 1e9 / chip.flops_per_cycle
+    arithmetic, moved = row["gflops"] / peak, 1e3 * gb / chip.hbm_gb_per_s
     held = {"of_hbm": row["memory_mib"] * 2**20 / chip.hbm_gb / 1e9} if "memory_mib" in row else {}
-    return held | {
-        "arithmetic_ms": arithmetic,
-        "matrix_fill": fill,
-        "traffic_gb": gb,
-        "traffic_bytes": parts,
-        "memory_ms": moved,
-        "bound_by": "arithmetic" if arithmetic > moved * fill else "memory",
-    }
+    told = {"expected_ms": sum(expected.values()) / per_ms} if expected else {}
+    return (
+        held
+        | told
+        | {
+            "arithmetic_ms": arithmetic,
+            "traffic_gb": gb,
+            "traffic_bytes": parts,
+            "memory_ms": moved,
+            "bound_by": "arithmetic" if arithmetic > moved else "memory",
+            "expected_ms_by_part": {part: count / per_ms for part, count in expected.items()},
+            "products": [
+                one._asdict() | {"of_peak": one.gflops / peak / (one.cycles / per_ms)} for one in products(hlo)
+            ],
+        }
+    )
 
 
-def tell_traffic(row: Row, largest: int = 8) -> str:
-    """train step, 8 chips: convolutions: 0.44 GB; normalisation, backward: 0.88 GB, ...; empty if the traffic is unknown."""
-    parts = row.get("traffic_bytes", {})
-    told = [f"{name}: {size / 1e9:.2f} GB" for name, size in list(parts.items())[:largest]]
-    rest = sum(list(parts.values())[largest:])
-    told += [f"other: {rest / 1e9:.2f} GB"] if rest else []
+def tell_parts(row: Row, largest: int = 8) -> str:
+    """train step, 8 chips: convolutions: 0.44 GB, 3.10 ms; ...: bytes of HBM and the compiler's time by part, where known."""
+    parts, expected = row.get("traffic_bytes", {}), row.get("expected_ms_by_part", {})
+    names = sorted({**parts, **expected}, key=lambda name: -expected.get(name, parts.get(name, 0)))
+
+    def said(some: list[str]) -> str:
+        gb, ms = sum(parts.get(name, 0) for name in some) / 1e9, sum(expected.get(name, 0.0) for name in some)
+        return f"{gb:.2f} GB" + (f", {ms:.2f} ms" if expected else "")
+
+    told = [f"{name}: {said([name])}" for name in names[:largest]]
+    told += [f"other: {said(names[largest:])}"] if names[largest:] else []
     return f"{row['what']}, {row['devices']} chips: {'; '.join(told)}" if told else ""

@@ -38,7 +38,7 @@ def main(arguments: Benchmark) -> None:
     else:
         rows, columns = measure(config, arguments.plan, load_params), programs.COLUMNS
     done = report(arguments, rows, columns, timing.environment)
-    for line in filter(None, map(topology.tell_traffic, done)):
+    for line in filter(None, map(topology.tell_parts, done)):
         print(line)
 
 
