@@ -10,6 +10,8 @@ import pytest
 from spy import seen_by_the_loss
 from tiny import experiment, tiny
 
+from ddpm_jax.benchmark.programs import image_shapes
+from ddpm_jax.benchmark.topology import collectives
 from ddpm_jax.core import sharding
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data import make_feed, open_source
@@ -209,3 +211,18 @@ def test_state_is_born_split_over_fsdp_and_the_losses_agree():
     _, split = run(config, 4, mesh=mesh)
     _, whole = run(tiny(model=SMALLER | {"ch": 64}), 4)
     assert_metrics_agree(split, whole)
+
+
+def test_a_split_state_is_gathered_once_a_step_and_no_image_moves():
+    """Left to itself, XLA splits convolutions by channels and exchanges images: more memory and traffic than a whole state's."""
+    config = tiny(train={"fsdp": 8}, model=SMALLER | {"ch": 64})
+    mesh = sharding.make_mesh(fsdp=8)
+    state = training.abstract_state(experiment(config), mesh)
+    step = training.make_train_step(experiment(config), mesh=mesh)
+    found = collectives(step.lower(state, image_shapes(experiment(config), 1), None).compile().as_text())
+    divided = [4 * a.size for a in jax.tree.leaves(state.params) if not a.sharding.is_fully_replicated]
+    assert len(divided) >= 3
+    assert sum(one.bytes for one in found if one.kind == "all-gather") == sum(divided)
+    assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    summed = 4 * sum(a.size for a in jax.tree.leaves(state.params))
+    assert sum(one.bytes for one in found if one.kind == "all-reduce") <= 1.01 * summed + 1000

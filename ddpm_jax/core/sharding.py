@@ -234,6 +234,23 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(one, state)
 
 
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays of a state inside a compiled program, gathered on every device if fsdp splits them.
+
+    Left to itself, XLA splits the network along the axes that its parameters are split along, and moves images instead.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def scattered(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays like those of a state inside a compiled program, such as gradients, split as `state_sharding` says."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_sharding(mesh, tree))
+
+
 def to_host(tree: Any) -> Any:
     """The arrays of a tree as NumPy arrays, each whole on every process. All processes must call it."""
 

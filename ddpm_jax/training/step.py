@@ -149,11 +149,16 @@ def _parts(x: Array, n: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
-def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def one_step(
+    experiment: Experiment, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one training step, Algorithm 1 (not compiled).
 
     batch: images (B, H, W, C) as they are stored, with paired conditions as further channels; with classes a pair of them and
     int labels (B,). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
+
+    mesh: that of a state which train.fsdp splits. A step gathers its parameters once and sums the gradients over all devices;
+    each device updates its part of the state.
     """
     options = experiment.config.train
     n = options.accumulation
@@ -164,7 +169,12 @@ def one_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[Trai
 
     def gradient(params, batch):
         """Gradient of the mean loss, and each image's loss, accumulated over n parts."""
-        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+
+        def value_and_grad(params, *batch):
+            value, grads = jax.value_and_grad(mean_loss, has_aux=True)(sharding.whole(params, mesh), *batch)
+            # Whole first: else XLA sums each device's part in a loop over all devices, with further copies of the images.
+            return value, sharding.scattered(sharding.whole(grads, mesh), mesh)
+
         if n == 1:
             return value_and_grad(params, *batch)
 
@@ -229,7 +239,7 @@ def make_train_step(
         True
     """
     mesh = sharding.make_mesh(fsdp=experiment.config.train.fsdp) if mesh is None else mesh
-    step = one_step(experiment)
+    step = one_step(experiment, mesh)
     state_sharding = sharding.state_sharding(mesh, abstract_state(experiment))
 
     def train_steps(state, batches, dataset):
