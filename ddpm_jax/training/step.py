@@ -5,7 +5,7 @@ accumulation changes a draw.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -149,6 +149,20 @@ def _parts(x: Array, n: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
+def _accumulate(value_and_grad: Callable[..., Any], params: Any, batch: Any, n: int) -> Any:
+    """The mean loss and each image's loss, and the gradient of the first, accumulated over n parts of a batch."""
+    if n == 1:
+        return value_and_grad(params, *batch)
+
+    def add_part(total, part):
+        (loss, values), gradient = value_and_grad(params, *part)
+        return jax.tree.map(lambda a, b: a + b / n, total, (loss, gradient)), values
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), values = jax.lax.scan(add_part, zero, jax.tree.map(lambda x: _parts(x, n), batch))
+    return (loss, values.T.reshape(-1)), grads
+
+
 def one_step(
     experiment: Experiment, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -161,30 +175,15 @@ def one_step(
     each device updates its part of the state.
     """
     options = experiment.config.train
-    n = options.accumulation
 
     def mean_loss(params, x_0, t, eps, weights, *given):
         values = experiment.loss(experiment.model(params, *given), x_0, t, eps)
         return jnp.mean(values * weights), values
 
-    def gradient(params, batch):
-        """Gradient of the mean loss, and each image's loss, accumulated over n parts."""
-
-        def value_and_grad(params, *batch):
-            value, grads = jax.value_and_grad(mean_loss, has_aux=True)(sharding.whole(params, mesh), *batch)
-            # Whole first: else XLA sums each device's part in a loop over all devices, with further copies of the images.
-            return value, sharding.scattered(sharding.whole(grads, mesh), mesh)
-
-        if n == 1:
-            return value_and_grad(params, *batch)
-
-        def add_part(total, part):
-            (loss, values), gradient = value_and_grad(params, *part)
-            return jax.tree.map(lambda a, b: a + b / n, total, (loss, gradient)), values
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), values = jax.lax.scan(add_part, zero, jax.tree.map(lambda x: _parts(x, n), batch))
-        return (loss, values.T.reshape(-1)), grads
+    def value_and_grad(params, *batch):
+        value, grads = jax.value_and_grad(mean_loss, has_aux=True)(sharding.whole(params, mesh), *batch)
+        # Whole first: else XLA sums each device's part in a loop over all devices, with further copies of the images.
+        return value, sharding.scattered(sharding.whole(grads, mesh), mesh)
 
     def step(state, batch):
         images, labels = batch if isinstance(batch, tuple) else (batch, None)
@@ -198,7 +197,8 @@ def one_step(
             condition = augment(options, condition, draws.flip, draws.flip_ud, draws.turn)
         if options.label_dropout:
             labels = jnp.where(draws.drop_label, experiment.null_label, labels)
-        (loss, values), grads = gradient(state.params, (x_0, t, eps, weights, dropout_keys, labels, condition))
+        given = (x_0, t, eps, weights, dropout_keys, labels, condition)
+        (loss, values), grads = _accumulate(value_and_grad, state.params, given, options.accumulation)
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         history = state.loss_history
