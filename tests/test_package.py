@@ -253,12 +253,12 @@ def bin_folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_stays_small(bin_folder):
-    """Results are shipped without their pictures, and in less than 5 MB."""
+    """Results are shipped without their pictures, and in less than 6.5 MB."""
     (wheel,) = (bin_folder.parent.parent / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         results = [entry for entry in archive.infolist() if entry.filename.startswith("ddpm_jax/results/")]
     assert {Path(entry.filename).suffix for entry in results} == {".json", ".safetensors"}
-    assert sum(entry.compress_size for entry in results) < 5e6
+    assert sum(entry.compress_size for entry in results) < 6.5e6
 
 
 @pytest.mark.slow
