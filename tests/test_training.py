@@ -15,6 +15,7 @@ from ddpm_jax.benchmark.topology import collectives
 from ddpm_jax.core import sharding
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.data import make_feed, open_source
+from ddpm_jax.generation.generator import make_generator
 from ddpm_jax.training import step as training
 
 
@@ -224,5 +225,10 @@ def test_a_split_state_is_gathered_once_a_step_and_no_image_moves():
     assert len(divided) >= 3
     assert sum(one.bytes for one in found if one.kind == "all-gather") == sum(divided)
     assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    indices, key = jax.ShapeDtypeStruct((8,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    draw = make_generator(experiment(config), mesh).lower(state.params, key, indices).compile()
+    drawn = collectives(draw.as_text())  # of a grid: the parameters, and the images at the end
+    assert sum(one.bytes for one in drawn if one.kind == "all-gather") == sum(divided) + 8 * 8 * 8
+    assert {one.kind for one in drawn} == {"all-gather"}
     summed = 4 * sum(a.size for a in jax.tree.leaves(state.params))
     assert sum(one.bytes for one in found if one.kind == "all-reduce") <= 1.01 * summed + 1000

@@ -197,8 +197,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 
 def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`jax.jit` of a function that runs the network, with its results on every device of the mesh."""
-    return jax.jit(function, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
+    """`jax.jit` of a function (params, ...) that runs the network, with its results on every device of the mesh."""
+
+    @functools.wraps(function)
+    def with_whole(params, *args, **kwargs):
+        return function(whole(params, mesh), *args, **kwargs)
+
+    return jax.jit(with_whole, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
 
 
 def round_up(count: int, num_devices: int) -> int:
