@@ -20,7 +20,7 @@ from ddpm_jax.data import epoch_order, make_feed, open_source
 from ddpm_jax.data.conditions import CONDITIONS, conditioning_of
 from ddpm_jax.data.pictures import PictureError
 from ddpm_jax.evaluation.bits import bound_key, make_bound, strata
-from ddpm_jax.evaluation.evaluation import Programs
+from ddpm_jax.evaluation.evaluation import Programs, real_places
 from ddpm_jax.evaluation.evaluators import SampleGrid
 from ddpm_jax.generation.generator import make_generator, sample_key
 from ddpm_jax.generation.options import SamplerOptions
@@ -476,7 +476,7 @@ def test_psnr_is_of_the_images_whose_conditions_the_samples_have(workdir, run):
     command("evaluate", workdir, "--features", "pixels", *options)
     (result,) = (json.loads(path.read_text()) for path in (workdir / "evaluation").glob("psnr-*.json"))
     order, source = np.tile(epoch_order(0, 0, 4), 2), open_source(UP.data)
-    images = source.read(epoch_order(0, 0, len(source))[:4])
+    images = source.read(real_places(len(source), 4))
     generate = make_generator(run.experiment, run.mesh, SamplerOptions("ddim", steps=(3,)))
     conditions = np.asarray(run.experiment.conditioning.split(images)[1])[order]
     samples = np.asarray(generate(run.params, sample_key(0), np.arange(8), conditions=conditions), float)

@@ -1,8 +1,10 @@
 """The README's sentences about behaviour are true, and its code runs."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 from test_architecture import WINGS
 
 import ddpm_jax
@@ -10,6 +12,9 @@ from ddpm_jax.commands.arguments import PARSERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")])
+# In the places of arguments that a reader chooses.
+PLACEHOLDERS = {"--help", "FOLDER", "PICTURES", "PHOTOS", "photos", "CONFIG", "S"}
 
 
 def test_the_twelve_lines_run(capsys):
@@ -38,7 +43,7 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_every_file_that_a_document_names_exists():
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for document in DOCUMENTS:
         text = document.read_text()
         for name in re.findall(r"`((?:ddpm_jax|tests|configs|docs)/[\w/]+\.\w+)`", text):
             assert (ROOT / name).exists(), f"{document.name}: {name}"
@@ -57,16 +62,28 @@ def test_the_architecture_has_every_module_in_the_order_of_imports():
     assert places == sorted(places)
 
 
-def test_every_command_line_can_be_parsed(monkeypatch):
+def commands_of(text):
+    """(script, words) of every command in a document; lines may go on after a backslash, and in quotes on the next line."""
+    text = re.sub(r" \\\n +", " ", text)
+    inline = re.findall(r"`python (\w+)\.py ([^`]*)`|`ddpm-jax ([^\s`]+) ([^`]*)`", text)
+    blocks = re.findall(
+        r"^python (\w+)\.py (.*?)(?: +#.*|   .*)?$|^ddpm-jax (\S+) (.*?)(?: +#.*)?$", text, re.MULTILINE
+    )
+    for script, words, command, others in blocks + inline:
+        yield (script or command).replace("-", "_"), shlex.split(words or others)
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d.name != "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_command_line_can_be_parsed(document, monkeypatch):
     """As far as that does not need the run, the pictures or the weights."""
     monkeypatch.chdir(ROOT)
-    lines = re.findall(r"^python (\w+)\.py (.*?)(?: +#.*)?$|`python (\w+)\.py ([^`]*)`", README, re.MULTILINE)
-    commands = [(line[0] or line[2], (line[1] or line[3]).split()) for line in lines]
-    consoles = re.findall(r"^ddpm-jax (\S+) (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    commands += [(name.replace("-", "_"), words.split()) for name, words in consoles]
-    assert {name for name, _ in commands} == set(PARSERS) - {"configs", "env"}
+    commands = list(commands_of(document.read_text()))
+    if document.name == "README.md" and document.parent == ROOT:
+        assert {name for name, _ in commands} == set(PARSERS) - {"configs", "env"}
     for name, words in commands:
-        if "--help" not in words and words[0] not in ("FOLDER", "PICTURES", "PHOTOS"):
+        if name in PARSERS and not PLACEHOLDERS & set(words):
             PARSERS[name](words)
 
 
