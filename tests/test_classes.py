@@ -18,7 +18,7 @@ from tiny import experiment, one_device, tiny
 
 from ddpm_jax import train
 from ddpm_jax.commands import convert
-from ddpm_jax.commands.train import data_notes
+from ddpm_jax.commands.train import _open_data, data_notes
 from ddpm_jax.config import ConfigError
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
@@ -189,13 +189,19 @@ def test_class_names_are_kept_in_the_workdir_and_shown_in_grids(tmp_path):
     assert (shown[:14] < 128).any()
 
 
-def test_class_names_go_with_an_exported_file(run, tmp_path):
+def test_class_names_go_with_an_exported_file(run, tmp_path, capsys):
     names = tuple("0123456789")
     export_run(dataclasses.replace(run, classes=names), tmp_path / "named.safetensors", weights=run.weights)
     export_run(dataclasses.replace(run, classes=()), tmp_path / "plain.safetensors", weights=run.weights)
     assert load_run(tmp_path / "named.safetensors").classes == names
     convert.from_parameters(str(tmp_path / "named.safetensors"), str(tmp_path / "again"), "ema")
     assert load_run(tmp_path / "again").classes == names
+    data = dataclasses.replace(CLASSES.data, source=of_classes(tmp_path / "pets", ["cat", "dog"]))
+    config = dataclasses.replace(run.config, data=data)
+    with contextlib.closing(Checkpoints(tmp_path / "again/checkpoints", config=config)) as checkpoints:
+        _, meta = start_state(run.experiment, open_source(data), one_device(), checkpoints)
+    assert "Note: class 0 of the checkpoint, '0', is 'cat' now" in capsys.readouterr().out
+    assert meta["classes"] == ["cat", "dog"]
     assert load_run(tmp_path / "plain.safetensors").classes == ()
 
 
@@ -478,8 +484,11 @@ def test_folders_that_all_classes_lie_in_do_not_name_them(tmp_path):
     assert labels(["test/cat", "test/dog"], ("train/cat", "train/cow", "train/dog")) == [0, 0, 2, 2]
     assert labels(["cat", "dog"], ("a/b/cat", "a/b/cow", "a/b/dog")) == [0, 0, 2, 2]
     assert labels(["a/cat", "a/dog"], ("a/cat", "a/dog", "b/cat")) == [0, 0, 1, 1]
+    assert labels(["a/cat", "a/dog", "a/zebra"], ("a/cat", "b/cow", "a/dog")) == [0, 0, 2, 2]  # no image is a zebra
     with pytest.raises(UsageError, match="the class 'b/cat', and the run has"):
         labels(["b/cat", "a/dog"], ("cat", "dog"))
+    with pytest.raises(UsageError, match="the class 'a/dog', and the run has a/cat, b/cow"):
+        labels(["a/cat", "a/dog"], ("a/cat", "b/cow"))
     assert without_shared_folders(["only/one"]) == ["one"]
     assert without_shared_folders([]) == []
 
@@ -488,7 +497,7 @@ def test_folders_that_all_classes_lie_in_do_not_name_them(tmp_path):
 def test_labels_without_a_class_are_refused_where_classes_are_found_by_name(tmp_path, bad):
     np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8, 1), np.uint8), labels=[0, 1, bad], classes=["dog", "cat"])
     source = open_source(dataclasses.replace(CLASSES.data, source=str(tmp_path / "x.npz")))
-    with pytest.raises(UsageError, match=f"labels are {min(bad, 0)} to {max(bad, 1)}"):
+    with pytest.raises(UsageError, match=f"name 2 classes, but their labels are {min(bad, 0)} to {max(bad, 1)}"):
         source.in_classes_of(("cat", "dog")).labels_of(2)
 
 
@@ -539,8 +548,17 @@ def test_a_resume_with_data_that_renumber_the_classes_is_refused(tmp_path):
 
         _, meta = start(more)  # a class after the others leaves them their numbers
         assert meta["classes"] == ["cat", "cow", "dog", "horse"]
-        _, meta = start(of_classes(tmp_path / "fewer", ["cat", "cow"]))  # so does one that has no images any more
+        fewer = of_classes(tmp_path / "fewer", ["cat", "cow"])
+        _, meta = start(fewer)  # so does one that has no images any more
         assert meta["classes"] == ["cat", "cow", "dog"]
+        longer = dataclasses.replace(config.train, eval_every=2, eval_source=config.data.source)
+        again = dataclasses.replace(config, data=dataclasses.replace(config.data, source=fewer), train=longer)
+        source, held_out = _open_data(experiment(again), epath.Path(tmp_path / "run"))
+        assert source.read_classes() == ["cat", "cow", "dog"]  # and it has its name in grids
+        assert sorted(set(held_out.labels.tolist())) == [0, 1, 2]
+        of_paths = np.zeros((4, 8, 8, 1), np.uint8)
+        np.savez(tmp_path / "in.npz", images=of_paths, labels=[0, 1, 2, 2], classes=["in/cat", "in/cow", "in/dog"])
+        start(str(tmp_path / "in.npz"))
         with pytest.raises(UsageError, match="class 1 of the checkpoint, 'cow', is 'dog' now"):
             start(of_classes(tmp_path / "without", ["cat", "dog", "horse"]))
 

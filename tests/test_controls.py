@@ -54,6 +54,9 @@ def test_a_test_set_takes_the_place_of_the_queries(tmp_path):
     assert number(lines[-1], "least") == number(lines[-1], "median") > 3  # no digit is black
 
 
-def test_more_pictures_than_there_are_are_refused():
+def test_more_pictures_than_there_are_are_refused(tmp_path):
+    np.save(tmp_path / "test.npy", np.zeros((40, 8, 8, 1), np.uint8))
+    with pytest.raises(UsageError, match="--num 300 takes more than the 40 test pictures"):
+        list(controls.controls(dataclasses.replace(DIGITS, test=str(tmp_path / "test.npy"))))
     with pytest.raises(UsageError, match="--num 899 takes 1798 of the 1797 training pictures; give at most 898"):
         list(controls.controls(dataclasses.replace(DIGITS, num=899)))

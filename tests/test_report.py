@@ -18,7 +18,7 @@ from tiny import experiment
 from ddpm_jax import config as configs
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.data.pixels import from_uint8
-from ddpm_jax.data.sheets import enlarge, grid, png_bytes
+from ddpm_jax.data.sheets import description_of, enlarge, grid, png_bytes
 from ddpm_jax.evaluation.evaluation import EVALUATION, Evaluation, Options
 from ddpm_jax.evaluation.features import PIXELS
 from ddpm_jax.evaluation.figures import (
@@ -262,6 +262,8 @@ def test_without_figures_the_samples_are_shown_and_without_those_the_grid_of_the
     newer = tmp_path / "drawn" / "samples"
     newer.mkdir()
     (newer / "step_00000090.png").write_bytes(b"half a picture")  # one that is broken stops no report
+    assert description_of(png_bytes(np.zeros((2, 2, 1), np.uint8), "by ancestral")) == "by ancestral"
+    assert description_of(png_bytes(np.zeros((2, 2, 1), np.uint8)).replace(b"\0\0\0\rIHDR", b"\0\0\0\1IHDR")) == ""
     assert "Samples of step 90" in write_report(tmp_path / "drawn").read_text()
 
 

@@ -127,6 +127,11 @@ def test_cycles_are_summed_by_part():
     assert cycles(HLO) == {}
 
 
+def test_the_zeros_of_a_strided_gradient_are_no_work():
+    line = CYCLES.replace("window={size=3x3 pad=1_1x1_1}", "window={size=3x3 pad=1_1x1_1 lhs_dilate=2x2}")
+    assert products(line)[0].gflops == pytest.approx(products(CYCLES)[0].gflops / 4)
+
+
 def test_products_that_are_alike_are_one_with_the_cycles_of_all():
     """A convolution and its kernel's gradient have the same FLOPs; a batched product takes each place of the window once."""
     flops = 2 * 4 * 8 * 8 * 256 * 3 * 9 / 1e9
@@ -189,6 +194,11 @@ def test_the_roofline_says_which_peak_bounds_and_what_the_compiler_expects():
     assert expected["expected_ms_by_part"]["attention"] == pytest.approx(9 / per_ms)
     [product] = [one for one in expected["products"] if one["what"].startswith("attention")]
     assert product["of_peak"] == pytest.approx(2 * 4 * 128 * 64 * 256 / 131_072 / 7)
+    told = topology.tell_parts(
+        {"what": "x", "devices": 1, "traffic_bytes": {"a": 9e9, "b": 1e9}, "expected_ms_by_part": {"b": 3.0}}
+    )
+    assert told == "x, 1 chips: b: 1.00 GB, 3.00 ms; a: 9.00 GB, 0.00 ms"
+    assert topology.roofline({"gflops": 0.1}, CYCLES.replace('"7"', '"0"'), Chip)["products"][-1]["cycles"] > 0
     assert "convolutions: 0.00 GB, 0.00 ms" in topology.tell_parts(expected | {"what": "train step", "devices": 8})
 
 

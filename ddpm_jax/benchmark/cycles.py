@@ -13,7 +13,8 @@ from ddpm_jax.benchmark.parts import part_of
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->\w+")
-_WINDOW = re.compile(r"window=\{size=([\dx]+)")
+_WINDOW = re.compile(r"window=\{size=([\dx]+)([^}]*)")
+_DILATED = re.compile(r"lhs_dilate=([\dx]+)")
 
 
 class Product(NamedTuple):
@@ -44,9 +45,8 @@ def products(hlo: str) -> list[Product]:
     program, found = parse(hlo), dict[str, Product]()
     for computation in program.scheduled():
         for line in computation:
-            if (expected := _CYCLES.search(line.rest)) and (
-                inside := _products_of(program.called(line) or computation, line)
-            ):
+            expected = _CYCLES.search(line.rest)
+            if expected and int(expected[1]) and (inside := _products_of(program.called(line) or computation, line)):
                 what = "; ".join(said for said, _ in inside)
                 old = found.get(what, Product(what, 0, 0.0, 0))
                 gflops = sum(flops for _, flops in inside) / 1e9
@@ -68,7 +68,14 @@ def _products_of(computation: list[Line], line: Line) -> list[tuple[str, float]]
         window, result = _WINDOW.search(one.rest), shape_of(one.type)
         # A batched product is a convolution whose window runs over the batch; it takes one place of it each.
         batched = "dot_general" in one.op_name
-        places = math.prod(int(n) for n in window[1].split("x")) if window and not batched else 1
+        places = _product(window[1]) if window and not batched else 1.0
+        if window and (dilated := _DILATED.search(window[2])):  # the zeros between the entries of a stride's gradient
+            places /= _product(dilated[1])
         flops = 2.0 * math.prod(result) * second[labels[1].index("i")] * places
         told.append((f"{part_of(one.op_name)}: {first} x {second} -> {result}", flops))
     return told
+
+
+def _product(sizes: str) -> float:
+    """3x3 -> 9"""
+    return float(math.prod(int(n) for n in sizes.split("x")))

@@ -216,7 +216,7 @@ def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
 def tell_parts(row: Row, largest: int = 8) -> str:
     """train step, 8 chips: convolutions: 0.44 GB, 3.10 ms; ...: bytes of HBM and the compiler's time by part, where known."""
     parts, expected = row.get("traffic_bytes", {}), row.get("expected_ms_by_part", {})
-    names = sorted({**parts, **expected}, key=lambda name: -expected.get(name, parts.get(name, 0)))
+    names = sorted({**parts, **expected}, key=lambda name: (-expected.get(name, 0.0), -parts.get(name, 0)))
 
     def said(some: list[str]) -> str:
         gb, ms = sum(parts.get(name, 0) for name in some) / 1e9, sum(expected.get(name, 0.0) for name in some)

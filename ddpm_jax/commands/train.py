@@ -30,7 +30,7 @@ from ddpm_jax.training.metric_writer import MetricWriter
 from ddpm_jax.training.snapshots import make_snapshots
 from ddpm_jax.training.start import describe, start_state
 from ddpm_jax.training.step import TrainState, make_train_step
-from ddpm_jax.training.workdir import CHECKPOINTS, check_there, enter, held
+from ddpm_jax.training.workdir import CHECKPOINTS, check_there, classes_of, enter, held
 
 MOST_NAMED = 10  # classes in a note
 
@@ -56,8 +56,8 @@ def train(
         The last state.
 
     Raises:
-        UsageError: If the config, the data or the workdir cannot be used, or processes differ in the first two. This is raised
-            before anything is compiled, except for a picture that cannot be decoded at its step.
+        UsageError: If the config, the data or the workdir cannot be used, or processes differ in these or the options. This is
+            raised before anything is compiled, except for a picture that cannot be decoded at its step.
         RunError: If a loss is not finite, a save fails or the workdir is gone.
         OSError: If the logs cannot be written.
         Interrupted: After SIGTERM or SIGINT, once the state is saved.
@@ -72,7 +72,7 @@ def train(
     sharding.check_same(same | {"--workdir": str(workdir), "--unverified": unverified, "--changed-data": changed_data})
     mesh = _checked_mesh(experiment, mesh)
     with held(workdir):
-        source, held_out = _open_data(experiment)
+        source, held_out = _open_data(experiment, workdir)
         enter(workdir, config, own_network=experiment.has_own_network)
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config=config, **keep, say=tqdm.write)
@@ -109,11 +109,14 @@ def _checked_mesh(experiment: Experiment, mesh: Mesh | None) -> Mesh:
     return mesh
 
 
-def _open_data(experiment: Experiment) -> tuple[Source, Source | None]:
+def _open_data(experiment: Experiment, workdir: epath.Path) -> tuple[Source, Source | None]:
     """The training images and the held-out ones, if there are evaluations: the same on all processes."""
     config = experiment.config
     source = open_source(config.data)
-    classes = source.read_classes() if experiment.num_classes else ()
+    classes = list(source.read_classes()) if experiment.num_classes else []
+    before = classes_of(workdir)
+    if classes and before[: len(classes)] == classes:  # the last ones may have no images any more, and keep their names
+        source, classes = source.in_classes_of(before), before
     held_out = open_held_out(experiment, classes) if config.train.eval_every else None
     sharding.check_same({"data.source": source.identity, "train.eval_source": held_out.identity if held_out else {}})
     for note in data_notes(config, source, held_out):

@@ -33,8 +33,9 @@ def png_bytes(image: UInt8[np.ndarray, "H W C"], description: str = "") -> bytes
 
 
 def description_of(png: bytes) -> str:
-    """The description that a PNG of `png_bytes` holds; empty without one, and for a file that is broken."""
-    with contextlib.suppress(OSError), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+    """The description that a PNG of `png_bytes` holds; empty without one, and for a file that is broken or very large."""
+    broken = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    with contextlib.suppress(*broken), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return str(image.info.get(DESCRIPTION, ""))
     return ""
 

@@ -114,19 +114,22 @@ class Source:
             own, labels = list(self.read_classes()), self.labels
             if labels is None or not own or not names or own == list(names):
                 return labels
-            self.labels_of(len(own))  # raises for a label that has no name
-            places = {name: i for i, name in enumerate(names)}
-            if not places.keys() >= set(own):
-                places, own = (
-                    {name: i for i, name in enumerate(without_shared_folders(names))},
-                    without_shared_folders(own),
+            if labels.min() < 0 or labels.max() >= len(own):
+                raise UsageError(
+                    f"the images name {len(own)} classes, but their labels are {labels.min()} to {labels.max()}; name all of "
+                    "them, or change the labels"
                 )
-            if missing := [own[label] for label in np.unique(labels) if own[label] not in places]:
+            places, used = {name: i for i, name in enumerate(names)}, np.unique(labels)
+            plain, called = without_shared_folders(names), own
+            if any(own[label] not in places for label in used):
+                places, called = {name: i for i, name in enumerate(plain)}, without_shared_folders(own)
+            if missing := [own[label] for label in used if called[label] not in places]:
+                missing = [name for name in missing if name not in names] or missing
                 raise UsageError(
                     f"the images have the class {missing[0]!r}, and the run has {', '.join(map(str, names[:NAMED]))}; "
                     "name the classes alike, or leave its images out"
                 )
-            return np.array([places.get(name, -1) for name in own])[labels]
+            return np.array([places.get(name, -1) for name in called])[labels]
 
         return replace(self, read_labels=read_labels, read_classes=lambda: names or self.read_classes())
 

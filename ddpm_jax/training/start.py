@@ -16,6 +16,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import Source
+from ddpm_jax.data.sources import without_shared_folders
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.ema import MOST_INITIAL, initial_share
 from ddpm_jax.training.experiment import Experiment
@@ -105,15 +106,21 @@ def start_state(
 
 
 def _classes_of(source: Source, meta: dict[str, Any]) -> list[str]:
-    """The names of the classes that the run has had so far. Raises UsageError if a number has come to mean another one."""
+    """The names of the classes that the run has had so far; folders that all of them lie in do not count.
+
+    Raises UsageError if a number has come to mean another class; of imported weights, which any data may follow, a note says so.
+    """
     before, now = list(meta.get("classes") or []), list(source.read_classes())
-    for place, (was, name) in enumerate(zip(before, now, strict=False)):
-        if was != name:
-            raise UsageError(
-                f"class {place} of the checkpoint, {was!r}, is {name!r} now; name the classes so that they keep their order, "
-                "or start in another workdir"
-            )
-    return now + before[len(now) :]
+    plain = without_shared_folders(before), without_shared_folders(now)
+    different = [i for i, (was, name) in enumerate(zip(*plain, strict=False)) if was != name and before[i] != now[i]]
+    if not different:
+        return now + before[len(now) :]
+    place = different[0]
+    found = f"class {place} of the checkpoint, {before[place]!r}, is {now[place]!r} now"
+    if meta["data"] is None:
+        tqdm.write(f"Note: {found}.")
+        return now
+    raise UsageError(f"{found}; name the classes so that they keep their order, or start in another workdir")
 
 
 def fitting_params(run: Run, state: TrainState, origin: str) -> Any:

@@ -171,8 +171,8 @@ def one_step(
     batch: images (B, H, W, C) as they are stored, with paired conditions as further channels; with classes a pair of them and
     int labels (B,). metrics: float32 scalars `loss` (mean over the batch) and `grad_norm` (before clipping).
 
-    mesh: that of a state which train.fsdp splits. A step gathers its parameters once and sums the gradients over all devices;
-    each device updates its part of the state.
+    mesh: that of a state which train.fsdp splits. A step gathers its parameters once and sums the gradients over all devices,
+    with accumulation those of each part; each device updates its part of the state.
     """
     options = experiment.config.train
 

@@ -232,11 +232,20 @@ def data_of(workdir: epath.PathLike) -> dict[str, Any] | None:
 
     Reads a file and no more, so one of several processes may ask alone.
     """
+    return _newest_meta(workdir).get("data")
+
+
+def classes_of(workdir: epath.PathLike) -> list[str]:
+    """The names of the classes that a run has had, by its newest checkpoint; none if that says nothing. Reads as `data_of`."""
+    return list(_newest_meta(workdir).get("classes") or [])
+
+
+def _newest_meta(workdir: epath.PathLike) -> dict[str, Any]:
     checkpoints = epath.Path(workdir) / CHECKPOINTS
     steps = saved_steps(checkpoints)
     with contextlib.suppress(OSError, DamagedFileError, KeyError, TypeError):
-        return read_meta(checkpoints / str(steps[-1]))["data"] if steps else None
-    return None
+        return dict(read_meta(checkpoints / str(steps[-1]))) if steps else {}
+    return {}
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ def controls(options: Options) -> Iterator[str]:
     )
     if options.test:
         test = open_source(dataclasses.replace(data, source=options.test))
+        if num > len(test):
+            raise UsageError(f"--num {num} takes more than the {len(test)} test pictures; give at most {len(test)}")
         queries = test.read(real_places(len(test), num))
         sets = {"test pictures": queries} | sets
     judge, features = folder / "features.jax_export", PIXELS
