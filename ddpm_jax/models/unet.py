@@ -86,7 +86,8 @@ def timestep_embedding(t: Int[Array, " B"], dim: int) -> Float[Array, "B dim"]:
 
 def dropout(x: Float[Array, "B H W C"], keys: Key[Array, " B"], rate: float) -> Float[Array, "B H W C"]:
     """Zeroes each entry with probability `rate`, scales the others by 1 / (1 - rate); image b draws from keys[b] alone."""
-    kept = random_bits(keys, x.shape[1:]) < jnp.uint32(round((1 - rate) * 2**32))
+    # The barrier has the bits drawn once: XLA would draw them for each convolution that uses them, forward and backward.
+    kept = jax.lax.optimization_barrier(random_bits(keys, x.shape[1:]) < jnp.uint32(round((1 - rate) * 2**32)))
     return jnp.where(kept, x * (1 / (1 - rate)), jnp.zeros((), x.dtype))
 
 
