@@ -177,7 +177,7 @@ class Chip:
 
 
 def test_the_roofline_says_which_peak_bounds_and_what_the_compiler_expects():
-    row = topology.roofline({"gflops": 197.0, "memory_mib": 8e9 / 2**20}, HLO, Chip)
+    row = topology.roofline({"gflops": 197.0, "memory_mib": 8 * 1024}, HLO, Chip)
     assert row["arithmetic_ms"] == pytest.approx(1)
     assert row["traffic_gb"] == pytest.approx(30_720 / 1e9)
     assert row["memory_ms"] == pytest.approx(30_720 / 819e6)

@@ -53,12 +53,12 @@ COLUMNS = {
 
 
 class Chip(NamedTuple):
-    """What bounds a TPU chip beside its peak TFLOP/s: HBM in GB and GB/s, from the vendor, and FLOPs in a cycle of the compiler.
+    """What bounds a TPU chip beside its peak TFLOP/s: HBM in GiB and GB/s, from the vendor, and FLOPs in a cycle of the compiler.
 
     libtpu expects 117, 127, 252 and 456 thousand FLOPs a cycle of one product of 4,096 x 4,096 matrices, in the order below.
     """
 
-    hbm_gb: int
+    hbm_gib: int
     hbm_gb_per_s: float
     flops_per_cycle: int
 
@@ -194,7 +194,7 @@ def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
     parts, expected = traffic(hlo), cycles(hlo)
     gb, per_ms = sum(parts.values()) / 1e9, peak * 1e9 / chip.flops_per_cycle
     arithmetic, moved = row["gflops"] / peak, 1e3 * gb / chip.hbm_gb_per_s
-    held = {"of_hbm": row["memory_mib"] * 2**20 / chip.hbm_gb / 1e9} if "memory_mib" in row else {}
+    held = {"of_hbm": row["memory_mib"] / 1024 / chip.hbm_gib} if "memory_mib" in row else {}
     told = {"expected_ms": sum(expected.values()) / per_ms} if expected else {}
     return (
         held
