@@ -114,7 +114,7 @@ ENTRY %main (x: bf16[4,8,8,3], k: bf16[3,3,3,256], a: bf16[4,128,256], b: bf16[4
   %b = bf16[4,256,64]{2,1,0} parameter(3)
   %y = bf16[4,8,8,256]{3,2,1,0} fusion(%x, %k), kind=kOutput, calls=%conv, metadata={op_name="jit(f)/UNet/conv_in/conv"}, backend_config={"window_config":{"estimated_cycles":"100"}}
   %z = bf16[4,8,8,256]{3,2,1,0} fusion(%x, %k), kind=kOutput, calls=%conv, metadata={op_name="jit(f)/UNet/conv_in/conv"}, backend_config={"window_config":{"estimated_cycles":"20"}}
-  %p = bf16[4,128,64]{2,1,0} convolution(%a, %b), window={size=4}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/UNet/mid_attn_1/dot_general"}, backend_config={"estimated_cycles":"7"}
+  %p = bf16[4,128,64]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/UNet/mid_attn_1/dot_general"}, backend_config={"estimated_cycles":"7"}
   %free = bf16[4,128,64]{2,1,0} bitcast(%p)
   %add = bf16[4,128,64]{2,1,0} add(%free, %free), metadata={op_name="jit(f)/UNet/mid_attn_1/add"}, backend_config={"estimated_cycles":"2"}
   ROOT %g = bf16[3,3,3,256]{3,2,1,0} fusion(%x, %z), kind=kOutput, calls=%gradient, metadata={op_name="jit(f)/transpose(jvp(UNet))/conv_in/conv"}, backend_config={"estimated_cycles":"30"}

@@ -68,9 +68,10 @@ def _products_of(computation: list[Line], line: Line) -> list[tuple[str, float]]
         window, result = _WINDOW.search(one.rest), shape_of(one.type)
         # A batched product is a convolution whose window runs over the batch; it takes one place of it each.
         batched = "dot_general" in one.op_name
-        places = _product(window[1]) if window and not batched else 1.0
-        if window and (dilated := _DILATED.search(window[2])):  # the zeros between the entries of a stride's gradient
-            places /= _product(dilated[1])
+        places = 1.0
+        if window and not batched:
+            dilated = _DILATED.search(window[2])  # zeros between the entries of a stride's gradient, which are no work
+            places = _product(window[1]) / (_product(dilated[1]) if dilated else 1.0)
         flops = 2.0 * math.prod(result) * second[labels[1].index("i")] * places
         told.append((f"{part_of(one.op_name)}: {first} x {second} -> {result}", flops))
     return told
