@@ -105,11 +105,12 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """The name of the CPU; on Linux with its family and model, since one name may be of several that round differently."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    about = {key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found}
+    name = about.get("model name") or platform.processor() or platform.machine()
+    return name + (f", family {about['cpu family']}, model {about['model']}" if "cpu family" in about else "")
 
 
 def table(rows: Iterable[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
