@@ -21,7 +21,7 @@ from ddpm_jax.commands.arguments import PARSERS
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.commands.configs import shipped
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.core import checkout
+from ddpm_jax.core import provenance
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.version import __version__
 
@@ -324,7 +324,7 @@ def test_a_process_whose_asker_is_gone_ends_by_itself(version):
 
 
 def test_the_commit_of_a_checkout_is_told(tmp_path):
-    assert checkout.commit(tmp_path) == ""
+    assert provenance.commit(tmp_path) == ""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
     try:
         subprocess.run([*git, "init", "-q"], check=True)
@@ -333,10 +333,10 @@ def test_the_commit_of_a_checkout_is_told(tmp_path):
     (tmp_path / "x").write_text("1")
     subprocess.run([*git, "add", "x"], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    clean = checkout.commit(tmp_path)
+    clean = provenance.commit(tmp_path)
     (tmp_path / "x").write_text("2")
     assert len(clean) >= 7
-    assert checkout.commit(tmp_path) == f"{clean}-dirty"
+    assert provenance.commit(tmp_path) == f"{clean}-dirty"
 
 
 # ---- The real thing

@@ -18,6 +18,7 @@ from tiny import experiment, tiny
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core import room, sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.provenance import made_with
 from ddpm_jax.data import SOURCES, Source, batch_indices, batches, epoch_order, make_feed, open_source, sources
 from ddpm_jax.training.start import start_state
 from ddpm_jax.training.step import draw
@@ -554,6 +555,25 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_diffe
         "give the same data, start in another workdir, or continue with the new data by --changed-data"
     ):
         start_state(experiment(tiny()), digits, mesh_of(1), checkpoints)
+
+
+def test_a_resume_with_other_software_or_devices_says_that_it_is_not_bit_for_bit(digits, capsys):
+    made = made_with(mesh_of(2))
+    assert set(made) == {"jax", "jaxlib", "devices"}
+    assert made["devices"].startswith("2 x ")
+
+    def said(was):
+        meta = {"data": digits.identity, "since_log": {}, "made_with": was}
+        checkpoints = SimpleNamespace(
+            sweep=lambda: 0, choose=lambda **_: 5, restore_meta=lambda _: meta, restore_state=lambda *_: None
+        )
+        assert start_state(experiment(tiny()), digits, mesh_of(2), checkpoints)[1]["made_with"] == made
+        return capsys.readouterr().out
+
+    assert said({}) == said(made) == ""  # of earlier versions, and the same
+    assert "Note: the checkpoint was made with other software or devices" in said(made | {"jaxlib": "0.1"})
+    assert f"not bit for bit (jaxlib 0.1 -> {made['jaxlib']})." in said(made | {"jaxlib": "0.1"})
+    assert "1 x cpu -> 2 x " in said(made | {"devices": "1 x cpu"})
 
 
 def test_device_cache_is_sent_once(digits):

@@ -17,8 +17,8 @@ from ddpm_jax.benchmark.options import Plan, dtypes_of
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.benchmark.timing import Timing
 from ddpm_jax.config import Config
-from ddpm_jax.core.checkout import commit
 from ddpm_jax.core.errors import RunError, UsageError
+from ddpm_jax.core.provenance import commit
 
 THIS = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax.core.checkout import commit
+from ddpm_jax.core.provenance import commit, processor
 from ddpm_jax.core.version import __version__
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors, by JAX's device_kind (some chips have two names).
@@ -102,15 +102,6 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
     } | ({"commit": checkout} if checkout else {})
-
-
-def processor() -> str:
-    """The name of the CPU; on Linux with its family and model, since one name may be of several that round differently."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    about = {key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found}
-    name = about.get("model name") or platform.processor() or platform.machine()
-    return name + (f", family {about['cpu family']}, model {about['model']}" if "cpu family" in about else "")
 
 
 def table(rows: Iterable[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:

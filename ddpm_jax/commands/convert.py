@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ddpm_jax.benchmark.timing import processor
 from ddpm_jax.commands.arguments import (
     Classifier,
     Export,
@@ -27,6 +26,7 @@ from ddpm_jax.commands.config_file import command_of, load_config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import check_place, write_bytes
+from ddpm_jax.core.provenance import processor
 from ddpm_jax.data import open_source
 from ddpm_jax.evaluation.classifier import PART, accuracy, classifier_file, labels_of, train_classifier
 from ddpm_jax.evaluation.inception_weights import convert_inception

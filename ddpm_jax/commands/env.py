@@ -46,7 +46,7 @@ def facts() -> Iterator[tuple[str, str]]:
     try:
         import jax
 
-        from ddpm_jax.benchmark.timing import processor
+        from ddpm_jax.core.provenance import processor
 
         yield "processor", processor()
         device = jax.devices()[0]

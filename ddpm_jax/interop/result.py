@@ -13,9 +13,9 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax import config as configs
-from ddpm_jax.core.checkout import commit
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
+from ddpm_jax.core.provenance import commit
 from ddpm_jax.data.sheets import enlarge, grid, png_bytes
 from ddpm_jax.evaluation.evaluation import software
 from ddpm_jax.evaluation.metrics import step_of

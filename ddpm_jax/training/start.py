@@ -15,6 +15,7 @@ from ddpm_jax import config as configs
 from ddpm_jax.config import Config
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.provenance import made_with
 from ddpm_jax.data import Source
 from ddpm_jax.data.sources import without_shared_folders
 from ddpm_jax.training.checkpoint import Checkpoints
@@ -87,10 +88,13 @@ def start_state(
             tqdm.write(f"Note: {changed}.")
         check_network(meta, experiment)
         recorded = {"classes": _classes_of(source, meta)} if experiment.num_classes else {}
+        made = made_with(mesh)
+        if note := other_bits(meta.get("made_with", {}), made):
+            tqdm.write(f"Note: {note}.")
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
-        return state, meta | {"data": source.identity} | recorded
+        return state, meta | {"data": source.identity, "made_with": made} | recorded
     state = init_sharded_state(experiment, mesh)
-    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment)}
+    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment), "made_with": made_with(mesh)}
     classes = tuple(source.read_classes()) if experiment.num_classes else ()
     if experiment.num_classes:
         meta["classes"] = list(classes)
@@ -121,6 +125,13 @@ def _classes_of(source: Source, meta: dict[str, Any]) -> list[str]:
         tqdm.write(f"Note: {found}.")
         return now
     raise UsageError(f"{found}; name the classes so that they keep their order, or start in another workdir")
+
+
+def other_bits(was: dict[str, str], now: dict[str, str]) -> str:
+    """A sentence if a checkpoint was made with other software or devices, empty if not, or if it does not say (`made_with`)."""
+    changes = [f"{name} {was[name]} -> {value}" for name, value in now.items() if was.get(name, value) != value]
+    said = "the checkpoint was made with other software or devices, so what follows is the same to rounding, not bit for bit"
+    return f"{said} ({', '.join(changes)})" if changes else ""
 
 
 def fitting_params(run: Run, state: TrainState, origin: str) -> Any:
