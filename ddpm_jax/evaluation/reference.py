@@ -17,8 +17,7 @@ from etils import epath
 from scipy import stats
 from tqdm import tqdm
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, ConfigError, fixed_fields, from_json
 from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.evaluation.results import plain
 from ddpm_jax.training.loop import Evaluator, Findings
@@ -152,16 +151,16 @@ class Reference(NamedTuple):
 def find_reference(config: Config, data: dict[str, Any] | None) -> Reference | None:
     """The shipped result of the same config but for the seed, and of the same data set (its identity); None if there is none."""
     for name, folder in shipped_results().items():
-        with contextlib.suppress(DamagedFileError, configs.ConfigError):
+        with contextlib.suppress(DamagedFileError, ConfigError):
             result = read_result(folder)
-            if result["data"] == data and is_repeated(configs.from_json(result["config"]), config):
+            if result["data"] == data and is_repeated(from_json(result["config"]), config):
                 return Reference(name, Curve(**result["curve"]), result["held_out"])
     return None
 
 
 def is_repeated(one: Config, other: Config) -> bool:
     """Whether two configs compute the same but for the seed."""
-    return configs.fixed_fields(one) == configs.fixed_fields(dataclasses.replace(other, seed=one.seed))
+    return fixed_fields(one) == fixed_fields(dataclasses.replace(other, seed=one.seed))
 
 
 class Verdict(NamedTuple):

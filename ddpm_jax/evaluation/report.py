@@ -13,8 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, flatten
 from ddpm_jax.core.files import remove_remnants, write_text
 from ddpm_jax.data.sheets import description_of
 from ddpm_jax.evaluation.evaluation import EVALUATION
@@ -398,7 +397,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     """Writes report.html from the workdir's files, and returns its path."""
     workdir = epath.Path(workdir)
     config, (results, notes) = read_config(workdir), read_results(workdir)
-    flat = configs.flatten(config)
+    flat = flatten(config)
     paper = papers_numbers(flat, config.data.source)
     logged = [values["step"] for values in read_metrics(workdir)]
     step = max([step_of(result) for result in results] or logged or [0])

@@ -5,8 +5,7 @@ import json
 import jax
 from etils import epath
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import DataConfig, to_json
 from ddpm_jax.evaluation.results import results_of_step
 from ddpm_jax.training.workdir import Run
 
@@ -67,5 +66,5 @@ def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -
         as_arrays="" if run.experiment.makes_pictures else ', output_type="np"',
         scale=_scale(run.config.data),
         evaluation="\n".join(["| metric | value | of |", "|---|---|---|", *rows]) if rows else "Not evaluated.",
-        config=json.dumps(configs.to_json(run.config), indent=2),
+        config=json.dumps(to_json(run.config), indent=2),
     )

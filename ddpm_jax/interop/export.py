@@ -14,7 +14,7 @@ from jax import export
 from jaxtyping import Array, Int, Shaped, UInt32
 from safetensors.numpy import save
 
-from ddpm_jax import config as configs
+from ddpm_jax.config import to_json
 from ddpm_jax.core import rng
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import check_place, write_bytes
@@ -31,7 +31,7 @@ def parameters_file(run: Run, weights: str) -> bytes:
 
     The metadata of a run whose classes have names also has `classes`, a JSON list of these.
     """
-    metadata = {"config": json.dumps(configs.to_json(run.config)), "step": str(run.step), "weights": weights}
+    metadata = {"config": json.dumps(to_json(run.config)), "step": str(run.step), "weights": weights}
     if run.classes:
         metadata["classes"] = json.dumps(run.classes)
     return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)

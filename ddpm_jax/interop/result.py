@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from ddpm_jax import config as configs
+from ddpm_jax.config import to_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
 from ddpm_jax.core.provenance import commit
@@ -96,7 +96,7 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
     write_bytes(folder / SAMPLES, samples)
     write_bytes(folder / WEIGHTS, weights)
     result = {
-        "config": configs.to_json(run.config),
+        "config": to_json(run.config),
         "command": told.command,
         "hardware": told.hardware,
         "software": software(run.mesh) | ({"commit": written_at} if (written_at := commit()) else {}),

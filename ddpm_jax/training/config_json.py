@@ -2,8 +2,7 @@
 
 from etils import epath
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, ConfigError, check, from_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import read_json
 
@@ -24,9 +23,9 @@ def read_config(workdir: epath.Path, *, own_network: bool = False) -> Config:
         raise UsageError(f"{workdir} has no {CONFIG}; give the folder of a run that train.py made")
     values = read_json(path)
     try:
-        config = configs.from_json(values)
-        configs.check(config, num_devices=None, own_network=own_network)
-    except configs.ConfigError as error:
+        config = from_json(values)
+        check(config, num_devices=None, own_network=own_network)
+    except ConfigError as error:
         raise UsageError(
             f"{path} cannot be used ({error}); restore it from a copy, or write what the run had there"
         ) from None

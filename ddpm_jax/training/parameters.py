@@ -13,8 +13,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, from_json
 from ddpm_jax.core.errors import UsageError, first_line
 from ddpm_jax.core.files import DamagedFileError, read_bytes
 
@@ -67,7 +66,7 @@ def parse_parameters(path: epath.Path, content: bytes) -> Stored:
     try:
         config, step, weights = (metadata[name] for name in ("config", "step", "weights"))
         classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
-        return Stored(configs.from_json(json.loads(config)), int(step), weights, arrays, classes)
+        return Stored(from_json(json.loads(config)), int(step), weights, arrays, classes)
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise UsageError(
             f"{path} has no config, step and weights of ours ({first_line(error)}); give a file that ddpm-jax convert export "

@@ -11,8 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, flatten
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.provenance import made_with
@@ -157,7 +156,7 @@ def describe_origin(config: Config, classes: tuple[str, ...], run: Run, origin: 
     said = f"Starting from step {run.step} of {origin} ({run.weights})."
     if run.note:
         said += f"\nNote: {run.note}."
-    was, now = configs.flatten(run.config), configs.flatten(config)
+    was, now = flatten(run.config), flatten(config)
     meant = [name for name in was if name.startswith("diffusion.") or name in ("data.value_range", "data.condition")]
     other = [f"{name} (there {was[name]!r}, here {now[name]!r})" for name in meant if was[name] != now[name]]
     if run.classes and classes:  # either may have no names

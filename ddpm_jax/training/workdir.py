@@ -24,8 +24,8 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddpm_jax import config as configs
-from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.config import Config, TrainConfig, changeable, differences, to_json
+from ddpm_jax.config import flatten as fields_of
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import (
@@ -120,9 +120,9 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
         old = read_config(workdir, own_network=own_network)
-        fixed = [name for name in configs.differences(old, config) if name not in configs.changeable()]
+        fixed = [name for name in differences(old, config) if name not in changeable()]
         if fixed and saved_steps(workdir / CHECKPOINTS):
-            was, now = configs.flatten(old), configs.flatten(config)
+            was, now = fields_of(old), fields_of(config)
             fields = ", ".join(f"{name} (there {was[name]!r}, here {now[name]!r})" for name in fixed)
             raise UsageError(
                 f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
@@ -138,8 +138,8 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
 
 
 def _tell_changes(old: Config, new: Config) -> None:
-    was, now = configs.flatten(old), configs.flatten(new)
-    changes = ", ".join(f"{name} {was[name]!r} -> {now[name]!r}" for name in configs.differences(old, new))
+    was, now = fields_of(old), fields_of(new)
+    changes = ", ".join(f"{name} {was[name]!r} -> {now[name]!r}" for name in differences(old, new))
     tqdm.write(f"Note: the run goes on with other options than before: {changes}.")
 
 
@@ -169,7 +169,7 @@ def _keep(workdir: epath.Path, old: TrainConfig, new: TrainConfig) -> None:
 def _write_config(workdir: epath.Path, config: Config) -> None:
     with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / CONFIG, json.dumps(configs.to_json(config), indent=2) + "\n")
+        write_text(workdir / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
 
 
 @contextlib.contextmanager
