@@ -71,12 +71,12 @@ def _products_of(computation: list[Line], line: Line) -> list[tuple[str, float]]
         places = 1.0
         if window and not batched:
             dilated = _DILATED.search(window[2])  # zeros between the entries of a stride's gradient, which are no work
-            places = _product(window[1]) / (_product(dilated[1]) if dilated else 1.0)
+            places = _places(window[1]) / (_places(dilated[1]) if dilated else 1.0)
         flops = 2.0 * math.prod(result) * second[labels[1].index("i")] * places
         told.append((f"{part_of(one.op_name)}: {first} x {second} -> {result}", flops))
     return told
 
 
-def _product(sizes: str) -> float:
-    """3x3 -> 9"""
+def _places(sizes: str) -> float:
+    """The places of a window: 3x3 -> 9."""
     return float(math.prod(int(n) for n in sizes.split("x")))

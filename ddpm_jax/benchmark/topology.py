@@ -194,23 +194,20 @@ def roofline(row: Row, hlo: str, device: jax.Device) -> Row:
     parts, expected = traffic(hlo), cycles(hlo)
     gb, per_ms = sum(parts.values()) / 1e9, peak * 1e9 / chip.flops_per_cycle
     arithmetic, moved = row["gflops"] / peak, 1e3 * gb / chip.hbm_gb_per_s
-    held = {"of_hbm": row["memory_mib"] / 1024 / chip.hbm_gib} if "memory_mib" in row else {}
-    told = {"expected_ms": sum(expected.values()) / per_ms} if expected else {}
-    return (
-        held
-        | told
-        | {
-            "arithmetic_ms": arithmetic,
-            "traffic_gb": gb,
-            "traffic_bytes": parts,
-            "memory_ms": moved,
-            "bound_by": "arithmetic" if arithmetic > moved else "memory",
-            "expected_ms_by_part": {part: count / per_ms for part, count in expected.items()},
-            "products": [
-                one._asdict() | {"of_peak": one.gflops / peak / (one.cycles / per_ms)} for one in products(hlo)
-            ],
-        }
-    )
+    found: Row = {
+        "arithmetic_ms": arithmetic,
+        "traffic_gb": gb,
+        "traffic_bytes": parts,
+        "memory_ms": moved,
+        "bound_by": "arithmetic" if arithmetic > moved else "memory",
+        "expected_ms_by_part": {part: count / per_ms for part, count in expected.items()},
+        "products": [one._asdict() | {"of_peak": one.gflops / peak / (one.cycles / per_ms)} for one in products(hlo)],
+    }
+    if expected:
+        found["expected_ms"] = sum(expected.values()) / per_ms
+    if "memory_mib" in row:
+        found["of_hbm"] = row["memory_mib"] / 1024 / chip.hbm_gib
+    return found
 
 
 def tell_parts(row: Row, largest: int = 8) -> str:

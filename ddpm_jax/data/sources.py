@@ -119,10 +119,10 @@ class Source:
                     f"the images name {len(own)} classes, but their labels are {labels.min()} to {labels.max()}; name all of "
                     "them, or change the labels"
                 )
-            places, used = {name: i for i, name in enumerate(names)}, np.unique(labels)
-            plain, called = without_shared_folders(names), own
-            if any(own[label] not in places for label in used):
-                places, called = {name: i for i, name in enumerate(plain)}, without_shared_folders(own)
+            used, wanted, called = np.unique(labels), list(names), own
+            if any(own[label] not in wanted for label in used):
+                wanted, called = without_shared_folders(names), without_shared_folders(own)
+            places = {name: i for i, name in enumerate(wanted)}
             if missing := [own[label] for label in used if called[label] not in places]:
                 missing = [name for name in missing if name not in names] or missing
                 raise UsageError(

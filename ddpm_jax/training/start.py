@@ -88,7 +88,7 @@ def start_state(
         check_network(meta, experiment)
         recorded = {"classes": _classes_of(source, meta)} if experiment.num_classes else {}
         made = made_with(mesh)
-        if note := other_bits(meta.get("made_with", {}), made):
+        if note := note_of_rounding(meta.get("made_with", {}), made):
             tqdm.write(f"Note: {note}.")
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
         return state, meta | {"data": source.identity, "made_with": made} | recorded
@@ -126,7 +126,7 @@ def _classes_of(source: Source, meta: dict[str, Any]) -> list[str]:
     raise UsageError(f"{found}; name the classes so that they keep their order, or start in another workdir")
 
 
-def other_bits(was: dict[str, str], now: dict[str, str]) -> str:
+def note_of_rounding(was: dict[str, str], now: dict[str, str]) -> str:
     """A sentence if a checkpoint was made with other software or devices, empty if not, or if it does not say (`made_with`)."""
     changes = [f"{name} {was[name]} -> {value}" for name, value in now.items() if was.get(name, value) != value]
     said = "the checkpoint was made with other software or devices, so what follows is the same to rounding, not bit for bit"

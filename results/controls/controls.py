@@ -53,7 +53,7 @@ class Options:
 
 
 def feature_set(features: Features, images: Images, size: int) -> np.ndarray:
-    """The features of images, computed `size` at a time."""
+    """The features of images, (N, D), computed `size` at a time."""
     parts = [features.compute(images[i : i + size])["features"] for i in range(0, len(images), size)]
     return np.concatenate(parts)
 
@@ -93,10 +93,8 @@ def controls(options: Options) -> Iterator[str]:
     others = source.read(rest[real_places(len(rest), num)])
     noise = np.random.default_rng(0).integers(0, 256, others.shape, np.uint8)
     blurred = scipy.ndimage.uniform_filter(others, (0, 3, 3, 0))
-    sets, queries = (
-        {"other training pictures": others, "these blurred by 3 x 3": blurred, "uniform noise": noise},
-        others,
-    )
+    sets = {"other training pictures": others, "these blurred by 3 x 3": blurred, "uniform noise": noise}
+    queries = others
     if options.test:
         test = open_source(dataclasses.replace(data, source=options.test))
         if num > len(test):
