@@ -54,6 +54,11 @@ def test_a_test_set_takes_the_place_of_the_queries(tmp_path):
     assert number(lines[-1], "least") == number(lines[-1], "median") > 3  # no digit is black
 
 
+def test_a_folder_that_is_no_result_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"has no result\.json; give the folder of a result"):
+        list(controls.controls(Options(str(tmp_path))))
+
+
 def test_more_pictures_than_there_are_are_refused(tmp_path):
     np.save(tmp_path / "test.npy", np.zeros((40, 8, 8, 1), np.uint8))
     with pytest.raises(UsageError, match="--num 300 takes more than the 40 test pictures"):

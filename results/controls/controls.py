@@ -28,7 +28,7 @@ from ddpm_jax.evaluation import scores
 from ddpm_jax.evaluation.evaluation import real_places
 from ddpm_jax.evaluation.features import PIXELS, Features
 from ddpm_jax.evaluation.program import program_features
-from ddpm_jax.training.shipped import read_result
+from ddpm_jax.training.shipped import RESULT, read_result
 
 BLOCK = 5000  # training pictures compared at a time
 Images = UInt8[np.ndarray, "N H W C"]
@@ -79,8 +79,10 @@ def nearest(source: Source, queries: Images, *, itself: bool) -> str:
 
 
 def controls(options: Options) -> Iterator[str]:
-    """The lines of all figures. Raises UsageError for sets without so many pictures."""
+    """The lines of all figures. Raises UsageError for a folder that is no result, and for sets without so many pictures."""
     folder = epath.Path(options.result)
+    if not (folder / RESULT).exists():
+        raise UsageError(f"{folder} has no {RESULT}; give the folder of a result, results/digits say")
     data = from_json(read_result(folder)["config"]).data
     source = open_source(dataclasses.replace(data, source=options.source or data.source))
     num, size = options.num or len(source) // 2, options.batch_size
