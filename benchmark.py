@@ -1,6 +1,6 @@
 """Measures samplers, the train step and the data feed: python benchmark.py CONFIG-or-WORKDIR --samplers ddim --steps 50"""
 
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 
 if __name__ == "__main__":
     run("benchmark")

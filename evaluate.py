@@ -3,7 +3,7 @@
 Killed at any moment, the same command continues. Results, figures and report.html go into the workdir.
 """
 
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 
 if __name__ == "__main__":
     run("evaluate")

@@ -3,7 +3,7 @@
 SOURCE is what data.source takes: a folder or a zip file of pictures, or tfds:NAME[:split].
 """
 
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 
 if __name__ == "__main__":
     run("prepare_data")

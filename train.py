@@ -3,7 +3,7 @@
 The same command again continues where the run stopped.
 """
 
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 
 if __name__ == "__main__":
     run("train")

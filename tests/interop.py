@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import experiment
 
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.interop.names import parameters
 from ddpm_jax.training.parameters import unflatten
 from ddpm_jax.training.step import state_from_params

@@ -107,7 +107,7 @@ def version(tmp_path):
         (package / "benchmark" / "__init__.py").touch()
         (package / "benchmark" / "timing.py").write_text(TIMING)
         (package / "__init__.py").write_text(f"__version__ = '{name}'")
-        (package / "cli.py").write_text(f"""
+        (package / "__main__.py").write_text(f"""
 import os, sys, time
 from ddpm_jax.benchmark import timing
 now, seconds = 0.0, iter({seconds!r})
@@ -118,10 +118,9 @@ def call():
         with open({str(tmp_path / "calls")!r}, "a") as file:
             file.write(what + {name!r})
     now += next(seconds)
-def run(command):
-    print("for people")
-    {body}
-    timing.take_turns([call, None], 5)
+print("for people")
+{body}
+timing.take_turns([call, None], 5)
 """)
         return package.parent
 

@@ -18,10 +18,9 @@ import jax
 import pytest
 from etils import epath
 
-from ddpm_jax import cli
 from ddpm_jax import config as configs
 from ddpm_jax.benchmark.options import Plan
-from ddpm_jax.commands import arguments, train
+from ddpm_jax.commands import arguments, cli, train
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, changeable
 from ddpm_jax.core.errors import RunError, UsageError
@@ -615,7 +614,7 @@ def test_script_ends_so_as_a_process():
 
 def console(*words):
     """What `ddpm-jax` does with these words: (exit code, standard output, standard error)."""
-    code = "import sys; sys.argv[0] = 'bin/ddpm-jax'; from ddpm_jax.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'bin/ddpm-jax'; from ddpm_jax.commands.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 

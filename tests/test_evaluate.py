@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from tiny import experiment, tiny
 
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.config import to_json
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, epoch_order, open_source

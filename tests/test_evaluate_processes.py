@@ -81,7 +81,7 @@ def test_two_processes_evaluate_the_same_numbers_and_continue_after_a_kill(envir
 
 FEATURES = """
 import numpy as np
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.core import sharding
 from ddpm_jax.evaluation.features import on_devices
 from ddpm_jax.evaluation.inception_weights import inception_path, load_inception

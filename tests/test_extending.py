@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import one_device, read_images, tiny
 
-from ddpm_jax import Experiment, cli, load_run, make_sampler, make_schedule, sample, train
+from ddpm_jax import Experiment, load_run, make_sampler, make_schedule, sample, train
+from ddpm_jax.commands import cli
 from ddpm_jax.config import ConfigError, check
 from ddpm_jax.core.sharding import make_mesh
 from ddpm_jax.data import SOURCES, open_source

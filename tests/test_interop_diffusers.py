@@ -121,7 +121,7 @@ from pathlib import Path
 sys.argv = ["convert.py", "from-diffusers", {str(tmp_path / "model")!r}, {str(tmp_path / "run")!r}]
 sys.path.insert(0, {str(ROOT)!r})
 start = time.perf_counter()
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 cli.prepare("convert")()
 # Not getrusage's maximum, which counts the process that started this one, too.
 gigabytes = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20

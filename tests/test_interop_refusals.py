@@ -17,7 +17,7 @@ from etils import epath
 from interop import ROOT, convert, drawn, write_drawn_run
 from tiny import TINY, experiment, tiny
 
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.interop.diffusers import read_model

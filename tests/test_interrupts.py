@@ -58,7 +58,7 @@ def function(body, *, grace=0.2, before=""):
     """A process that runs a function by `cli.run` and says when it has begun."""
     lines = "\n".join(f"    {line}" for line in body)
     code = (
-        f"import hashlib, signal, sys, time\nfrom ddpm_jax import cli\n{before}\ncli.GRACE_SECONDS = {grace}\n"
+        f"import hashlib, signal, sys, time\nfrom ddpm_jax.commands import cli\n{before}\ncli.GRACE_SECONDS = {grace}\n"
         f"sys.argv = ['train.py']\ndef main():\n    print('begun', flush=True)\n{lines}\ncli.run(main)\n"
     )
     process = start("-c", code)

@@ -72,7 +72,7 @@ def test_help_and_refusals_come_before_jax_is_imported(name, words, code):
     script = f"""
 import sys, time
 sys.argv = ["{name}.py", *{words!r}]
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 code = None
 try:
     run("{name}")

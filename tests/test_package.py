@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 import ddpm_jax
-from ddpm_jax import cli
-from ddpm_jax.commands import arguments
+from ddpm_jax.commands import arguments, cli
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data.sources import digits
 from ddpm_jax.evaluation import scores
@@ -34,8 +33,8 @@ def call(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "1000")
     for name in ("install", "end"):  # the test process keeps its own signal handlers
-        monkeypatch.setattr(f"ddpm_jax.cli._Interrupts.{name}", lambda *_: None)
-    monkeypatch.setattr("ddpm_jax.cli._quiet", lambda: None)
+        monkeypatch.setattr(f"ddpm_jax.commands.cli._Interrupts.{name}", lambda *_: None)
+    monkeypatch.setattr("ddpm_jax.commands.cli._quiet", lambda: None)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["/somewhere/bin/ddpm-jax", *map(str, arguments)])

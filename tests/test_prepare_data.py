@@ -12,7 +12,7 @@ import pytest
 from test_folders import CONTENT, CUT, NAMES, make_folder, make_zip, to_decode
 from test_pictures import encoded, pages
 
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.data import cache, open_source

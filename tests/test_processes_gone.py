@@ -82,9 +82,7 @@ def test_sampling_that_is_stopped_on_one_process_ends_on_both(signum, environmen
     survived(running[0], "sample.py", "process 1")
 
 
-WAITS = (
-    "from ddpm_jax import cli; from ddpm_jax.core import sharding; cli.run(lambda: sharding.start_processes(timeout=7))"
-)
+WAITS = "from ddpm_jax.commands import cli; from ddpm_jax.core import sharding; cli.run(lambda: sharding.start_processes(timeout=7))"
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -103,7 +101,7 @@ def test_process_whose_others_never_come_says_so(index, environment):
 
 
 FAILS = """
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 

@@ -8,6 +8,7 @@ call. Standard output has JSON alone: what version it is, once a program is comp
 import importlib
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the command prints is for people
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that a failure's reason comes last
-    sys.argv = ["benchmark.py", *words]
-    package = importlib.import_module("ddpm_jax")
+    sys.argv = ["ddpm-jax", "benchmark", *words]
+    timing: Any = importlib.import_module("ddpm_jax.benchmark.timing")
+    package = sys.modules["ddpm_jax"]
     if Path(str(package.__file__)).resolve().parent.parent != Path(folder).resolve():
         sys.exit(f"Python imports {package.__file__}, which is not in {folder}")
-    timing: Any = importlib.import_module("ddpm_jax.benchmark.timing")
 
     def answer(content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
@@ -39,7 +40,7 @@ def main() -> None:
         raise SystemExit  # the process that asked has what it needs, or is gone
 
     timing.take_turns = when_told
-    importlib.import_module("ddpm_jax.cli").run("benchmark")
+    runpy.run_module("ddpm_jax", run_name="__main__")
 
 
 if __name__ == "__main__":

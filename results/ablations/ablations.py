@@ -22,7 +22,7 @@ import tyro
 from etils import epath
 from plan import GROUPS, plan, row_file
 
-from ddpm_jax.cli import run as run_command
+from ddpm_jax.commands.cli import run as run_command
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.config import Config
 from ddpm_jax.core.errors import RunError, UsageError, program

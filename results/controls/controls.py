@@ -18,7 +18,7 @@ import tyro
 from etils import epath
 from jaxtyping import UInt8
 
-from ddpm_jax.cli import run
+from ddpm_jax.commands.cli import run
 from ddpm_jax.config import from_json
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError, program

@@ -32,7 +32,7 @@ import tyro  # noqa: E402
 from outcome import collect, tell  # noqa: E402
 from tasks import REHEARSAL, Options, Size, Task, plan  # noqa: E402
 
-from ddpm_jax import cli  # noqa: E402
+from ddpm_jax.commands import cli  # noqa: E402
 from ddpm_jax.core.errors import UsageError  # noqa: E402
 from ddpm_jax.core.options import check_bounds  # noqa: E402
 

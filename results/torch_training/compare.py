@@ -28,7 +28,7 @@ from report import SIDES, page, welch
 from ddpm_jax import Config, Experiment, load_run, train
 from ddpm_jax import config as configs
 from ddpm_jax.benchmark.timing import processor
-from ddpm_jax.cli import run as run_command
+from ddpm_jax.commands.cli import run as run_command
 from ddpm_jax.commands.config_file import load_config
 from ddpm_jax.core.errors import UsageError, import_extra
 from ddpm_jax.core.files import digest, read_json, write_text

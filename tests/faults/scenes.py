@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 from tiny import tiny
 
-from ddpm_jax import cli
+from ddpm_jax.commands import cli
 from ddpm_jax.training.checkpoint import find_damage, manifest_digest
 from ddpm_jax.training.workdir import load_run
 
