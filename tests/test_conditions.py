@@ -12,7 +12,8 @@ from evaluated import make_workdir
 from PIL import Image
 from tiny import experiment, read_images, tiny
 
-from ddpm_jax import Experiment, cli, load_run, train
+from ddpm_jax import Experiment, load_run, train
+from ddpm_jax.commands import cli
 from ddpm_jax.config import ConfigError, DataConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError

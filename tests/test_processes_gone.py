@@ -82,7 +82,11 @@ def test_sampling_that_is_stopped_on_one_process_ends_on_both(signum, environmen
     survived(running[0], "sample.py", "process 1")
 
 
-WAITS = "from ddpm_jax.commands import cli; from ddpm_jax.core import sharding; cli.run(lambda: sharding.start_processes(timeout=7))"
+WAITS = """
+from ddpm_jax.commands import cli
+from ddpm_jax.core import sharding
+cli.run(lambda: sharding.start_processes(timeout=7))
+"""
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -11,7 +11,8 @@ from evaluated import CONFIG, make_workdir
 from PIL import Image
 from tiny import read_images
 
-from ddpm_jax import Experiment, cli, load_run, make_sampler
+from ddpm_jax import Experiment, load_run, make_sampler
+from ddpm_jax.commands import cli
 from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
