@@ -16,24 +16,14 @@ import numpy as np
 import tyro
 
 from ddpm_jax.core.errors import UsageError
-from ddpm_jax.core.options import FRACTION, LAST_SEED, POSITIVE, Bounds, Choices, beside
+from ddpm_jax.core.options import FRACTION, LAST_SEED, POSITIVE, Bounds, Choices, beside, refusals
 from ddpm_jax.diffusion.words import Prediction, Variance
 
 if TYPE_CHECKING:
     from ddpm_jax.diffusion.schedules import Schedule
 
 SCHEDULE = Choices(
-    *(
-        "ddpm_jax.diffusion.schedules:BETAS",
-        "linear",
-        "quad",
-        "const",
-        "jsd",
-        "warmup10",
-        "warmup50",
-        "cosine",
-        "sigmoid",
-    )
+    "ddpm_jax.diffusion.schedules:BETAS", "linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine", "sigmoid"
 )
 LOSS = Choices("ddpm_jax.diffusion.losses:LOSSES", "simple", "vb", "rescaled_vb", "hybrid", "rescaled_hybrid")
 CONDITION = Choices(
@@ -282,18 +272,11 @@ def check(config: Config, *, num_devices: int | None = 1, own_network: bool = Fa
 def _without_effect(config: Config) -> list[str]:
     """The warnings for options that were changed and that no other option makes use of."""
     values, usual, diffusion = flatten(config), flatten(Config()), config.diffusion
-    of_evaluations = (
-        "eval_source",
-        "eval_condition_source",
-        "eval_images",
-        "eval_samples",
-        "eval_features",
-        "keep_best",
-    )
+    evaluated = ("eval_source", "eval_condition_source", "eval_images", "eval_samples", "eval_features", "keep_best")
     unused = {}
     if not config.train.eval_every:
         why = "of evaluations, and train.eval_every=0 makes none; set it as well"
-        unused[why] = [f"train.{name}" for name in of_evaluations]
+        unused[why] = [f"train.{name}" for name in evaluated]
     # The configs shipped have the paper's betas, scaled to their T, which another schedule may be set beside.
     if diffusion.schedule in OWN_BETAS and not np.allclose(
         (diffusion.beta_start, diffusion.beta_end), _papers_betas(diffusion.T)
@@ -391,31 +374,28 @@ def _describe(hint: Any) -> str:
     return names.get(hint, f"a {hint.__name__}")
 
 
-def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Every field of a config: its full name, type and marks (`Bounds`, `Choices`, `MAY_CHANGE`)."""
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            yield prefix + name, hint, beside(hint)
+            yield prefix + name, beside(hint)
 
 
 def changeable() -> frozenset[str]:
     """The names of the fields that may change when a run resumes."""
-    return frozenset(name for name, _, marks in fields_of() if MAY_CHANGE in marks)
+    return frozenset(name for name, marks in fields_of() if MAY_CHANGE in marks)
 
 
 def _check_numbers(config: Config) -> None:
     values = flatten(config)
-    for name, _, marks in fields_of():
-        for bounds in (mark for mark in marks if isinstance(mark, Bounds)):
-            value = values[name]
-            several = isinstance(value, tuple)
-            if several and len(value) > LONGEST:
-                raise ConfigError(f"{name} has {len(value)} numbers, which are too many; use {LONGEST} or fewer")
-            for number in value if several else (value,):
-                if refusal := bounds.refusal(number):
-                    raise ConfigError(f"{name}={number} {refusal}")
+    for name, marks in fields_of():
+        value = values[name]
+        if isinstance(value, tuple) and len(value) > LONGEST:
+            raise ConfigError(f"{name} has {len(value)} numbers, which are too many; use {LONGEST} or fewer")
+        for number, refusal in refusals(value, marks):
+            raise ConfigError(f"{name}={number} {refusal}")
 
 
 def _check_images(config: Config) -> None:
@@ -603,10 +583,10 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Names of the fields in which two configs differ."""
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, {"train.lr": (old, new), ...}."""
     a, b = flatten(old), flatten(new)
-    return [name for name in a if a[name] != b[name]]
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from test_data import mesh_of
 from test_pictures import RNG, encoded
 from tiny import tiny
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import batches, pictures, sources
 
 
@@ -47,7 +48,7 @@ def test_the_hosts_memory_does_not_grow_with_the_number_of_pictures():
 
     def most_held(size):
         many = pictures.Pictures(range(size), lambda i: bytes(content), lambda: None, {}, "")
-        images = pictures.DecodedPictures(many, size=(64, 64), channels=3, workers=2)
+        images = pictures.DecodedPictures(many, DataConfig(image_size=64, channels=3, workers=2))
         config = tiny(
             data={"cache": "none", "image_size": 64, "channels": 3}, train={"batch_size": 4, "steps": size // 4}
         )

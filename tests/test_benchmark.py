@@ -21,6 +21,7 @@ from tiny import experiment, tiny
 from ddpm_jax.benchmark import capacity, plan, programs, timing, topology, torch_peer
 from ddpm_jax.benchmark.options import dtypes_of
 from ddpm_jax.benchmark.plan import Plan
+from ddpm_jax.config import DataConfig
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.version import __version__
@@ -189,7 +190,7 @@ def test_pillow_alone_reads_every_picture_in_that_many_threads(channels):
         return buffer.getvalue()
 
     encoded = pictures.Pictures(range(6), content, lambda: None, {}, "")
-    images = pictures.DecodedPictures(encoded, size=(4, 4), channels=channels, workers=1)
+    images = pictures.DecodedPictures(encoded, DataConfig(image_size=4, channels=channels, workers=1))
     programs.pillow_alone(images, [5, 1, 1, 0], 2)
     assert sorted(read) == [0, 1, 1, 5]
 

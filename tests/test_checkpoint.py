@@ -157,7 +157,7 @@ def test_every_item_comes_back_from_any_step(history, tmp_path):
         for step in (1, 2):
             state = small_state(step, history=history)
             assert_same_bits(checkpoints.restore_state(step, shapes_of(state)), state)
-            assert_same_bits(checkpoints.restore_ema(step, shapes_of(state.ema_params)), state.ema_params)
+            assert_same_bits(checkpoints.restore_item(step, "ema", shapes_of(state.ema_params)), state.ema_params)
             assert checkpoints.restore_meta(step) == META
 
 
@@ -486,7 +486,7 @@ def test_sampling_needs_the_ema_item_alone(directory):
     ema = small_state(20).ema_params
     with Opened(directory) as checkpoints:
         assert checkpoints.choose(items=("ema",)) == 20
-        assert_same_bits(checkpoints.restore_ema(20, shapes_of(ema)), ema)
+        assert_same_bits(checkpoints.restore_item(20, "ema", shapes_of(ema)), ema)
         assert checkpoints.choose(items=("state", "ema")) == 10
         flip(directory / "20/_CHECKPOINT_METADATA", 0)  # a file of no item counts for each
         assert checkpoints.choose(items=("ema",)) == 10

@@ -24,7 +24,7 @@ from ddpm_jax.generation import image_set
 from ddpm_jax.generation.generator import sample_key
 from ddpm_jax.sampling import reverse
 from ddpm_jax.sampling.inpainting import inpaint
-from ddpm_jax.sampling.latents import from_noised, interpolate, make_chain
+from ddpm_jax.sampling.latents import interpolate, make_chain
 
 T = CONFIG.diffusion.T
 PICTURES = open_source(CONFIG.data).read(np.arange(5))
@@ -84,14 +84,20 @@ def test_from_images_is_sdedit_of_each_picture_in_order(workdir, run, given, tmp
     command("sample", workdir, "--from-images", given / "pictures", "--noise-level", 0.4, "--out", tmp_path / "out")
     images = read_images(tmp_path / "out/images.npz")
     assert len(images) == 5
-    assert close(images, from_noised(chain_of(run), run.experiment.process.schedule, jnp.arange(5), X_0, t=3), run)
+    (expected,) = interpolate(
+        chain_of(run), run.experiment.process.schedule, jnp.arange(5), X_0, X_0, t=3, fractions=(0.0,)
+    )
+    assert close(images, expected, run)
     assert np.abs(images - np.asarray(PICTURES, int)).max() > 5
     # Image 6 is picture 1 with the noise of image 6, alone as in a set.
     one = ("--first-image", 6, "--num-images", 1)
     command(
         "sample", workdir, "--from-images", given / "pictures", "--noise-level", 0.4, *one, "--out", tmp_path / "one"
     )
-    again = from_noised(chain_of(run), run.experiment.process.schedule, jnp.array([6]), X_0[1:2], t=3)
+    x_0 = X_0[1:2]
+    (again,) = interpolate(
+        chain_of(run), run.experiment.process.schedule, jnp.array([6]), x_0, x_0, t=3, fractions=(0.0,)
+    )
     assert close(read_images(tmp_path / "one/images.npz"), again, run)
 
 

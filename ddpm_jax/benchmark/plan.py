@@ -16,6 +16,7 @@ from ddpm_jax.benchmark import capacity, programs, topology, torch_peer
 from ddpm_jax.benchmark.options import Plan, check_plan, dtypes_of
 from ddpm_jax.benchmark.programs import Row
 from ddpm_jax.config import Config, check, to_json
+from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError, program
 from ddpm_jax.core.files import write_text
 from ddpm_jax.core.room import check_memory
@@ -80,7 +81,9 @@ def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
     """
     devices = topology.describe_topology(name)
     for _, _, batch in _sampling(plan):
-        topology.check_batch(batch, len(devices))
+        if batch % len(devices):
+            use = sharding.round_up(batch, len(devices))
+            raise UsageError(f"--batch-sizes {batch} is not divisible by the {len(devices)} chips; use {use}")
     for one in _experiments(config, plan):
         if plan.train:
             yield topology.compile_training(one, devices)

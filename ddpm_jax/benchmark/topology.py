@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from ddpm_jax.benchmark.cycles import cycles, products
+from ddpm_jax.benchmark.hlo import ARRAY
 from ddpm_jax.benchmark.programs import Row, image_shapes, memory
 from ddpm_jax.benchmark.timing import peak_tflops
 from ddpm_jax.benchmark.traffic import traffic
@@ -83,7 +84,6 @@ class Collective(NamedTuple):
 _INSTRUCTION = re.compile(
     rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\S.*?) (?P<kind>{COLLECTIVES})(?P<start>-start)?\(", re.MULTILINE
 )
-_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -91,8 +91,8 @@ def collectives(hlo: str) -> list[Collective]:
     found = []
     for match in _INSTRUCTION.finditer(hlo):
         sizes = [
-            math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
-            for bits, dims in _ARRAY.findall(match["type"])
+            math.prod(int(n) for n in array["shape"].split(",") if n) * int(array["bits"] or 8) // 8
+            for array in ARRAY.finditer(match["type"])
         ]
         if match["start"] and match["kind"] != "all-reduce":  # their type lists the operands before the results
             count = 1 if match["kind"] == "collective-permute" else len(sizes) // 2
@@ -140,14 +140,6 @@ def compile_training(experiment: Experiment, devices: list[jax.Device]) -> Row:
     labels = {"what": "train step", "steps": steps, "batch": config.train.batch_size, "dtype": config.model.dtype}
     labels["gradient_bytes"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.params))
     return labels | _compile(make_train_step(experiment, mesh=mesh), mesh, state, image_shapes(experiment, steps), None)
-
-
-def check_batch(batch: int, chips: int) -> None:
-    """Raises UsageError if the chips do not divide the batch."""
-    if batch % chips:
-        raise UsageError(
-            f"--batch-sizes {batch} is not divisible by the {chips} chips; use {-(-batch // chips) * chips}"
-        )
 
 
 def compile_sampling(experiment: Experiment, options: SamplerOptions, batch: int, devices: list[jax.Device]) -> Row:

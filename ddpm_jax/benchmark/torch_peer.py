@@ -70,12 +70,6 @@ def compiled(network: Any, mode: str) -> Callable[..., Any]:
     return call
 
 
-def _wait(torch: Any) -> None:
-    """Waits for the device."""
-    if _device() == "cuda":
-        torch.cuda.synchronize()
-
-
 def _images(torch: Any, config: Config, batch: int) -> Any:
     x = torch.randn(batch, config.data.channels, *config.data.size, device=_device())
     return x.to(memory_format=torch.channels_last)
@@ -138,6 +132,7 @@ def training(experiment: Experiment, *, mode: str = "default") -> Callable[[], A
     def call():
         for _ in range(config.train.steps_per_dispatch):
             step(_images(torch, config, batch))
-        _wait(torch)
+        if _device() == "cuda":
+            torch.cuda.synchronize()
 
     return call

@@ -398,16 +398,8 @@ def prepare_data(words: Sequence[str]) -> PrepareData:
     return arguments
 
 
-def configs(words: Sequence[str]) -> Configs:
-    """The command line of configs, which has no options."""
-    return tyro.cli(Configs, prog=program(), args=words)
-
-
-def env(words: Sequence[str]) -> Env:
-    """The command line of env, which has no options."""
-    return tyro.cli(Env, prog=program(), args=words)
-
-
 PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
-    f.__name__: f for f in (train, sample, evaluate, convert, benchmark, prepare_data, configs, env)
+    **{f.__name__: f for f in (train, sample, evaluate, convert, benchmark, prepare_data)},
+    "configs": lambda words: tyro.cli(Configs, prog=program(), args=words),
+    "env": lambda words: tyro.cli(Env, prog=program(), args=words),
 }

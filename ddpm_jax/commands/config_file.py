@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from ddpm_jax.commands.configs import shipped
-from ddpm_jax.config import Config, check_types, differences, flatten
+from ddpm_jax.config import Config, check_types, differences
 from ddpm_jax.core.errors import UsageError
 
 
@@ -44,10 +44,10 @@ def load_config(name: str) -> Config:
 
 def options_of(given: Config, config: Config) -> list[str]:
     """The options that turn the given config into the other: words for each field that differs."""
-    words, values = [], flatten(config)
-    for field in differences(given, config):
+    words = []
+    for field, (_, value) in differences(given, config).items():
         section, _, last = field.rpartition(".")
-        prefix, option, value = f"--{section}." if section else "--", last.replace("_", "-"), values[field]
+        prefix, option = f"--{section}." if section else "--", last.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"{prefix}{option}" if value else f"{prefix}no-{option}")
         else:

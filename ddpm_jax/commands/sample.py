@@ -1,7 +1,6 @@
 """Samples images from a run: ddpm-jax sample WORKDIR --num-images 64 --seed 0 --out samples"""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +27,9 @@ def default_name(step: int, arguments: Sample) -> str:
         value = getattr(options, name)
         if value != getattr(default, name):
             value = "-".join(map(str, value)) if isinstance(value, tuple) else value
-            parts += [name, re.sub(r"[^\w.-]+", "-", str(value))]
+            parts += [name, file_part(str(value))]
     for name, value in _given(arguments.given):
-        parts += [name, re.sub(r"[^\w.-]+", "-", value)]
+        parts += [name, file_part(value)]
     parts += ["seed", arguments.seed]
     if arguments.first_image:
         parts += ["from", arguments.first_image]

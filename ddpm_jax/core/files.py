@@ -180,8 +180,8 @@ def read_text(path: epath.Path, *, most: int = MOST_BYTES) -> str:
         raise DamagedFileError(path, f"byte {error.start} is not UTF-8 text") from None
 
 
-def parse_json(path: epath.PathLike, text: str, *, kind: type = dict) -> Any:
-    """The JSON value of a file's text. Raises DamagedFileError if it is not JSON of this type, or nested too deep."""
+def parse_json(path: epath.PathLike, text: str) -> Any:
+    """The JSON object of a file's text. Raises DamagedFileError if it is no JSON object, or nested too deep."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it has the number {constant}")
@@ -192,14 +192,14 @@ def parse_json(path: epath.PathLike, text: str, *, kind: type = dict) -> Any:
         raise DamagedFileError(path, "its JSON is nested too deep") from None
     except ValueError as error:
         raise DamagedFileError(path, f"it is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise DamagedFileError(path, f"it holds a JSON {type(value).__name__}, expected {kind.__name__}")
+    if not isinstance(value, dict):
+        raise DamagedFileError(path, f"it holds a JSON {type(value).__name__}, expected dict")
     return value
 
 
-def read_json(path: epath.Path, *, kind: type = dict, most: int = MOST_BYTES) -> Any:
-    """The JSON value of a file. Raises FileNotFoundError, or DamagedFileError if it is not JSON of this type."""
-    return parse_json(path, read_text(path, most=most), kind=kind)
+def read_json(path: epath.Path, *, most: int = MOST_BYTES) -> Any:
+    """The JSON object of a file. Raises FileNotFoundError, or DamagedFileError if it is no JSON object."""
+    return parse_json(path, read_text(path, most=most))
 
 
 # ---- One process at a time

@@ -5,7 +5,7 @@ Nothing here imports JAX, so that command lines are read before it is.
 
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -86,18 +86,15 @@ def beside(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
-def _out_of_bounds(options: Any) -> Iterator[tuple[str, float, str]]:
-    """Name, value and refusal of each number of a dataclass that is outside of its bounds."""
-    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
-        value = getattr(options, name)
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        for bounds in (mark for mark in beside(hint) if isinstance(mark, Bounds)):
-            for number in numbers:
-                if refusal := bounds.refusal(number):
-                    yield name, number, refusal
+def refusals(value: Any, marks: Iterable[Any]) -> Iterator[tuple[float, str]]:
+    """The numbers of a field's value that are out of its bounds, and what is wrong with each."""
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    for bounds in (mark for mark in marks if isinstance(mark, Bounds)):
+        yield from ((number, refusal) for number in numbers if (refusal := bounds.refusal(number)))
 
 
 def check_bounds(options: Any) -> None:
-    """Raises UsageError for the first number of a command's options that is outside of its bounds."""
-    for name, number, refusal in _out_of_bounds(options):
-        raise UsageError(f"--{name.replace('_', '-')} {number} {refusal}")
+    """Raises UsageError for the first number of a command's options that is out of its bounds."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        for number, refusal in refusals(getattr(options, name), beside(hint)):
+            raise UsageError(f"--{name.replace('_', '-')} {number} {refusal}")

@@ -43,14 +43,9 @@ def root_key(seed: int) -> Key[Array, ""]:
 
     seed: 0 to 2**32 - 1. Raises UsageError for any other, which JAX would wrap silently.
     """
-    check_seed(seed)
-    return jax.random.key(seed, impl="threefry2x32")
-
-
-def check_seed(seed: int) -> None:
-    """Raises UsageError unless the seed is from 0 to 2**32 - 1."""
     if not 0 <= seed <= LAST_SEED:
         raise UsageError(f"got seed {seed}, expected a whole number from 0 to {LAST_SEED}; choose another")
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def stream(root: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -7,12 +7,13 @@ where numbers are computed, never which.
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -129,28 +130,15 @@ def check_same(facts: Mapping[str, Any]) -> None:
         return
     ours = json.dumps(facts, default=str)
     theirs = first_gives(ours.encode) or b"{}"
-    different = unlike(json.loads(theirs), json.loads(ours))
+    a, b = (flatten_dict(json.loads(side), sep=".") for side in (theirs, ours))
+    told = {name: [repr(side[name]) if name in side else "nothing" for side in (a, b)] for name in {**a, **b}}
+    different = [f"{name} (there {there}, here {here})" for name, (there, here) in told.items() if there != here]
     if any_process(bool(different)):
         raise UsageError(
             f"this process differs from process 0 in {', '.join(different)}; start the same command with the same data on each"
             if different
             else "another process differs from the first one; its message says in what"
         )
-
-
-def unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What differs between two processes' facts, values of JSON, each as "train.lr (there 0.1, here 0.2)"."""
-    a, b = dict(_flat(theirs)), dict(_flat(ours))
-    told = {name: [repr(side[name]) if name in side else "nothing" for side in (a, b)] for name in {**a, **b}}
-    return [f"{name} (there {there}, here {here})" for name, (there, here) in told.items() if there != here]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def make_mesh(*, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:

@@ -35,8 +35,6 @@ def read_idx(path: str, axes: int) -> np.ndarray:
             shape = struct.unpack(f">{axes}I", file.read(4 * axes))
             room.check_memory(math.prod(shape), f"the images of {path}", "store them as an .npy file, which is mapped")
             values = file.read(math.prod(shape) + 1)
-    except UsageError:
-        raise
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UsageError(f"{path} cannot be read as a gzip-compressed IDX file ({error}); copy it again") from None
     if len(values) != math.prod(shape):

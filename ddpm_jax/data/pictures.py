@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Shaped
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.core.errors import UsageError
 
 PAGED = (".tif", ".tiff")  # endings of files that may have several pages
@@ -209,15 +210,12 @@ class DecodedPictures:
     Threads decode them. Pillow releases the GIL, so processes would only add the cost of moving images between them.
     """
 
-    def __init__(
-        self, pictures: Pictures, *, size: tuple[int, int], channels: int, workers: int, value_range: Range = None
-    ):
-        self.pictures = pictures
-        self.shape = (len(pictures.names), *size, channels)
-        self.value_range = value_range
-        self.dtype = np.dtype(np.uint8 if value_range is None else np.float32)
+    def __init__(self, pictures: Pictures, config: DataConfig):
+        self.pictures, self.value_range = pictures, config.value_range
+        self.shape = (len(pictures.names), *config.size, config.channels)
+        self.dtype = np.dtype(np.uint8 if self.value_range is None else np.float32)
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = config.workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
 
     def __len__(self) -> int:

@@ -84,11 +84,9 @@ def class_grid(
     return np.asarray(named).reshape(named.height, named.width, -1)
 
 
-def beside(
-    left: UInt8[np.ndarray, "h w C"], right: UInt8[np.ndarray, "h w C"], *, gap: int = 4
-) -> UInt8[np.ndarray, "h w2 C"]:
-    """Two grids of equal size side by side, with `gap` white columns between them."""
-    between = np.full((left.shape[0], gap, left.shape[2]), 255, np.uint8)
+def beside(left: UInt8[np.ndarray, "h w C"], right: UInt8[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "h w2 C"]:
+    """Two grids of equal size side by side, with 4 white columns between them."""
+    between = np.full((left.shape[0], 4, left.shape[2]), 255, np.uint8)
     return np.concatenate([left, between, right], axis=1)
 
 

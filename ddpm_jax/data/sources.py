@@ -207,20 +207,8 @@ def folder(name: str) -> Pictures:
             f"data.source={name!r} has {len(other)} names of pictures that are not regular files but pipes, "
             f"sockets or devices, such as {other[0]}; remove them"
         )
-    sizes = [stat.st_size for stat in stats]
-
-    def read(i):
-        _check_size(sizes[i])
-        return Path(paths[i]).read_bytes()
-
-    return Pictures(
-        names=chosen,
-        read=read,
-        labels=lambda: _folder_labels(chosen),
-        identity=_identity_of(chosen, sizes),
-        stamp=digest([stat.st_mtime_ns for stat in stats]),
-        classes=lambda: _folders_of(chosen)[0].tolist(),
-    )
+    sizes, times = [stat.st_size for stat in stats], digest([stat.st_mtime_ns for stat in stats])
+    return _in_folders(chosen, sizes, sizes, lambda i: Path(paths[i]).read_bytes(), times)
 
 
 def zip_file(name: str) -> Pictures:
@@ -233,18 +221,27 @@ def zip_file(name: str) -> Pictures:
         raise UsageError(f"{name} cannot be read as a zip file ({error}); copy or pack it again") from None
     entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
     chosen = [entries[inside] for inside in _choose(name, entries)]
-    names = [entry.filename for entry in chosen]
+    names, sizes = [entry.filename for entry in chosen], [entry.file_size for entry in chosen]
+    contents = [(entry.file_size, entry.CRC) for entry in chosen]
+    return _in_folders(names, sizes, contents, lambda i: archive.read(chosen[i]), "")  # which checks the CRC
 
-    def read(i):
-        _check_size(chosen[i].file_size)
-        return archive.read(chosen[i])  # checks the CRC
+
+def _in_folders(
+    names: Sequence[str], sizes: Sequence[int], contents: Sequence, read: Callable[[int], bytes], stamp: str
+) -> Pictures:
+    """Pictures whose folders are their classes. contents: what identifies each beside its name."""
+
+    def checked(i):
+        if sizes[i] > MOST_BYTES:
+            raise ValueError(f"its {room.gib(sizes[i])} are more than {room.gib(MOST_BYTES)}")
+        return read(i)
 
     return Pictures(
         names=names,
-        read=read,
+        read=checked,
         labels=lambda: _folder_labels(names),
-        identity=_identity_of(names, [(entry.file_size, entry.CRC) for entry in chosen]),
-        stamp="",
+        identity={"images": len(names), "sha256": digest(list(zip(names, contents, strict=True)))},
+        stamp=stamp,
         classes=lambda: _folders_of(names)[0].tolist(),
     )
 
@@ -371,13 +368,7 @@ def decoded(pictures: Pictures, config: DataConfig) -> DecodedPictures:
         f"one picture of {height} x {width} pixels",
         "choose a smaller data.image_size",
     )
-    return DecodedPictures(
-        pictures,
-        size=config.size,
-        channels=config.channels,
-        workers=config.workers,
-        value_range=config.value_range,
-    )
+    return DecodedPictures(pictures, config)
 
 
 def find_kind(name: str) -> str:
@@ -481,14 +472,7 @@ def _choose(source: str, names) -> list[str]:
     return chosen
 
 
-@functools.cache  # once for a source that is opened twice
-def _tell(sentence: str) -> None:
-    tqdm.write(sentence)
-
-
-def _check_size(size: int) -> None:
-    if size > MOST_BYTES:
-        raise ValueError(f"its {room.gib(size)} are more than {room.gib(MOST_BYTES)}")
+_tell = functools.cache(tqdm.write)  # once for a source that is opened twice
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
@@ -500,7 +484,3 @@ def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
 def _folders_of(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The sorted folders of pictures, and the place of each picture's folder among them."""
     return np.unique([posixpath.dirname(name) for name in names], return_inverse=True)
-
-
-def _identity_of(names: Sequence[str], contents: Sequence) -> dict[str, str | int]:
-    return {"images": len(names), "sha256": digest(list(zip(names, contents, strict=True)))}

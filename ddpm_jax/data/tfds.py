@@ -24,17 +24,9 @@ from ddpm_jax.data.pictures import Pictures
 PREFIX = "tfds:"
 # Image sets to suggest for a name without the prefix. The full list would need TensorFlow.
 COMMON = (
-    *(
-        "celeb_a",
-        "celeb_a_hq",
-        "cifar10",
-        "cifar100",
-        "downsampled_imagenet",
-        "emnist",
-        "fashion_mnist",
-        "imagenet2012",
-    ),
-    *("imagenet_resized", "imagenette", "kmnist", "lsun", "mnist", "oxford_flowers102", "stl10", "svhn_cropped"),
+    *("celeb_a", "celeb_a_hq", "cifar10", "cifar100", "downsampled_imagenet", "emnist", "fashion_mnist"),
+    *("imagenet2012", "imagenet_resized", "imagenette", "kmnist", "lsun", "mnist", "oxford_flowers102"),
+    *("stl10", "svhn_cropped"),
 )
 RETRIES = 6  # of a connection, 13 s in all; the default of ten takes 204 s
 

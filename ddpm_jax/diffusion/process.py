@@ -264,15 +264,12 @@ def p_mean_logvar(process: Process, output: Output, x_t: Images, t: Steps, *, cl
     mean_part, var_part = split_output(process, output)
     x_0 = clip_x_0(predict_x_0(process, mean_part, x_t, t), clip)
     mean = mean_part if process.prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
-    if variance == "fixed_small":
-        logvar = at(schedule.posterior_logvar_clipped, t, x_t)
-    elif variance == "fixed_large":
-        logvar = at(schedule.fixed_large_logvar, t, x_t)
+    if var_part is None:
+        small = variance == "fixed_small"
+        logvar = at(schedule.posterior_logvar_clipped if small else schedule.fixed_large_logvar, t, x_t)
     elif variance == "learned":
-        assert var_part is not None
         logvar = var_part
     else:
-        assert var_part is not None
         low, high = at(schedule.posterior_logvar_clipped, t, x_t), jnp.log(at(schedule.betas, t, x_t))
         fraction = (var_part + 1.0) / 2.0
         logvar = fraction * high + (1.0 - fraction) * low

@@ -3,7 +3,6 @@
 It reads and writes JSON and safetensors without diffusers, and executes no code of a model.
 """
 
-import hashlib
 import json
 import re
 import tempfile
@@ -17,13 +16,12 @@ from etils import epath
 from safetensors.numpy import save
 
 from ddpm_jax.config import Config, differences, num_labels
-from ddpm_jax.config import flatten as flatten_config
 from ddpm_jax.core.errors import UsageError, first_line, import_extra
 from ddpm_jax.core.files import advising, check_place, read_json
 from ddpm_jax.interop.diffusers_config import VERSION, from_diffusers_configs, scheduler_config, unet_config
 from ddpm_jax.interop.names import Parameter, parameters
 from ddpm_jax.training.experiment import Experiment
-from ddpm_jax.training.parameters import check_fit, flatten, unflatten
+from ddpm_jax.training.parameters import arrays_digest, check_fit, flatten, unflatten
 from ddpm_jax.training.workdir import Run, check_empty
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -105,27 +103,21 @@ def _with_options_of(base: Config, config: Config, source: str, *, without_sched
         names -= {"diffusion.variance"}  # the model does not record it
     if num_labels(base) != num_labels(config):  # diffusers does not tell which label is that of no class
         names |= {"model.num_classes"}
-    differ = [name for name in differences(base, config) if name in names]
+    differ = [
+        f"{name} ({there!r} there, {here!r} in the config)"
+        for name, (here, there) in differences(base, config).items()
+        if name in names
+    ]
     if differ:
-        was, now = flatten_config(base), flatten_config(config)
-        fields = ", ".join(f"{name} ({now[name]!r} there, {was[name]!r} in the config)" for name in differ)
-        raise UsageError(f"{source} is not the config's model: it differs in {fields}; change the config")
+        raise UsageError(f"{source} is not the config's model: it differs in {', '.join(differ)}; change the config")
     return base
-
-
-def _digest(tensors: dict[str, np.ndarray], configs: list[Any]) -> str:
-    """SHA-256 of an exported model: its weights, and the configs of network and scheduler."""
-    sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    for name, array in sorted(tensors.items()):
-        sha.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
-    return sha.hexdigest()
 
 
 def _read_parameters(folder: Path, table: tuple[Parameter, ...], configs: list[Any]) -> Any:
     path, pickled = (folder / f"{WEIGHTS}.{ending}" for ending in ("safetensors", "bin"))
     if path.exists():
         tensors, digest = _read_safetensors(path)
-        if digest is not None and digest != _digest(tensors, configs):  # models of diffusers have none
+        if digest is not None and digest != arrays_digest(configs, tensors):  # models of diffusers have none
             raise UsageError(
                 f"{path} or a config beside it is damaged or changed: it is not what ddpm_jax exported; get a whole copy"
             )
@@ -209,7 +201,7 @@ def write_pipeline(run: Run, folder: Path, card: str) -> None:
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).write_text(json.dumps(values, indent=2) + "\n")
         # Not by save_file, which raises its own error on a full disk.
-        proof = {DIGEST: _digest(tensors, [files["unet/config.json"], files["scheduler/scheduler_config.json"]])}
+        proof = {DIGEST: arrays_digest([files["unet/config.json"], files["scheduler/scheduler_config.json"]], tensors)}
         (whole / f"unet/{WEIGHTS}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"} | proof))
         (whole / "README.md").write_text(card)
         whole.replace(folder)

@@ -1,4 +1,4 @@
-"""Sampling with intermediate x_t: the paper's Figures 6, 7 and 8, and starting from a noised image.
+"""Sampling with intermediate x_t: the paper's Figures 6, 7 and 8.
 
 Each function takes a `Chain` and starts at its sampler's largest step that is at most t.
 """
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.core import rng
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.sampling.scan import Model, Sampler, advance, draw_x_T
@@ -78,16 +77,6 @@ def shared_latents(chain: Chain, index: Int[Array, ""] | int, *, t: int, count: 
     return chain.steps(indices, x_t, first, len(chain.sampler))[0]
 
 
-def from_noised(
-    chain: Chain, schedule: Schedule, indices: Int[Array, " B"], x_0: Float[Array, "B H W C"], *, t: int
-) -> Float[Array, "B H W C"]:
-    """Noises images x_0 to x_t and samples back: a smaller t stays closer to x_0 (Meng et al. 2022, SDEdit).
-
-    The noise is draw k = 0 of each image, which is x_T in a full chain.
-    """
-    return interpolate(chain, schedule, indices, x_0, x_0, t=t, fractions=(0.0,))[0]
-
-
 def interpolate(
     chain: Chain,
     schedule: Schedule,
@@ -105,10 +94,7 @@ def interpolate(
     """
     start = start_row(chain.sampler, t)
     level = jnp.full(x_0.shape[:1], int(np.asarray(chain.sampler.rows["t"])[start]))
-    noises = (
-        rng.image_normal(rng.image_keys(chain.key, i), 0, x_0.shape[1:], x_0.dtype)
-        for i in (indices, indices + len(x_0))
-    )
+    noises = (draw_x_T(chain.key, i, chain.image_shape) for i in (indices, indices + len(x_0)))
     x_t, x_t_other = (q_sample(schedule, x, level, eps) for x, eps in zip((x_0, x_0_other), noises, strict=True))
     f = jnp.asarray(fractions, x_0.dtype)[:, None, None, None, None]
     mixed = ((1 - f) * x_t[None] + f * x_t_other[None]).reshape(-1, *x_0.shape[1:])

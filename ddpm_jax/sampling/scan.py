@@ -137,7 +137,13 @@ def _noise(sampler: Sampler, keys: Key[Array, " B"], number: Any, x: Array) -> C
 
 
 def _table(sampler: Sampler, rows: Any, x: Array) -> Any:
-    return jax.tree.map(lambda a: _to_device(np.asarray(a)[rows], x.dtype), sampler.rows)
+    """These rows as device arrays: floats in x's dtype, and int32."""
+
+    def one(a):
+        a = np.asarray(a)[rows]
+        return jnp.asarray(a, x.dtype if np.issubdtype(a.dtype, np.floating) else jnp.int32)
+
+    return jax.tree.map(one, sampler.rows)
 
 
 def sample_loop(
@@ -148,8 +154,3 @@ def sample_loop(
     indices: the images' global indices, int (B,), which select their noise.
     """
     return reverse(sampler, model, key, indices, draw_x_T(key, indices, image_shape))[0]
-
-
-def _to_device(table: np.ndarray, dtype: Any) -> Array:
-    """A host table as a device array: floats in x's dtype, and int32."""
-    return jnp.asarray(table, dtype if np.issubdtype(table.dtype, np.floating) else jnp.int32)

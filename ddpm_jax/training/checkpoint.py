@@ -30,7 +30,7 @@ from etils import epath
 from ddpm_jax.config import Config, changed_fields, fixed_fields
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError, first_line
-from ddpm_jax.core.files import DamagedFileError, digest, fingerprint, parse_json, read_text, write_text
+from ddpm_jax.core.files import DamagedFileError, digest, fingerprint, parse_json, read_json, read_text, write_text
 from ddpm_jax.training.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -105,8 +105,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 
     Raises OSError or DamagedFileError.
     """
-    path = folder / "meta" / "metadata"
-    return parse_json(path, read_text(path))
+    return read_json(folder / "meta" / "metadata")
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -360,13 +359,9 @@ class Checkpoints:
             ema_params=restored.ema, averages=restored.averages if averages else None, **{"loss_history": None} | state
         )
 
-    def restore_ema(self, step: int, like: Any) -> Any:
-        """The EMA parameters of a step, as `like` (ShapeDtypeStructs with shardings)."""
-        return self._restore(step, ema=_restore_as(like)).ema
-
-    def restore_averages(self, step: int, like: Any) -> Any:
-        """The further averages of a step by name, as `like` (ShapeDtypeStructs with shardings)."""
-        return self._restore(step, averages=_restore_as(like)).averages
+    def restore_item(self, step: int, item: str, like: Any) -> Any:
+        """The item `ema` or `averages` of a step alone, as `like` (ShapeDtypeStructs with shardings)."""
+        return getattr(self._restore(step, **{item: _restore_as(like)}), item)
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network".

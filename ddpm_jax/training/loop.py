@@ -24,7 +24,7 @@ from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.ema import initial_share
-from ddpm_jax.training.metric_writer import MetricWriter
+from ddpm_jax.training.metric_writer import MetricWriter, best_step
 from ddpm_jax.training.step import TrainState
 
 PACE_STEPS = 50  # from which the time of the whole run is foreseen
@@ -308,10 +308,9 @@ def train_loop(
 
 
 def save(options: TrainConfig, parts: LoopParts, state: TrainState, meta: dict[str, Any]) -> None:
-    """Flushes the logs and starts a save. The best checkpoint so far is kept."""
+    """Starts a save. The best checkpoint so far is kept."""
     parts.check()
     best = None
     if parts.writer:
-        parts.writer.flush()
-        best = parts.writer.best_step(options.keep_best, parts.checkpoints.steps())
+        best = best_step(parts.writer.workdir, options.keep_best, parts.checkpoints.steps())
     parts.checkpoints.save(state, meta, keep=best)

@@ -182,22 +182,13 @@ class MetricWriter:
             return True
         return any(name in line for line in read_metrics(self.workdir) if line["step"] == step)
 
-    def best_step(self, name: str, steps: Collection[int]) -> int | None:
-        """The first of the steps at which a number was least (`best_step`)."""
-        return best_step(self.workdir, name, steps)
-
     def _grid_path(self, name: str, step: int) -> epath.Path:
         return self.workdir / name / f"step_{step:08d}.png"
 
     def _event(self, step: int, content: Summary) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
-    def flush(self) -> None:
-        """Flushes the files to the file system."""
-        self._metrics.flush()
-        self._events.flush()
-
     def close(self) -> None:
         """Flushes and closes the files. Raises OSError if that fails, with the files closed."""
-        with contextlib.closing(self._metrics), contextlib.closing(self._events):
-            self.flush()
+        with contextlib.closing(self._metrics):
+            self._events.close()

@@ -3,6 +3,7 @@
 `interop/export.py` writes such a file of a run, and `load_run` takes it in a workdir's place.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -92,3 +93,11 @@ def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple
             f"{where} does not fit the network of its config: {', '.join(wrong[:3])}{more}; use the config that it was "
             "trained with, or a whole copy of the file"
         )
+
+
+def arrays_digest(about: Any, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays by name, and of the JSON that belongs to them."""
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return sha.hexdigest()

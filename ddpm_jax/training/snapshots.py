@@ -6,7 +6,6 @@ They are written at every train.save_every and at the end, and stay when the che
 config's fixed fields in its metadata.
 """
 
-import hashlib
 import json
 
 import jax
@@ -20,7 +19,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import DamagedFileError, digest, read_bytes, remove_remnants, write_bytes
 from ddpm_jax.training.loop import Evaluator, Findings
 from ddpm_jax.training.metric_writer import read_metrics
-from ddpm_jax.training.parameters import ENDING, MOST_BYTES, flatten, parse_arrays
+from ddpm_jax.training.parameters import ENDING, MOST_BYTES, arrays_digest, flatten, parse_arrays
 from ddpm_jax.training.posthoc import Profile, fit, gamma_of
 from ddpm_jax.training.step import TrainState
 from ddpm_jax.training.weights import WIDTHS
@@ -87,15 +86,7 @@ def _path(folder: epath.Path, step: int) -> epath.Path:
 
 def _content(step: int, config: Config, arrays: dict[str, np.ndarray]) -> bytes:
     about = {"step": str(step), "config": json.dumps(fixed_fields(config), sort_keys=True)}
-    return save(arrays, about | {"sha256": _digest(about, arrays)})
-
-
-def _digest(about: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 of a snapshot's metadata and arrays."""
-    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        sha.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
-    return sha.hexdigest()
+    return save(arrays, about | {"sha256": arrays_digest(about, arrays)})
 
 
 def read_snapshot(folder: epath.Path, step: int, config: Config) -> tuple[str, dict[str, np.ndarray]]:
@@ -103,7 +94,7 @@ def read_snapshot(folder: epath.Path, step: int, config: Config) -> tuple[str, d
     path = _path(folder, step)
     arrays, about = parse_arrays(path, read_bytes(path, most=MOST_BYTES))
     proof = about.pop("sha256", None)
-    if proof is None or proof != _digest(about, arrays):
+    if proof is None or proof != arrays_digest(about, arrays):
         raise DamagedFileError(path, "it does not agree with its own digest")
     if int(about["step"]) != step:
         raise DamagedFileError(path, f"it is a copy of step {about['step']}")

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddpm_jax.config import Config, flatten
+from ddpm_jax.config import Config, differences
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.provenance import made_with
@@ -156,9 +156,11 @@ def describe_origin(config: Config, classes: tuple[str, ...], run: Run, origin: 
     said = f"Starting from step {run.step} of {origin} ({run.weights})."
     if run.note:
         said += f"\nNote: {run.note}."
-    was, now = flatten(run.config), flatten(config)
-    meant = [name for name in was if name.startswith("diffusion.") or name in ("data.value_range", "data.condition")]
-    other = [f"{name} (there {was[name]!r}, here {now[name]!r})" for name in meant if was[name] != now[name]]
+    other = [
+        f"{name} (there {there!r}, here {here!r})"
+        for name, (there, here) in differences(run.config, config).items()
+        if name.startswith("diffusion.") or name in ("data.value_range", "data.condition")
+    ]
     if run.classes and classes:  # either may have no names
         pairs = enumerate(itertools.zip_longest(run.classes, classes))
         other += [f"class {i} (there {a!r}, here {b!r})" for i, (a, b) in pairs if a != b][:1]

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm_jax.config import Config, TrainConfig, changeable, differences, to_json
-from ddpm_jax.config import flatten as fields_of
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import RunError, UsageError
 from ddpm_jax.core.files import (
@@ -120,27 +119,22 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
         old = read_config(workdir, own_network=own_network)
-        fixed = [name for name in differences(old, config) if name not in changeable()]
-        if fixed and saved_steps(workdir / CHECKPOINTS):
-            was, now = fields_of(old), fields_of(config)
-            fields = ", ".join(f"{name} (there {was[name]!r}, here {now[name]!r})" for name in fixed)
+        changes, saved = differences(old, config), saved_steps(workdir / CHECKPOINTS)
+        fixed = {name: values for name, values in changes.items() if name not in changeable()}
+        if fixed and saved:
+            fields = ", ".join(f"{name} (there {was!r}, here {now!r})" for name, (was, now) in fixed.items())
             raise UsageError(
                 f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
             )
         if old == config:
             return
-        if saved_steps(workdir / CHECKPOINTS):
-            _tell_changes(old, config)
+        if saved:
+            told = ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
+            tqdm.write(f"Note: the run goes on with other options than before: {told}.")
             _keep(workdir, old.train, config.train)
     elif workdir.exists() and not all(path.name == LOCK or is_remnant(path, CONFIG) for path in workdir.iterdir()):
         raise UsageError(f"the workdir {workdir} has files but no {CONFIG}; choose an empty or a new folder")
     _write_config(workdir, config)
-
-
-def _tell_changes(old: Config, new: Config) -> None:
-    was, now = fields_of(old), fields_of(new)
-    changes = ", ".join(f"{name} {was[name]!r} -> {now[name]!r}" for name in differences(old, new))
-    tqdm.write(f"Note: the run goes on with other options than before: {changes}.")
 
 
 def _keep(workdir: epath.Path, old: TrainConfig, new: TrainConfig) -> None:
@@ -358,7 +352,9 @@ def load_run(
             params, proof = _restore(checkpoints, chosen, like, weights), manifest_digest(checkpoints.folder(chosen))
         else:
             read = functools.partial(rebuild, workdir, config, width, step=step, unverified=unverified)
-            params, chosen, proof = _rebuilt(sharding.first_gives(read) or b"", like, workdir / SNAPSHOTS)
+            arrays, about = parse_arrays(workdir / SNAPSHOTS, sharding.first_gives(read) or b"")
+            params, chosen = _placed(arrays, like.ema_params, workdir / SNAPSHOTS), int(about["step"])
+            proof = about["checkpoint"]
     return Run(experiment, chosen, proof, weights, params, mesh, tuple(meta.get("classes", ())))
 
 
@@ -378,16 +374,10 @@ def _best(workdir: epath.Path, name: str) -> int:
 def _restore(checkpoints: Checkpoints, step: int, like: TrainState, weights: str) -> Any:
     """These parameters of a step, as in `like`, a state of ShapeDtypeStructs."""
     if weights == "ema":
-        return checkpoints.restore_ema(step, like.ema_params)
+        return checkpoints.restore_item(step, "ema", like.ema_params)
     if weights == "raw":
         return checkpoints.restore_state(step, like).params
-    return checkpoints.restore_averages(step, like.averages)[weights]
-
-
-def _rebuilt(content: bytes, like: TrainState, where: epath.Path) -> tuple[Any, int, str]:
-    """The parameters that `rebuild` gave, their step and digest."""
-    arrays, about = parse_arrays(where, content)
-    return _placed(arrays, like.ema_params, where), int(about["step"]), about["checkpoint"]
+    return checkpoints.restore_item(step, "averages", like.averages)[weights]
 
 
 def _placed(arrays: dict[str, Any], like: Any, where: object) -> Any:

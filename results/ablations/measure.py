@@ -14,7 +14,7 @@ from plan import RUNS, VARIANTS, commands, config_of, measurements, row_file, wo
 
 from ddpm_jax.benchmark.timing import environment
 from ddpm_jax.commands.train import train
-from ddpm_jax.config import Config, differences, flatten
+from ddpm_jax.config import Config, differences
 from ddpm_jax.core.files import DamagedFileError, read_json, write_text
 from ddpm_jax.evaluation.evaluation import Evaluation
 from ddpm_jax.evaluation.features import PIXELS
@@ -74,7 +74,7 @@ def carry_out(base: Config, key: str, seed: int) -> Row:
     row = {
         "variant": key,
         "seed": seed,
-        "differs": {name: flatten(config)[name] for name in differences(config_of(base, "baseline", seed), config)},
+        "differs": {name: now for name, (_, now) in differences(config_of(base, "baseline", seed), config).items()},
         "commands": commands(base, key, seed),
         "parameters_of": of,
         "seconds": {
