@@ -32,7 +32,7 @@ from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, ON_REQUEST, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.results import describe
-from ddpm_jax.generation.generator import SamplerOptions, generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import SamplerOptions, draw, generate_batches, make_generator, sample_key
 from ddpm_jax.training.workdir import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -78,15 +78,8 @@ def evaluated(run, loaded):
 @pytest.fixture(scope="module")
 def samples(loaded):
     """The 20 samples, by the functions that sample.py calls."""
-    ranges = [range(8), range(8, 16), range(16, 24)]
-    batches = generate_batches(
-        make_generator(experiment(CONFIG), loaded.mesh),
-        loaded.params,
-        sample_key(0),
-        ranges,
-        batch_size=8,
-        num_devices=8,
-    )
+    generator, ranges = make_generator(experiment(CONFIG), loaded.mesh), [range(8), range(8, 16), range(16, 24)]
+    batches = generate_batches(generator, loaded.params, sample_key(0), ranges, size=8)
     return np.concatenate([images for _, images in batches])[:20]
 
 
@@ -268,7 +261,7 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(evaluation_module, "draw", never)
     monkeypatch.setattr(evaluation_module.bits, "make_bound", lambda *args: never)
     monkeypatch.setattr(
         evaluation_module.scores,
@@ -283,11 +276,11 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
 def test_more_images_continue_from_those_that_are_there(evaluated, run, loaded, monkeypatch):
     asked = []
 
-    def counted(*args, f=generate_batches, **kwargs):
-        asked.extend(args[3])
+    def counted(*args, f=draw, **kwargs):
+        asked.append(args[3])
         return f(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", counted)
+    monkeypatch.setattr(evaluation_module, "draw", counted)
     options = dataclasses.replace(OPTIONS, num_images=32)
     evaluation = Evaluation.of_run(loaded, run, FEATURES, options)
     assert len(evaluation.generated()["features"]) == 32
@@ -434,7 +427,7 @@ def test_a_distance_that_would_not_end_is_refused_before_anything_is_computed(ru
     def never(*args, **kwargs):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(evaluation_module, "draw", never)
     monkeypatch.setattr(scores, "MOST_RANK", 29)
     with pytest.raises(UsageError, match=r"30 images of 64 features.* --num-real\), or Inception's features"):
         evaluate(Evaluation.of_run(loaded, run, PIXELS, OPTIONS), ("kid", "fid"))

@@ -36,12 +36,7 @@ from ddpm_jax.evaluation.options import Options, check_options
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.evaluation.scores import Statistics
-from ddpm_jax.generation.generator import (
-    check_batch,
-    generate_batches,
-    make_generator,
-    sample_key,
-)
+from ddpm_jax.generation.generator import check_batch, draw, make_generator, sample_key
 from ddpm_jax.generation.given import ConditionsOf, Tables, given_at
 from ddpm_jax.generation.labels import label_table
 from ddpm_jax.generation.options import SamplerOptions
@@ -283,17 +278,10 @@ class Evaluation:
     @once
     def _samples(self) -> Parts:
         def compute(part: range) -> Arrays:
-            whole = range(part.start, part.start + self.batch_size)
-            batches = generate_batches(
-                self.programs.generate,
-                self.params if self.programs.guide is None else (self.params, self.programs.guide.params),
-                sample_key(self.options.seed),
-                [whole],
-                batch_size=self.batch_size,
-                num_devices=self.mesh.devices.size,
-                given=self._tables(),
-            )
-            return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
+            params = self.params if self.programs.guide is None else (self.params, self.programs.guide.params)
+            key, tables = sample_key(self.options.seed), self._tables()
+            images = draw(self.programs.generate, params, key, part, size=self.batch_size, given=tables)
+            return {"images": np.asarray(images)[: len(part)]}
 
         definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
         if self.experiment.conditioning is not None and self.source.stamp:

@@ -27,7 +27,7 @@ from ddpm_jax.evaluation.evaluation import Evaluation, Programs
 from ddpm_jax.evaluation.features import check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.options import Options
-from ddpm_jax.generation.generator import generate_batches, sample_key
+from ddpm_jax.generation.generator import draw, sample_key
 from ddpm_jax.training import ema
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.loop import Evaluator, Findings
@@ -118,16 +118,10 @@ class SampleGrid:
         return sheet if sheet.shape[-1] == channels else sheet[..., :1].repeat(channels, axis=-1)
 
     def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
-        batches = generate_batches(
-            self._programs.generate,
-            params,
-            sample_key(self._experiment.config.seed),
-            [range(self._count)],
-            batch_size=self._count,
-            num_devices=self._programs.mesh.devices.size,
-            given=self._tables,
-        )
-        return self._experiment.pixels.to_pictures(np.concatenate([images for _, images in batches]))
+        size = sharding.round_up(self._count, self._programs.mesh.devices.size)
+        key, first = sample_key(self._experiment.config.seed), range(self._count)
+        images = draw(self._programs.generate, params, key, first, size=size, given=self._tables)
+        return self._experiment.pixels.to_pictures(np.asarray(images)[: self._count])
 
 
 class HeldOut:

@@ -1,6 +1,7 @@
 """Generating images: a sampler compiled for an experiment and a mesh, run over ranges of image indices."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -211,27 +212,36 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
     check_devices(mesh.local_devices, needed // mesh.devices.size, f"--batch-size {batch_size}", "use a smaller one")
 
 
+def draw(
+    generate: Generate,
+    params: Any,
+    key: Key[Array, ""],
+    part: range,
+    *,
+    size: int,
+    given: Tables | None = None,
+) -> Any:
+    """Starts what the generator gives for `size` images from the first of `part` on, and returns before it is computed.
+
+    size: a multiple of the devices. given: what images are drawn with, by the generator's argument.
+    """
+    indices = np.arange(part.start, part.start + size, dtype=np.int32)
+    return generate(params, key, indices, **given_at(given or {}, indices))
+
+
 def generate_batches(
     generate: Generate,
     params: Any,
     key: Key[Array, ""],
     ranges: Iterable[range],
     *,
-    batch_size: int,
-    num_devices: int,
+    size: int,
     given: Tables | None = None,
 ) -> Iterator[tuple[range, Shaped[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 
-    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. given: what
-    images are drawn with, by the generator's argument.
+    Every batch is padded to `size`, as `draw` takes it, and the padding is dropped.
     """
-    size, waiting = sharding.round_up(batch_size, num_devices), None
-    for part in ranges:
-        indices = np.arange(part.start, part.start + size, dtype=np.int32)
-        images = generate(params, key, indices, **given_at(given or {}, indices))
-        if waiting is not None:
-            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
-        waiting = part, images
-    if waiting is not None:
-        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+    started = ((part, draw(generate, params, key, part, size=size, given=given)) for part in ranges)
+    for (part, images), _ in itertools.pairwise(itertools.chain(started, [(range(0), None)])):
+        yield part, np.asarray(images)[: len(part)]

@@ -13,6 +13,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax.config import to_json
+from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
 from ddpm_jax.core.provenance import commit
@@ -21,7 +22,7 @@ from ddpm_jax.evaluation.evaluation import software
 from ddpm_jax.evaluation.metrics import step_of
 from ddpm_jax.evaluation.reference import held_out_of, is_repeated, losses_of, make_curve
 from ddpm_jax.evaluation.results import read_results
-from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import draw, make_generator, sample_key
 from ddpm_jax.interop.export import parameters_file
 from ddpm_jax.training.config_json import read_config
 from ddpm_jax.training.metric_writer import read_metrics
@@ -47,16 +48,9 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
 
 def first_samples(run: Run) -> UInt8[np.ndarray, "N H W C"]:
     """The first 64 samples of seed 0, as `sample.py` draws them; float32 images as 8-bit pictures."""
-    devices, batch = run.mesh.devices.size, [range(NUM_SAMPLES)]
-    made = generate_batches(
-        make_generator(run.experiment, run.mesh),
-        run.params,
-        sample_key(0),
-        batch,
-        batch_size=NUM_SAMPLES,
-        num_devices=devices,
-    )
-    return run.experiment.pixels.to_pictures(np.concatenate([images for _, images in made]))
+    generate, size = make_generator(run.experiment, run.mesh), sharding.round_up(NUM_SAMPLES, run.mesh.devices.size)
+    images = draw(generate, run.params, sample_key(0), range(NUM_SAMPLES), size=size)
+    return run.experiment.pixels.to_pictures(np.asarray(images)[:NUM_SAMPLES])
 
 
 def read_logs(workdirs: Sequence[epath.Path]) -> list[list[dict[str, Any]]]:
