@@ -27,7 +27,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, epoch_order, open_source
 from ddpm_jax.evaluation import evaluation as evaluation_module
 from ddpm_jax.evaluation import metrics, scores
-from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statistics, read_statistics, real_features
+from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs, feature_statistics, read_statistics
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, ON_REQUEST, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
@@ -84,6 +84,12 @@ def samples(loaded):
 
 
 REAL = epoch_order(0, 2**63, 1797)[:30]  # the places of the 30 real images
+
+
+def features_of(source, loaded, features=PIXELS):
+    """The features of all images of a source."""
+    programs, options = Programs(loaded.experiment, loaded.mesh), Options(batch_size=8)
+    return Evaluation(programs, loaded.params, source, features, options, model={}).real_features()
 
 
 def digits():
@@ -349,7 +355,7 @@ def test_features_of_pictures_that_were_edited_in_place_are_computed_anew(loaded
         Image.new("L", (8, 8), value).save(path)
         os.utime(path, ns=(0, 1_000_000_000 * value))
         source = open_source(dataclasses.replace(CONFIG.data, source=str(tmp_path)))
-        features = real_features(source, PIXELS, batch_size=8, mesh=loaded.mesh)
+        features = features_of(source, loaded)
         return source.identity, features.all(1, 8, title="")["features"].mean()
 
     (before, dark), (after, bright) = brightness(10), brightness(200)
@@ -359,7 +365,7 @@ def test_features_of_pictures_that_were_edited_in_place_are_computed_anew(loaded
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_statistics_are_computed_anew(loaded, damage):
-    features = real_features(open_source(CONFIG.data), PIXELS, batch_size=8, mesh=loaded.mesh)
+    features = features_of(open_source(CONFIG.data), loaded)
     expected = feature_statistics(features, count=80, batch_size=8)
     path = features.folder / "statistics-80.npz"
     path.write_bytes(damage(path.read_bytes()) if b"(4,)" in path.read_bytes() else path.read_bytes()[:100])
@@ -457,7 +463,7 @@ def test_features_of_one_data_set_at_two_sizes_never_mix(loaded):
     whole = open_source(CONFIG.data)
     brightness = Features("brightness", lambda images: {"features": images.mean(axis=(1, 2))})
     for source in (whole, dataclasses.replace(whole, images=whole.images[:, :4])):
-        parts = real_features(source, brightness, batch_size=8, mesh=loaded.mesh)
+        parts = features_of(source, loaded, brightness)
         mu = feature_statistics(parts, count=16, batch_size=8).mu
         np.testing.assert_allclose(mu, source.images[:16].mean(), rtol=1e-12)
 

@@ -28,7 +28,6 @@ from ddpm_jax.core.version import __version__
 from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
-from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
 from ddpm_jax.evaluation.flow import TOLERANCE, check_flow, flow_keys, make_flow_bits
@@ -304,12 +303,23 @@ class Evaluation:
     @once
     def real(self) -> Arrays:
         """The features of the real images (`real_features`), in the order of `places`."""
-        return self._real_features().all(self.num_real, self.batch_size, title="real images")
+        return self.real_features().all(self.num_real, self.batch_size, title="real images")
 
-    def _real_features(self) -> Parts:
-        pixels, places = self.experiment.pixels, self.places
-        batch_size, mesh = self.batch_size, self.mesh
-        return real_features(self.source, self.features, batch_size=batch_size, mesh=mesh, pixels=pixels, places=places)
+    def real_features(self) -> Parts:
+        """The features of the real images, cached on this machine by the data set's fingerprint."""
+        definition = {
+            "identity": self.source.identity,
+            "image_shape": list(self.source.images.shape[1:]),  # a folder can be read at many sizes
+            "features": self.features.name,
+            "batch_size": self.batch_size,
+            "software": self.software,
+        }
+        if self.source.stamp:  # of a folder, whose identity has names and sizes alone
+            definition["stamp"] = self.source.stamp
+        if self.experiment.pixels.value_range is not None:
+            definition["value_range"] = self.experiment.pixels.value_range
+        folder = epath.Path(cache_folder()) / "features"
+        return Parts(folder, definition | self._chosen(), lambda part: self.features.compute(self.read(part)))
 
     def read(self, part: range) -> np.ndarray:
         """A range of the real images, as they are stored (n, H, W, C)."""
@@ -319,7 +329,7 @@ class Evaluation:
     def real_statistics(self) -> Statistics:
         """Mean and covariance of the real images' features: from --statistics, or computed once and cached."""
         if not self.options.statistics:
-            return feature_statistics(self._real_features(), count=self.num_real, batch_size=self.batch_size)
+            return feature_statistics(self.real_features(), count=self.num_real, batch_size=self.batch_size)
         given = read_statistics(epath.Path(self.options.statistics))
         D = self.features.compute(self.read(range(1)))["features"].shape[1]
         if given.mu.shape != (D,):
@@ -398,40 +408,6 @@ def real_places(size: int, count: int) -> np.ndarray:
     0: all.
     """
     return np.arange(size) if count == 0 or count >= size else epoch_order(0, NO_EPOCH, size)[:count]
-
-
-def real_features(
-    source: Source,
-    features: Features,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    pixels: Pixels = EIGHT_BITS,
-    places: np.ndarray | None = None,
-) -> Parts:
-    """The features of a source's images, cached on this machine by the data set's fingerprint.
-
-    pixels: how they are stored. places: of `real_places`, those that are taken; None: all.
-    """
-    places = real_places(len(source), 0) if places is None else places
-    definition = {
-        "identity": source.identity,
-        "image_shape": list(source.images.shape[1:]),  # a folder can be read at many sizes
-        "features": features.name,
-        "batch_size": batch_size,
-        "software": software(mesh),
-    }
-    if source.stamp:  # of a folder, whose identity has names and sizes alone
-        definition["stamp"] = source.stamp
-    if pixels.value_range is not None:
-        definition["value_range"] = pixels.value_range
-    if len(places) < len(source):
-        definition |= CHOSEN
-    return Parts(
-        epath.Path(cache_folder()) / "features",
-        definition,
-        lambda part: features.compute(source.read(places[part.start : part.stop])),
-    )
 
 
 def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:
