@@ -122,6 +122,7 @@ class Evaluation:
         self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
         self.software = software(self.mesh)
         self.labels = source.labels_of(self.experiment.num_classes)
+        self._stamp = {"stamp": source.stamp} if source.stamp else {}  # a folder's identity has names and sizes alone
         self._known: dict[str, Any] = {}
 
     @classmethod
@@ -283,8 +284,8 @@ class Evaluation:
             return {"images": np.asarray(images)[: len(part)]}
 
         definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
-        if self.experiment.conditioning is not None and self.source.stamp:
-            definition["stamp"] = self.source.stamp
+        if self.experiment.conditioning is not None:
+            definition |= self._stamp
         return self._parts(definition, compute)
 
     @once
@@ -313,9 +314,8 @@ class Evaluation:
             "features": self.features.name,
             "batch_size": self.batch_size,
             "software": self.software,
+            **self._stamp,
         }
-        if self.source.stamp:  # of a folder, whose identity has names and sizes alone
-            definition["stamp"] = self.source.stamp
         if self.experiment.pixels.value_range is not None:
             definition["value_range"] = self.experiment.pixels.value_range
         folder = epath.Path(cache_folder()) / "features"
@@ -382,9 +382,7 @@ class Evaluation:
             rows = self.source.read_rows(places)
             return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
-        definition = {**self.definition(name), "identity": self.source.identity, **self._chosen()}
-        if self.source.stamp:
-            definition["stamp"] = self.source.stamp
+        definition = {**self.definition(name), "identity": self.source.identity, **self._chosen(), **self._stamp}
         parts = self._parts(definition, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
 
