@@ -356,9 +356,7 @@ class Evaluation:
         self.check_bits()
         check_flow(self.experiment)
         compiled, keys = make_flow_bits(self.experiment, self.mesh), flow_keys(self.options.seed)
-        return self._of_real(
-            lambda params, _, *given, **labels: compiled(params, keys, *given, **labels), "flow", title="ODE"
-        )
+        return self._of_real(compiled, "flow", title="ODE", key=keys)
 
     def conditioned_on(self) -> np.ndarray:
         """The places in the source of the real images whose conditions samples are drawn of, in turn, (num_real,)."""
@@ -371,9 +369,9 @@ class Evaluation:
             yield np.arange(done, done + len(part["images"])) % self.num_real, part["images"]
             done += len(part["images"])
 
-    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
-        """The results of a compiled program on the real images, part by part."""
-        key = bits.bound_key(self.options.seed)
+    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str, key: Any = None) -> Arrays:
+        """The results of a compiled program on the real images, part by part. key: its draws'; None: those of the bound."""
+        key = bits.bound_key(self.options.seed) if key is None else key
 
         def compute(part: range) -> Arrays:
             places = self.places[part.start : part.stop]
