@@ -148,7 +148,7 @@ class Evaluation:
         sharding.first_decides(evaluation._check_room)
         return evaluation
 
-    def _check_room(self) -> int:
+    def _check_room(self) -> None:
         check_batch(self.experiment, self.mesh, self.batch_size)
         if count := self.options.num_images:
             what, remedy = f"--num-images {count}", "use fewer"
@@ -157,7 +157,6 @@ class Evaluation:
             check_memory(4 * number * count, f"{what} (their features)", remedy)
             there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
             check_disk(self._place(), (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
-        return 0
 
     def check_bits(self) -> None:
         """Raises UsageError if bits/dim are not defined: the decoder of Eq. (13) is of 8-bit images."""
@@ -172,14 +171,8 @@ class Evaluation:
         D, counts = self._least_width(), (self.num_images, 0 if self.options.statistics else self.num_real)
         scores.check_rank(max(counts), D)
         needed = 8 * D * sum(min(count, D) for count in counts)
-
-        def check() -> int:
-            check_memory(
-                needed, f"the Fréchet distance of {max(counts):,} images", "use fewer (--num-images, --num-real)"
-            )
-            return 0
-
-        sharding.first_decides(check)
+        what, remedy = f"the Fréchet distance of {max(counts):,} images", "use fewer (--num-images, --num-real)"
+        sharding.first_decides(lambda: check_memory(needed, what, remedy))
 
     def _least_width(self) -> int:
         """How many features an image has: known for pixels before they are computed; any other function gives at least one."""
@@ -198,13 +191,12 @@ class Evaluation:
         folder = self._place()
         with contextlib.ExitStack() as held:
 
-            def enter() -> int:
+            def enter() -> None:
                 check_place(folder / "figures" / "x", "make the workdir writable, or evaluate a copy of it")
                 folder.mkdir(exist_ok=True)
                 held.enter_context(sole_writer(folder))
                 for swept in (folder, folder / "figures", *(folder / "parts").glob("*/")):
                     remove_remnants(swept)
-                return 0
 
             sharding.first_decides(enter)
             yield
