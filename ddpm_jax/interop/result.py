@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,13 +30,6 @@ from ddpm_jax.training.shipped import RESULT, SAMPLES, WEIGHTS
 from ddpm_jax.training.workdir import Run, check_empty, data_of
 
 NUM_SAMPLES = 64
-
-
-class Told(NamedTuple):
-    """What a workdir does not know: the command that trained it, and the hardware, in words."""
-
-    command: str
-    hardware: str
 
 
 def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
@@ -70,14 +63,15 @@ def read_logs(workdirs: Sequence[epath.Path]) -> list[list[dict[str, Any]]]:
     return logs
 
 
-def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], told: Told) -> None:
+def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], *, command: str, hardware: str) -> None:
     """Writes the result of a run into a new folder.
 
     Args:
         run: The run, by its EMA parameters.
         folder: The folder, results/NAME say.
         workdirs: The run's own workdir, then those of runs of the same config and data with other seeds.
-        told: The command and the hardware.
+        command: What trained it.
+        hardware: What it was trained on, in words.
 
     Raises:
         UsageError: If the folder is not empty, or the runs do not go together.
@@ -91,8 +85,8 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
     write_bytes(folder / WEIGHTS, weights)
     result = {
         "config": to_json(run.config),
-        "command": told.command,
-        "hardware": told.hardware,
+        "command": command,
+        "hardware": hardware,
         "software": software(run.mesh) | ({"commit": written_at} if (written_at := commit()) else {}),
         "data": data_of(workdirs[0]),
         "step": run.step,
