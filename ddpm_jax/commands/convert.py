@@ -106,7 +106,7 @@ def to_diffusers(workdir: str, folder: Path, parameters: Parameters) -> None:
     """Writes a run as a model of diffusers."""
     diffusers.check_new(folder)
     run = load(workdir, parameters)
-    diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=run.weights, title=folder.name))
+    diffusers.write_pipeline(run, folder, model_card(run, workdir, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")
 
 
@@ -114,7 +114,7 @@ def export_file(workdir: str, file: str, parameters: Parameters) -> None:
     """Writes a run's parameters or sampler as one file."""
     export.check_file(file)
     run = load(workdir, parameters)
-    export.export_run(run, file, weights=run.weights)
+    export.export_run(run, file)
     print(f"Step {run.step} of {workdir} is now in {file}")
 
 

@@ -79,7 +79,7 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], *
     run.experiment.check_unconditional("a result, whose samples are of no picture,")
     check_empty(folder)
     logs = read_logs(workdirs)
-    samples, weights = png_bytes(enlarge(grid(first_samples(run)))), parameters_file(run, run.weights)
+    samples, weights = png_bytes(enlarge(grid(first_samples(run)))), parameters_file(run)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / SAMPLES, samples)
     write_bytes(folder / WEIGHTS, weights)
