@@ -98,7 +98,6 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], *
         "evaluations": [result for result in read_results(workdirs[0])[0] if step_of(result) == run.step],
         "files": {name: fingerprint(folder / name) for name in (SAMPLES, WEIGHTS)},
     }
-    result = json.loads(json.dumps(result))
     write_text(
         folder / RESULT, json.dumps(result | {"sha256": digest(result)}, indent=1) + "\n"
     )  # last: it proves the others
