@@ -69,8 +69,7 @@ class Programs:
         self.sampler = SamplerOptions() if sampler is None else sampler
         T = experiment.process.schedule.T
         self.edges = bits.strata(T, terms or T - 1)
-        other = None if guide is None else guide.experiment
-        self.generate = make_generator(experiment, mesh, self.sampler, other=other)
+        self.generate = make_generator(experiment, mesh, self.sampler, guide=guide)
         self.bound = bits.make_bound(experiment, mesh, self.edges)
         self.quarter_losses = make_quarter_losses(experiment, mesh)
 

@@ -58,7 +58,7 @@ from ddpm_jax.generation.generator import (
     batch_ranges,
     check_batch,
     generate_batches,
-    generator_of,
+    make_generator,
     parameters,
     sample_key,
 )
@@ -434,7 +434,8 @@ def generate_set(
     together.
     """
     experiment, format = run.experiment, choose_format(run.experiment, format)
-    generator, tables = generator_of(run, options), tables_of(run, options)
+    generator = make_generator(run.experiment, run.mesh, options, guide=run.guide, given=run.given)
+    tables = tables_of(run, options)
     labels = tables.get("labels")
     batches = batch_ranges(indices, batch_size=batch_size, num_devices=run.mesh.devices.size)
     # The rounded batch size: with another number of devices the parts could overlap.
