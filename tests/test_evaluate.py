@@ -239,7 +239,7 @@ def test_each_result_is_written_and_told_before_the_next_is_computed(run, loaded
 
 def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loaded, tmp_path):
     real = scores.statistics(projection(digits())["features"])
-    np.savez(tmp_path / "statistics.npz", mu=real.mu, sigma=real.sigma)
+    np.savez(tmp_path / "statistics.npz", mu=real.mu, sigma=real.root @ real.root.T)
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "statistics.npz"))
     result = evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",))["fid"]
     assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
