@@ -90,10 +90,8 @@ def nearest_grid(
     samples: Shaped[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
 ) -> Shaped[np.ndarray, "N H W C"]:
     """A row for each sample: the sample, then its nearest real images."""
-    images: list[np.ndarray] = []
-    for sample, near in zip(samples, places, strict=False):
-        images += [sample[None], real(np.asarray(near))]
-    return np.concatenate(images)
+    pairs = zip(samples, places, strict=False)
+    return np.concatenate([part for sample, near in pairs for part in (sample[None], real(np.asarray(near)))])
 
 
 def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w c"]:
