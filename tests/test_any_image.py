@@ -184,7 +184,7 @@ def test_a_result_shows_them_as_pictures_and_a_classifier_of_them_is_refused(tra
 
 @pytest.mark.slow
 def test_the_model_card_says_how_to_get_their_values(run, trained):
-    card = model_card(run, trained[0], weights="ema", title="waves")
+    card = model_card(run, trained[0], title="waves")
     assert "of 12x16 images with 4 channel(s)" in card
     assert 'output_type="np").images' in card
     assert "The images are float32 in [0, 1], which stands for values from -2 to 5." in card

@@ -191,8 +191,8 @@ def test_class_names_are_kept_in_the_workdir_and_shown_in_grids(tmp_path):
 
 def test_class_names_go_with_an_exported_file(run, tmp_path, capsys):
     names = tuple("0123456789")
-    export_run(dataclasses.replace(run, classes=names), tmp_path / "named.safetensors", weights=run.weights)
-    export_run(dataclasses.replace(run, classes=()), tmp_path / "plain.safetensors", weights=run.weights)
+    export_run(dataclasses.replace(run, classes=names), tmp_path / "named.safetensors")
+    export_run(dataclasses.replace(run, classes=()), tmp_path / "plain.safetensors")
     assert load_run(tmp_path / "named.safetensors").classes == names
     convert.from_parameters(str(tmp_path / "named.safetensors"), str(tmp_path / "again"), "ema")
     assert load_run(tmp_path / "again").classes == names

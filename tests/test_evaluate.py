@@ -27,12 +27,12 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.data import batch_indices, epoch_order, open_source
 from ddpm_jax.evaluation import evaluation as evaluation_module
 from ddpm_jax.evaluation import metrics, scores
-from ddpm_jax.evaluation.evaluation import Evaluation, Options, feature_statistics, read_statistics, real_features
+from ddpm_jax.evaluation.evaluation import Evaluation, Options, Programs, feature_statistics, read_statistics
 from ddpm_jax.evaluation.features import PIXELS, Features, flat_pixels
 from ddpm_jax.evaluation.metrics import METRICS, ON_REQUEST, evaluate
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.results import describe
-from ddpm_jax.generation.generator import SamplerOptions, generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import SamplerOptions, draw, generate_batches, make_generator, sample_key
 from ddpm_jax.training.workdir import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -78,19 +78,18 @@ def evaluated(run, loaded):
 @pytest.fixture(scope="module")
 def samples(loaded):
     """The 20 samples, by the functions that sample.py calls."""
-    ranges = [range(8), range(8, 16), range(16, 24)]
-    batches = generate_batches(
-        make_generator(experiment(CONFIG), loaded.mesh),
-        loaded.params,
-        sample_key(0),
-        ranges,
-        batch_size=8,
-        num_devices=8,
-    )
+    generator, ranges = make_generator(experiment(CONFIG), loaded.mesh), [range(8), range(8, 16), range(16, 24)]
+    batches = generate_batches(generator, loaded.params, sample_key(0), ranges, size=8)
     return np.concatenate([images for _, images in batches])[:20]
 
 
 REAL = epoch_order(0, 2**63, 1797)[:30]  # the places of the 30 real images
+
+
+def features_of(source, loaded, features=PIXELS):
+    """The features of all images of a source."""
+    programs, options = Programs(loaded.experiment, loaded.mesh), Options(batch_size=8)
+    return Evaluation(programs, loaded.params, source, features, options, model={}).real_features()
 
 
 def digits():
@@ -240,7 +239,7 @@ def test_each_result_is_written_and_told_before_the_next_is_computed(run, loaded
 
 def test_published_statistics_can_be_given_instead_of_images(evaluated, run, loaded, tmp_path):
     real = scores.statistics(projection(digits())["features"])
-    np.savez(tmp_path / "statistics.npz", mu=real.mu, sigma=real.sigma)
+    np.savez(tmp_path / "statistics.npz", mu=real.mu, sigma=real.root @ real.root.T)
     options = dataclasses.replace(OPTIONS, statistics=str(tmp_path / "statistics.npz"))
     result = evaluate(Evaluation.of_run(loaded, run, FEATURES, options), ("fid",))["fid"]
     assert result["value"] == pytest.approx(evaluated[1]["fid"]["value"], rel=1e-9)
@@ -268,7 +267,7 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(evaluation_module, "draw", never)
     monkeypatch.setattr(evaluation_module.bits, "make_bound", lambda *args: never)
     monkeypatch.setattr(
         evaluation_module.scores,
@@ -283,11 +282,11 @@ def test_what_was_computed_is_read_back_and_the_numbers_are_the_same(evaluated, 
 def test_more_images_continue_from_those_that_are_there(evaluated, run, loaded, monkeypatch):
     asked = []
 
-    def counted(*args, f=generate_batches, **kwargs):
-        asked.extend(args[3])
+    def counted(*args, f=draw, **kwargs):
+        asked.append(args[3])
         return f(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", counted)
+    monkeypatch.setattr(evaluation_module, "draw", counted)
     options = dataclasses.replace(OPTIONS, num_images=32)
     evaluation = Evaluation.of_run(loaded, run, FEATURES, options)
     assert len(evaluation.generated()["features"]) == 32
@@ -356,7 +355,7 @@ def test_features_of_pictures_that_were_edited_in_place_are_computed_anew(loaded
         Image.new("L", (8, 8), value).save(path)
         os.utime(path, ns=(0, 1_000_000_000 * value))
         source = open_source(dataclasses.replace(CONFIG.data, source=str(tmp_path)))
-        features = real_features(source, PIXELS, batch_size=8, mesh=loaded.mesh)
+        features = features_of(source, loaded)
         return source.identity, features.all(1, 8, title="")["features"].mean()
 
     (before, dark), (after, bright) = brightness(10), brightness(200)
@@ -366,7 +365,7 @@ def test_features_of_pictures_that_were_edited_in_place_are_computed_anew(loaded
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_statistics_are_computed_anew(loaded, damage):
-    features = real_features(open_source(CONFIG.data), PIXELS, batch_size=8, mesh=loaded.mesh)
+    features = features_of(open_source(CONFIG.data), loaded)
     expected = feature_statistics(features, count=80, batch_size=8)
     path = features.folder / "statistics-80.npz"
     path.write_bytes(damage(path.read_bytes()) if b"(4,)" in path.read_bytes() else path.read_bytes()[:100])
@@ -434,7 +433,7 @@ def test_a_distance_that_would_not_end_is_refused_before_anything_is_computed(ru
     def never(*args, **kwargs):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(evaluation_module, "generate_batches", never)
+    monkeypatch.setattr(evaluation_module, "draw", never)
     monkeypatch.setattr(scores, "MOST_RANK", 29)
     with pytest.raises(UsageError, match=r"30 images of 64 features.* --num-real\), or Inception's features"):
         evaluate(Evaluation.of_run(loaded, run, PIXELS, OPTIONS), ("kid", "fid"))
@@ -464,7 +463,7 @@ def test_features_of_one_data_set_at_two_sizes_never_mix(loaded):
     whole = open_source(CONFIG.data)
     brightness = Features("brightness", lambda images: {"features": images.mean(axis=(1, 2))})
     for source in (whole, dataclasses.replace(whole, images=whole.images[:, :4])):
-        parts = real_features(source, brightness, batch_size=8, mesh=loaded.mesh)
+        parts = features_of(source, loaded, brightness)
         mu = feature_statistics(parts, count=16, batch_size=8).mu
         np.testing.assert_allclose(mu, source.images[:16].mean(), rtol=1e-12)
 

@@ -299,7 +299,7 @@ def test_the_animation_takes_no_more_images_than_a_batch_and_is_made_once(run, t
         self.open("wb").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddpm_jax.generation.animation.generator_of", lambda *_, **__: generator)
+    monkeypatch.setattr("ddpm_jax.generation.animation.make_generator", lambda *_, **__: generator)
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):

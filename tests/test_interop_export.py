@@ -16,7 +16,7 @@ from tiny import experiment, tiny
 
 from ddpm_jax import config as configs
 from ddpm_jax.core.sharding import make_mesh
-from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import draw, make_generator, sample_key
 from ddpm_jax.training.parameters import flatten
 
 CONFIG = tiny(diffusion={"T": 8})
@@ -64,7 +64,7 @@ def test_exported_sampler_gives_the_same_images_where_only_jax_and_flatbuffers_a
     mesh = make_mesh(devices=jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, drawn(CONFIG, seed=1))
     generator = make_generator(experiment(CONFIG), mesh)
-    [(_, expected)] = generate_batches(generator, params, sample_key(SEED), [INDICES], batch_size=3, num_devices=1)
+    expected = draw(generator, params, sample_key(SEED), INDICES, size=3)
     site = tmp_path / "site"
     site.mkdir()
     for name in INSTALLED:

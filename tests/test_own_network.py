@@ -83,7 +83,7 @@ def test_it_samples_and_its_bits_per_dim_are_measured(run, trained, tmp_path):
 
 
 def test_it_is_exported_as_a_program_that_draws_the_same_images(run, tmp_path):
-    export_run(run, tmp_path / "mixer.jax_export", weights="ema")
+    export_run(run, tmp_path / "mixer.jax_export")
     program = jax.export.deserialize(bytearray((tmp_path / "mixer.jax_export").read_bytes()))
     images = np.asarray(program.call(np.uint32(0), np.arange(4, dtype=np.int32))).astype(int)
     options = SamplerOptions()

@@ -32,10 +32,10 @@ from ddpm_jax.evaluation.figures import (
     progressive,
     shared,
 )
-from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, ON_REQUEST, evaluate
+from ddpm_jax.evaluation.metrics import DESCRIPTIONS, METRICS, ON_REQUEST, evaluate, step_of, weights_of
 from ddpm_jax.evaluation.paper import papers_numbers
 from ddpm_jax.evaluation.report import write_report
-from ddpm_jax.evaluation.results import describe, plain, results_of_step, with_spread
+from ddpm_jax.evaluation.results import describe, plain, read_results, with_spread
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.workdir import data_of, load_run
 
@@ -376,7 +376,8 @@ def test_a_damaged_result_is_left_out_with_a_note_and_the_others_are_reported(ho
     assert "evaluate again, or move it away" in page
     assert of_metric("fid", 40) in page
     assert of_metric("nll", 40) not in page
-    assert {metric for metric, *_ in results_of_step(workdir, 40, "ema")} == set(METRICS) - {"is", "nll", *ON_REQUEST}
+    there = {result["metric"] for result in read_results(workdir)[0] if step_of(result) == 40}
+    assert there == set(METRICS) - {"is", "nll", *ON_REQUEST}
 
 
 def test_a_result_in_anothers_place_is_left_out(alone, tmp_path):
@@ -511,4 +512,4 @@ def test_an_ema_of_little_use_is_told_and_raw_results_are_labelled(alone, tmp_pa
     page = write_report(workdir).read_text()
     assert "of the EMA at step 40 is still the initial parameters" in page
     assert page.count("raw parameters;") == 1
-    assert [metric for metric, *_ in results_of_step(workdir, 40, "raw")] == ["kid"]
+    assert [result["metric"] for result in read_results(workdir)[0] if weights_of(result) == "raw"] == ["kid"]

@@ -30,7 +30,7 @@ from ddpm_jax.data.sheets import enlarge, grid
 from ddpm_jax.evaluation.reference import Curve, Reference, bin_means, find_reference, losses_of, say_verdict
 from ddpm_jax.evaluation.report import write_report
 from ddpm_jax.evaluation.results import plain
-from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import draw, make_generator, sample_key
 from ddpm_jax.interop.result import seconds_of
 from ddpm_jax.training import shipped as shipped_module
 from ddpm_jax.training.metric_writer import read_metrics
@@ -115,10 +115,7 @@ def test_its_time_is_that_of_the_logged_steps():
 def test_its_picture_is_the_first_64_samples_of_seed_0(made):
     folder, workdirs = made
     run = load_run(workdirs[0])
-    made_here = generate_batches(
-        make_generator(run.experiment, run.mesh), run.params, sample_key(0), [range(64)], batch_size=64, num_devices=8
-    )
-    [(_, images)] = made_here
+    images = np.asarray(draw(make_generator(run.experiment, run.mesh), run.params, sample_key(0), range(64), size=64))
     picture = np.asarray(Image.open(folder / "tiny" / "samples.png"))
     np.testing.assert_array_equal(picture, enlarge(grid(images))[..., 0])
 

@@ -97,13 +97,26 @@ def test_noise_of_image_i_is_identical_on_any_devices_and_in_any_batch(count):
 def test_batches_are_fixed_ranges_and_the_padding_is_left_out(trained):
     config, params, all_images = trained
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
-    devices = {"batch_size": 7, "num_devices": mesh.devices.size}
-    ranges = batch_ranges(range(13), **devices)
+    ranges = batch_ranges(range(13), batch_size=7, num_devices=mesh.devices.size)
     assert list(ranges) == [range(8), range(8, 13)]
-    batches = list(generate_batches(make_generator(experiment(config), mesh), params, sample_key(3), ranges, **devices))
+    batches = list(generate_batches(make_generator(experiment(config), mesh), params, sample_key(3), ranges, size=8))
     assert [part for part, _ in batches] == [range(8), range(8, 13)]
     together = np.concatenate([b for _, b in batches]).astype(int)
     assert np.abs(together - all_images[:13]).max() <= 1
+
+
+def test_a_batch_is_started_before_the_one_before_it_is_taken():
+    seen = []
+
+    def generate(params, key, indices):
+        seen.append(("started", indices.tolist()))
+        return indices
+
+    for part, images in generate_batches(generate, None, None, [range(3), range(3, 5)], size=3):
+        assert images.tolist() == list(part)
+        seen.append(("taken", [*part]))
+    assert seen == [("started", [0, 1, 2]), ("started", [3, 4, 5]), ("taken", [0, 1, 2]), ("taken", [3, 4])]
+    assert not list(generate_batches(generate, None, None, [], size=3))
 
 
 def test_pixels_are_rounded_and_clipped_to_uint8():

@@ -33,7 +33,7 @@ from ddpm_jax.evaluation.inception_weights import convert_inception
 from ddpm_jax.evaluation.program import program_features
 from ddpm_jax.interop import diffusers, export, tensorflow
 from ddpm_jax.interop.card import model_card
-from ddpm_jax.interop.result import Told, write_result
+from ddpm_jax.interop.result import write_result
 from ddpm_jax.training.config_json import CONFIG, read_config
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.parameters import ENDING
@@ -83,8 +83,9 @@ def to_result(workdir: str, folder: str, more: tuple[str, ...], command: str, ha
     """Reduces a run to a result."""
     check_place(f"{folder}/{RESULT}", "give another folder")
     run = load_run(workdir, mesh=one_device())
-    told = Told(command or command_of(run.config, f"runs/{Path(folder).name}"), hardware or processor())
-    write_result(run, epath.Path(folder), [epath.Path(name) for name in (workdir, *more)], told)
+    command = command or command_of(run.config, f"runs/{Path(folder).name}")
+    told = {"command": command, "hardware": hardware or processor()}
+    write_result(run, epath.Path(folder), [epath.Path(name) for name in (workdir, *more)], **told)
     print(f"Step {run.step} of {workdir} is now the result {folder}")
 
 
@@ -105,7 +106,7 @@ def to_diffusers(workdir: str, folder: Path, parameters: Parameters) -> None:
     """Writes a run as a model of diffusers."""
     diffusers.check_new(folder)
     run = load(workdir, parameters)
-    diffusers.write_pipeline(run, folder, model_card(run, workdir, weights=run.weights, title=folder.name))
+    diffusers.write_pipeline(run, folder, model_card(run, workdir, title=folder.name))
     print(f"Step {run.step} of {workdir} is now the diffusers model {folder}")
 
 
@@ -113,7 +114,7 @@ def export_file(workdir: str, file: str, parameters: Parameters) -> None:
     """Writes a run's parameters or sampler as one file."""
     export.check_file(file)
     run = load(workdir, parameters)
-    export.export_run(run, file, weights=run.weights)
+    export.export_run(run, file)
     print(f"Step {run.step} of {workdir} is now in {file}")
 
 

@@ -21,7 +21,7 @@ from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import open_folder
 from ddpm_jax.data import Source, make_feed, open_source
 from ddpm_jax.evaluation.evaluators import make_evaluators, open_held_out
-from ddpm_jax.evaluation.reference import find_reference, make_track
+from ddpm_jax.evaluation.reference import Track, find_reference
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.footprint import check_training
@@ -84,7 +84,7 @@ def train(
             _check_dispatch(step, config.train.steps_per_dispatch)
             tqdm.write(describe(experiment, source, mesh, state, workdir))
             snapshots = make_snapshots(workdir, config, last_step=step)
-            track = make_track(workdir, config, find_reference(config, source.identity))
+            track = [Track(workdir, config, found)] if (found := find_reference(config, source.identity)) else []
             parts = LoopParts(
                 train_steps=make_train_step(experiment, mesh=mesh),
                 feed=make_feed(config, source, mesh),

@@ -35,12 +35,6 @@ def probabilities(images: UInt8[np.ndarray, "N 8 8 1"]) -> Float[np.ndarray, "N 
     return classifier.predict_proba(_pixels(images, 255))
 
 
-def confidence(images: UInt8[np.ndarray, "N 8 8 1"]) -> tuple[float, np.ndarray]:
-    """The classifier's mean confidence, and the number of images of each predicted class."""
-    of_digits = probabilities(images)
-    return float(of_digits.max(axis=1).mean()), np.bincount(of_digits.argmax(axis=1), minlength=10)
-
-
 def agreement(images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]) -> float:
     """The share of images that the classifier takes for the digit of their label."""
     return float((probabilities(images).argmax(axis=1) == labels).mean())
@@ -75,8 +69,8 @@ def main() -> None:
     """Prints the scores of an .npz of at least 512 images; exit code 1 if one misses its threshold."""
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
         images, labels = arrays["images"][:512], arrays["labels"][:512] if "labels" in arrays else None
-    sure, classes = confidence(images)
-    near = precision(images)
+    of_digits, near = probabilities(images), precision(images)
+    sure, classes = of_digits.max(axis=1).mean(), np.bincount(of_digits.argmax(axis=1), minlength=10)
     distance, real = relative_distance(images)
     print(f"classifier's mean confidence {sure:.3f} (at least {MIN_CONFIDENCE}; real digits about 0.92)")
     print(f"precision {near:.3f} (at least {MIN_PRECISION}; real digits about 0.91)")

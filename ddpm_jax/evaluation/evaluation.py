@@ -28,7 +28,6 @@ from ddpm_jax.core.version import __version__
 from ddpm_jax.data import Source, epoch_order, open_source
 from ddpm_jax.data.arrays import Arrays, parse_arrays
 from ddpm_jax.data.cache import cache_folder
-from ddpm_jax.data.pixels import EIGHT_BITS, Pixels
 from ddpm_jax.evaluation import bits, scores
 from ddpm_jax.evaluation.features import PIXELS, Features, in_one_shape
 from ddpm_jax.evaluation.flow import TOLERANCE, check_flow, flow_keys, make_flow_bits
@@ -36,12 +35,7 @@ from ddpm_jax.evaluation.options import Options, check_options
 from ddpm_jax.evaluation.parts import Parts, load_arrays, save_arrays
 from ddpm_jax.evaluation.quarters import make_quarter_losses
 from ddpm_jax.evaluation.scores import Statistics
-from ddpm_jax.generation.generator import (
-    check_batch,
-    generate_batches,
-    make_generator,
-    sample_key,
-)
+from ddpm_jax.generation.generator import check_batch, draw, make_generator, sample_key
 from ddpm_jax.generation.given import ConditionsOf, Tables, given_at
 from ddpm_jax.generation.labels import label_table
 from ddpm_jax.generation.options import SamplerOptions
@@ -75,8 +69,7 @@ class Programs:
         self.sampler = SamplerOptions() if sampler is None else sampler
         T = experiment.process.schedule.T
         self.edges = bits.strata(T, terms or T - 1)
-        other = None if guide is None else guide.experiment
-        self.generate = make_generator(experiment, mesh, self.sampler, other=other)
+        self.generate = make_generator(experiment, mesh, self.sampler, guide=guide)
         self.bound = bits.make_bound(experiment, mesh, self.edges)
         self.quarter_losses = make_quarter_losses(experiment, mesh)
 
@@ -128,6 +121,7 @@ class Evaluation:
         self.batch_size = sharding.round_up(options.batch_size, self.mesh.devices.size)  # one program for all parts
         self.software = software(self.mesh)
         self.labels = source.labels_of(self.experiment.num_classes)
+        self._stamp = {"stamp": source.stamp} if source.stamp else {}  # a folder's identity has names and sizes alone
         self._known: dict[str, Any] = {}
 
     @classmethod
@@ -153,7 +147,7 @@ class Evaluation:
         sharding.first_decides(evaluation._check_room)
         return evaluation
 
-    def _check_room(self) -> int:
+    def _check_room(self) -> None:
         check_batch(self.experiment, self.mesh, self.batch_size)
         if count := self.options.num_images:
             what, remedy = f"--num-images {count}", "use fewer"
@@ -162,7 +156,6 @@ class Evaluation:
             check_memory(4 * number * count, f"{what} (their features)", remedy)
             there = sum(path.stat().length for path in (self._place() / "parts").glob("*/*.npz"))
             check_disk(self._place(), (image + 4 * number) * count - there, f"{what} (images and features)", remedy)
-        return 0
 
     def check_bits(self) -> None:
         """Raises UsageError if bits/dim are not defined: the decoder of Eq. (13) is of 8-bit images."""
@@ -177,14 +170,8 @@ class Evaluation:
         D, counts = self._least_width(), (self.num_images, 0 if self.options.statistics else self.num_real)
         scores.check_rank(max(counts), D)
         needed = 8 * D * sum(min(count, D) for count in counts)
-
-        def check() -> int:
-            check_memory(
-                needed, f"the Fréchet distance of {max(counts):,} images", "use fewer (--num-images, --num-real)"
-            )
-            return 0
-
-        sharding.first_decides(check)
+        what, remedy = f"the Fréchet distance of {max(counts):,} images", "use fewer (--num-images, --num-real)"
+        sharding.first_decides(lambda: check_memory(needed, what, remedy))
 
     def _least_width(self) -> int:
         """How many features an image has: known for pixels before they are computed; any other function gives at least one."""
@@ -203,13 +190,12 @@ class Evaluation:
         folder = self._place()
         with contextlib.ExitStack() as held:
 
-            def enter() -> int:
+            def enter() -> None:
                 check_place(folder / "figures" / "x", "make the workdir writable, or evaluate a copy of it")
                 folder.mkdir(exist_ok=True)
                 held.enter_context(sole_writer(folder))
                 for swept in (folder, folder / "figures", *(folder / "parts").glob("*/")):
                     remove_remnants(swept)
-                return 0
 
             sharding.first_decides(enter)
             yield
@@ -283,21 +269,14 @@ class Evaluation:
     @once
     def _samples(self) -> Parts:
         def compute(part: range) -> Arrays:
-            whole = range(part.start, part.start + self.batch_size)
-            batches = generate_batches(
-                self.programs.generate,
-                self.params if self.programs.guide is None else (self.params, self.programs.guide.params),
-                sample_key(self.options.seed),
-                [whole],
-                batch_size=self.batch_size,
-                num_devices=self.mesh.devices.size,
-                given=self._tables(),
-            )
-            return {"images": np.concatenate([images for _, images in batches])[: len(part)]}
+            params = self.params if self.programs.guide is None else (self.params, self.programs.guide.params)
+            key, tables = sample_key(self.options.seed), self._tables()
+            images = draw(self.programs.generate, params, key, part, size=self.batch_size, given=tables)
+            return {"images": np.asarray(images)[: len(part)]}
 
         definition = {**self.sampling(), "batch_size": self.batch_size, "software": self.software}
-        if self.experiment.conditioning is not None and self.source.stamp:
-            definition["stamp"] = self.source.stamp
+        if self.experiment.conditioning is not None:
+            definition |= self._stamp
         return self._parts(definition, compute)
 
     @once
@@ -316,12 +295,22 @@ class Evaluation:
     @once
     def real(self) -> Arrays:
         """The features of the real images (`real_features`), in the order of `places`."""
-        return self._real_features().all(self.num_real, self.batch_size, title="real images")
+        return self.real_features().all(self.num_real, self.batch_size, title="real images")
 
-    def _real_features(self) -> Parts:
-        pixels, places = self.experiment.pixels, self.places
-        batch_size, mesh = self.batch_size, self.mesh
-        return real_features(self.source, self.features, batch_size=batch_size, mesh=mesh, pixels=pixels, places=places)
+    def real_features(self) -> Parts:
+        """The features of the real images, cached on this machine by the data set's fingerprint."""
+        definition = {
+            "identity": self.source.identity,
+            "image_shape": list(self.source.images.shape[1:]),  # a folder can be read at many sizes
+            "features": self.features.name,
+            "batch_size": self.batch_size,
+            "software": self.software,
+            **self._stamp,
+        }
+        if self.experiment.pixels.value_range is not None:
+            definition["value_range"] = self.experiment.pixels.value_range
+        folder = epath.Path(cache_folder()) / "features"
+        return Parts(folder, definition | self._chosen(), lambda part: self.features.compute(self.read(part)))
 
     def read(self, part: range) -> np.ndarray:
         """A range of the real images, as they are stored (n, H, W, C)."""
@@ -331,7 +320,7 @@ class Evaluation:
     def real_statistics(self) -> Statistics:
         """Mean and covariance of the real images' features: from --statistics, or computed once and cached."""
         if not self.options.statistics:
-            return feature_statistics(self._real_features(), count=self.num_real, batch_size=self.batch_size)
+            return feature_statistics(self.real_features(), count=self.num_real, batch_size=self.batch_size)
         given = read_statistics(epath.Path(self.options.statistics))
         D = self.features.compute(self.read(range(1)))["features"].shape[1]
         if given.mu.shape != (D,):
@@ -358,9 +347,7 @@ class Evaluation:
         self.check_bits()
         check_flow(self.experiment)
         compiled, keys = make_flow_bits(self.experiment, self.mesh), flow_keys(self.options.seed)
-        return self._of_real(
-            lambda params, _, *given, **labels: compiled(params, keys, *given, **labels), "flow", title="ODE"
-        )
+        return self._of_real(compiled, "flow", title="ODE", key=keys)
 
     def conditioned_on(self) -> np.ndarray:
         """The places in the source of the real images whose conditions samples are drawn of, in turn, (num_real,)."""
@@ -373,9 +360,9 @@ class Evaluation:
             yield np.arange(done, done + len(part["images"])) % self.num_real, part["images"]
             done += len(part["images"])
 
-    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str) -> Arrays:
-        """The results of a compiled program on the real images, part by part."""
-        key = bits.bound_key(self.options.seed)
+    def _of_real(self, compiled: Callable[..., dict[str, Any]], name: str, *, title: str, key: Any = None) -> Arrays:
+        """The results of a compiled program on the real images, part by part. key: its draws'; None: those of the bound."""
+        key = bits.bound_key(self.options.seed) if key is None else key
 
         def compute(part: range) -> Arrays:
             places = self.places[part.start : part.stop]
@@ -384,9 +371,7 @@ class Evaluation:
             rows = self.source.read_rows(places)
             return in_one_shape(lambda i: compiled(self.params, key, i, indices, **labels), rows, self.batch_size)
 
-        definition = {**self.definition(name), "identity": self.source.identity, **self._chosen()}
-        if self.source.stamp:
-            definition["stamp"] = self.source.stamp
+        definition = {**self.definition(name), "identity": self.source.identity, **self._chosen(), **self._stamp}
         parts = self._parts(definition, compute)
         return parts.all(self.num_real, self.batch_size, title=title)
 
@@ -410,40 +395,6 @@ def real_places(size: int, count: int) -> np.ndarray:
     0: all.
     """
     return np.arange(size) if count == 0 or count >= size else epoch_order(0, NO_EPOCH, size)[:count]
-
-
-def real_features(
-    source: Source,
-    features: Features,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    pixels: Pixels = EIGHT_BITS,
-    places: np.ndarray | None = None,
-) -> Parts:
-    """The features of a source's images, cached on this machine by the data set's fingerprint.
-
-    pixels: how they are stored. places: of `real_places`, those that are taken; None: all.
-    """
-    places = real_places(len(source), 0) if places is None else places
-    definition = {
-        "identity": source.identity,
-        "image_shape": list(source.images.shape[1:]),  # a folder can be read at many sizes
-        "features": features.name,
-        "batch_size": batch_size,
-        "software": software(mesh),
-    }
-    if source.stamp:  # of a folder, whose identity has names and sizes alone
-        definition["stamp"] = source.stamp
-    if pixels.value_range is not None:
-        definition["value_range"] = pixels.value_range
-    if len(places) < len(source):
-        definition |= CHOSEN
-    return Parts(
-        epath.Path(cache_folder()) / "features",
-        definition,
-        lambda part: features.compute(source.read(places[part.start : part.stop])),
-    )
 
 
 def feature_statistics(features: Parts, *, count: int, batch_size: int) -> Statistics:

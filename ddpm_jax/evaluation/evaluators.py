@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from ddpm_jax.config import Config
@@ -27,7 +27,7 @@ from ddpm_jax.evaluation.evaluation import Evaluation, Programs
 from ddpm_jax.evaluation.features import check_pictures, of_pictures, pixel_features
 from ddpm_jax.evaluation.inception_weights import inception_features
 from ddpm_jax.evaluation.options import Options
-from ddpm_jax.generation.generator import generate_batches, sample_key
+from ddpm_jax.generation.generator import draw, sample_key
 from ddpm_jax.training import ema
 from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.loop import Evaluator, Findings
@@ -49,23 +49,18 @@ def open_held_out(experiment: Experiment, classes: Sequence[str] = ()) -> Source
     source = source.in_classes_of(classes)
     if len(source) < 2:
         raise UsageError(f"train.eval_source={config.train.eval_source} has {len(source)} image; give at least 2")
-    labels = source.labels_of(config.model.num_classes)
-    places = _spaced(source, config.train.eval_images)
+    labels, places = source.labels_of(config.model.num_classes), spread(source, config.train.eval_images)
     chosen = None if labels is None else labels[places]
     return Source(
-        spread(source, config.train.eval_images),
+        source.read(places),
         lambda: chosen,
         source.identity,
         conditions=None if source.conditions is None else source.conditions[places],
     )
 
 
-def spread(source: Source, count: int) -> Shaped[np.ndarray, "n H W C"]:
-    """At most `count` images of a source, equally spaced, since a source may be sorted by class."""
-    return source.read(_spaced(source, count))
-
-
-def _spaced(source: Source, count: int) -> Int[np.ndarray, " n"]:
+def spread(source: Source, count: int) -> Int[np.ndarray, " n"]:
+    """The places of at most `count` images of a source, equally spaced, since a source may be sorted by class."""
     count = min(count, len(source))
     return np.arange(count) * len(source) // count
 
@@ -84,7 +79,7 @@ class SampleGrid:
         self._programs, self._experiment, self._classes = programs, experiment, source.read_classes()
         self._tables: dict[str, Any] = {}
         if experiment.conditioning is not None and self.every:
-            places = _spaced(source, self._count)
+            places = spread(source, self._count)
             self._tables["conditions"] = np.asarray(experiment.conditioning.split(source.read_rows(places))[1])
             labels = source.labels_of(experiment.num_classes)
             self._tables |= {} if labels is None else {"labels": labels[places]}
@@ -118,16 +113,10 @@ class SampleGrid:
         return sheet if sheet.shape[-1] == channels else sheet[..., :1].repeat(channels, axis=-1)
 
     def _draw(self, params: Any) -> UInt8[np.ndarray, "N H W C"]:
-        batches = generate_batches(
-            self._programs.generate,
-            params,
-            sample_key(self._experiment.config.seed),
-            [range(self._count)],
-            batch_size=self._count,
-            num_devices=self._programs.mesh.devices.size,
-            given=self._tables,
-        )
-        return self._experiment.pixels.to_pictures(np.concatenate([images for _, images in batches]))
+        size = sharding.round_up(self._count, self._programs.mesh.devices.size)
+        key, first = sample_key(self._experiment.config.seed), range(self._count)
+        images = draw(self._programs.generate, params, key, first, size=size, given=self._tables)
+        return self._experiment.pixels.to_pictures(np.asarray(images)[: self._count])
 
 
 class HeldOut:

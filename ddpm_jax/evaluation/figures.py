@@ -10,7 +10,6 @@ nearest          samples and the real images nearest to them                    
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -90,10 +89,8 @@ def nearest_grid(
     samples: Shaped[np.ndarray, "n H W C"], real: Callable[[np.ndarray], np.ndarray], places: list[list[int]]
 ) -> Shaped[np.ndarray, "N H W C"]:
     """A row for each sample: the sample, then its nearest real images."""
-    images: list[np.ndarray] = []
-    for sample, near in zip(samples, places, strict=False):
-        images += [sample[None], real(np.asarray(near))]
-    return np.concatenate(images)
+    pairs = zip(samples, places, strict=False)
+    return np.concatenate([part for sample, near in pairs for part in (sample[None], real(np.asarray(near)))])
 
 
 def _sheet(samples: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "h w c"]:
@@ -164,7 +161,7 @@ def curves(
     y: str,
     marks: bool = False,
     log: bool = False,
-    dashed: Mapping[str, tuple[Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    dashed: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
 ) -> bytes:
     """Plots lines, (x, y) by name, as the content of an SVG file without a background.
@@ -180,7 +177,7 @@ def curves(
     axes.set_prop_cycle(color=COLORS)
     for name, (xs, ys) in lines.items():
         (line,) = axes.plot(xs, ys, label=name, marker="o" if marks or len(xs) == 1 else None, linewidth=1.8)
-        if name in dashed:
+        if dashed and name in dashed:
             axes.plot(*dashed[name], color=line.get_color(), linestyle="--", linewidth=1.2)
     if band is not None:
         axes.fill_between(*band, color=COLORS[0], alpha=0.2, linewidth=0)

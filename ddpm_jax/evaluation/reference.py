@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddpm_jax.config import Config, ConfigError, fixed_fields, from_json
 from ddpm_jax.core.files import DamagedFileError
 from ddpm_jax.evaluation.results import plain
-from ddpm_jax.training.loop import Evaluator, Findings
+from ddpm_jax.training.loop import Findings
 from ddpm_jax.training.metric_writer import read_metrics, write_scalars
 from ddpm_jax.training.shipped import read_result, shipped_results
 
@@ -203,35 +203,22 @@ def say_verdict(lines: Lines, reference: Reference) -> str:
 
 
 class Track:
-    """An evaluator that says how the logged loss compares with a reference, at every checkpoint."""
+    """An evaluator that says how the logged loss compares with a reference, at every checkpoint.
+
+    It puts the reference's curve in WORKDIR/reference, which TensorBoard draws with the run's.
+    """
 
     name, doing = "on_track", "comparing with the reference"
 
-    def __init__(self, workdir: epath.Path, reference: Reference, *, every: int):
-        self.every = every
+    def __init__(self, workdir: epath.Path, config: Config, reference: Reference):
+        self.every = config.train.save_every
         self._workdir, self._reference = workdir, reference
+        if jax.process_index() == 0:
+            edges, losses = reference.curve.edges[1:], reference.curve.loss
+            write_scalars(workdir / "reference", "loss", dict(zip(edges, losses, strict=True)))
 
     def __call__(self, state: Any) -> Findings:
         """Says it on process 0, and finds nothing for the log."""
         if jax.process_index() == 0 and (said := say_verdict(read_metrics(self._workdir), self._reference)):
             tqdm.write(said)
         return Findings({}, {})
-
-
-def make_track(workdir: epath.Path, config: Config, reference: Reference | None) -> list[Evaluator]:
-    """Puts a reference beside a run: an evaluator, and the curve in WORKDIR/reference, which TensorBoard draws with the run's.
-
-    Args:
-        workdir: The run's folder.
-        config: The run's config.
-        reference: What it is compared with; None: nothing.
-
-    Returns:
-        The evaluator, in a list; an empty one without a reference.
-    """
-    if reference is None:
-        return []
-    if jax.process_index() == 0:
-        edges, losses = reference.curve.edges[1:], reference.curve.loss
-        write_scalars(workdir / "reference", "loss", dict(zip(edges, losses, strict=True)))
-    return [Track(workdir, reference, every=config.train.save_every)]

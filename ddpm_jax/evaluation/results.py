@@ -8,7 +8,7 @@ from etils import epath
 
 from ddpm_jax.core.files import DamagedFileError, digest, read_json
 from ddpm_jax.evaluation.evaluation import EVALUATION
-from ddpm_jax.evaluation.metrics import file_name, said_weights, step_of, weights_of
+from ddpm_jax.evaluation.metrics import file_name, said_weights, step_of
 from ddpm_jax.generation.options import SamplerOptions
 
 SPREADS = ("standard_error", "deviation_over_splits", "deviation_over_subsets")
@@ -170,12 +170,3 @@ def _show(result: dict[str, Any]) -> None:
         text.encode()
     if result["metric"] == "rate-distortion":
         progressive_code(result)
-
-
-def results_of_step(workdir: epath.Path, step: int, weights: str) -> list[tuple[str, str, str]]:
-    """The results of a step and kind of parameters: the metric, its value in a line, and its provenance."""
-    return [
-        (result["metric"], describe(result), made_of(result))
-        for result in read_results(workdir)[0]
-        if (step_of(result), weights_of(result)) == (step, weights)
-    ]

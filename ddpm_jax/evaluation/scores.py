@@ -29,11 +29,6 @@ class Statistics(NamedTuple):
     mu: Float[np.ndarray, " D"]
     root: Float[np.ndarray, "D r"]
 
-    @property
-    def sigma(self) -> Float[np.ndarray, "D D"]:
-        """The covariance."""
-        return self.root @ self.root.T
-
 
 class Estimate(NamedTuple):
     """A number and its spread; each function documents its `error`."""

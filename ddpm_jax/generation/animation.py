@@ -11,8 +11,7 @@ from jaxtyping import UInt8
 from ddpm_jax.core import sharding
 from ddpm_jax.core.files import sole_writer, write_bytes
 from ddpm_jax.data.sheets import enlarge, grid, to_pil
-from ddpm_jax.generation.generator import generator_of, parameters, sample_key
-from ddpm_jax.generation.given import given_at
+from ddpm_jax.generation.generator import draw, make_generator, parameters, sample_key
 from ddpm_jax.generation.image_set import tables_of
 from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.generation.set_mark import add_to_list, is_listed
@@ -56,8 +55,7 @@ def _seen(
     """x_t of the first `count` images at the steps of the frames."""
     rows = len(build_sampler(run.experiment.process, options))
     watch = np.unique(np.linspace(0, rows - 1, min(FRAMES, rows)).round().astype(int)).tolist()
-    padded = sharding.round_up(count, run.mesh.devices.size)
-    places = np.arange(indices.start, indices.start + padded, dtype=np.int32)
-    generate = generator_of(run, options, watch=watch)
-    _, x_t = generate(parameters(run), sample_key(seed), places, **given_at(tables_of(run, options), places))
+    generate = make_generator(run.experiment, run.mesh, options, watch=watch, guide=run.guide, given=run.given)
+    tables, size = tables_of(run, options), sharding.round_up(count, run.mesh.devices.size)
+    _, x_t = draw(generate, parameters(run), sample_key(seed), indices, size=size, given=tables)
     return run.experiment.pixels.to_pictures(np.asarray(x_t)[:, :count])

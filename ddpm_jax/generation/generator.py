@@ -1,6 +1,7 @@
 """Generating images: a sampler compiled for an experiment and a mesh, run over ranges of image indices."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from ddpm_jax.core import rng, sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.rng import Purpose
 from ddpm_jax.core.room import check_devices
-from ddpm_jax.generation.given import Tables, given_at
-from ddpm_jax.generation.options import GivenOptions, SamplerOptions
+from ddpm_jax.generation.given import Given, Tables, given_at
+from ddpm_jax.generation.options import SamplerOptions
 from ddpm_jax.generation.starts import make_start
 from ddpm_jax.sampling import Model
 from ddpm_jax.sampling.guidance import guide
@@ -67,12 +68,6 @@ def with_guide(run: Run, options: SamplerOptions) -> Run:
 def parameters(run: Run) -> Any:
     """What the run's generator takes as params: the run's, or a pair with those of its guide."""
     return run.params if run.guide is None else (run.params, run.guide.params)
-
-
-def generator_of(run: Run, options: SamplerOptions, *, watch: Sequence[int] = ()) -> Generate:
-    """`make_generator` for a run, its guide and the pictures given to it."""
-    other, given = None if run.guide is None else run.guide.experiment, None if run.given is None else run.given.options
-    return make_generator(run.experiment, run.mesh, options, watch=watch, other=other, given=given)
 
 
 def guided(experiment: Experiment, options: SamplerOptions, other: Experiment | None) -> Callable[..., Model]:
@@ -135,8 +130,8 @@ def make_generator(
     options: SamplerOptions | None = None,
     *,
     watch: Sequence[int] = (),
-    other: Experiment | None = None,
-    given: GivenOptions | None = None,
+    guide: Run | None = None,
+    given: Given | None = None,
 ) -> Generate:
     """Compiles (params, key, indices, labels, conditions, ...) -> images: the reverse chain, one program for each batch size B.
 
@@ -145,8 +140,8 @@ def make_generator(
         mesh: The devices that the batch is split over; B must be a multiple of their number.
         options: How images are drawn; default the paper's Algorithm 2 over all steps.
         watch: Rows of the sampler after which x_t is returned.
-        other: The experiment of the run that guides (`guided`).
-        given: What is done with pictures given; they are further arguments by name, the rows of `Given.tables`.
+        guide: The run that guides (`with_guide`).
+        given: Pictures given; they are further arguments by name, the rows of `Given.tables`.
 
     Returns:
         The compiled function: indices int (B,) to images (B, H, W, C), uint8 or float32 as the data set's, replicated on every
@@ -158,7 +153,8 @@ def make_generator(
         UsageError: For options that do not go together.
     """
     options = SamplerOptions() if options is None else options
-    start, model = make_start(experiment, options, given), guided(experiment, options, other)
+    start = make_start(experiment, options, None if given is None else given.options)
+    model = guided(experiment, options, None if guide is None else guide.experiment)
 
     def generate(params, key, indices, labels=None, conditions=None, **tables):
         indices, conditions, tables = jax.lax.with_sharding_constraint(
@@ -211,27 +207,36 @@ def check_batch(experiment: Experiment, mesh: Mesh, batch_size: int) -> None:
     check_devices(mesh.local_devices, needed // mesh.devices.size, f"--batch-size {batch_size}", "use a smaller one")
 
 
+def draw(
+    generate: Generate,
+    params: Any,
+    key: Key[Array, ""],
+    part: range,
+    *,
+    size: int,
+    given: Tables | None = None,
+) -> Any:
+    """Starts what the generator gives for `size` images from the first of `part` on, and returns before it is computed.
+
+    size: a multiple of the devices. given: what images are drawn with, by the generator's argument.
+    """
+    indices = np.arange(part.start, part.start + size, dtype=np.int32)
+    return generate(params, key, indices, **given_at(given or {}, indices))
+
+
 def generate_batches(
     generate: Generate,
     params: Any,
     key: Key[Array, ""],
     ranges: Iterable[range],
     *,
-    batch_size: int,
-    num_devices: int,
+    size: int,
     given: Tables | None = None,
 ) -> Iterator[tuple[range, Shaped[np.ndarray, "n H W C"]]]:
     """Yields (range, images) for each range, while the devices compute the next one.
 
-    Every batch is padded to batch_size (rounded up to a multiple of num_devices), and the padding is dropped. given: what
-    images are drawn with, by the generator's argument.
+    Every batch is padded to `size`, as `draw` takes it, and the padding is dropped.
     """
-    size, waiting = sharding.round_up(batch_size, num_devices), None
-    for part in ranges:
-        indices = np.arange(part.start, part.start + size, dtype=np.int32)
-        images = generate(params, key, indices, **given_at(given or {}, indices))
-        if waiting is not None:
-            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
-        waiting = part, images
-    if waiting is not None:
-        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+    started = ((part, draw(generate, params, key, part, size=size, given=given)) for part in ranges)
+    for (part, images), _ in itertools.pairwise(itertools.chain(started, [(range(0), None)])):
+        yield part, np.asarray(images)[: len(part)]

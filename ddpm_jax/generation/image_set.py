@@ -58,7 +58,7 @@ from ddpm_jax.generation.generator import (
     batch_ranges,
     check_batch,
     generate_batches,
-    generator_of,
+    make_generator,
     parameters,
     sample_key,
 )
@@ -434,10 +434,10 @@ def generate_set(
     together.
     """
     experiment, format = run.experiment, choose_format(run.experiment, format)
-    generator, tables = generator_of(run, options), tables_of(run, options)
+    generator = make_generator(run.experiment, run.mesh, options, guide=run.guide, given=run.given)
+    tables = tables_of(run, options)
     labels = tables.get("labels")
-    devices = run.mesh.devices.size
-    batches = batch_ranges(indices, batch_size=batch_size, num_devices=devices)
+    batches = batch_ranges(indices, batch_size=batch_size, num_devices=run.mesh.devices.size)
     # The rounded batch size: with another number of devices the parts could overlap.
     definition = _definition(run, options, labels) | {"seed": seed, "batch_size": batches.size}
     images: ImageSet | None = None
@@ -455,15 +455,7 @@ def generate_set(
         gaps = [range(*gap) for gap in json.loads(sharding.first_gives(open_set) or b"[]")]
         parts = (batches[place] for gap in gaps for place in gap)
         size = batches.size
-        made = generate_batches(
-            generator,
-            parameters(run),
-            sample_key(seed),
-            parts,
-            batch_size=size,
-            num_devices=devices,
-            given=tables,
-        )
+        made = generate_batches(generator, parameters(run), sample_key(seed), parts, size=size, given=tables)
         before = len(indices) - sum(len(indices[gap.start * size : gap.stop * size]) for gap in gaps)
         with tqdm(total=len(indices), initial=before, unit="image", disable=images is None) as bar:
             for part, batch in made:

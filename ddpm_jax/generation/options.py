@@ -1,6 +1,5 @@
 """How images are drawn and written: options, which are known before JAX is imported."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -59,9 +58,8 @@ class SamplerOptions:
 
     def definition(self) -> dict[str, Any]:
         """The options that the images of a run without classes depend on, by name; guidance only if there is some."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         unguided = ("guidance", "guidance_interval", "guidance_rescale") if self.guidance == 1 else ()
-        return {name: value for name, value in values.items() if name not in ("labels", "guide_with", *unguided)}
+        return {name: value for name, value in vars(self).items() if name not in ("labels", "guide_with", *unguided)}
 
 
 @dataclass(frozen=True)

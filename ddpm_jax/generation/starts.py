@@ -103,7 +103,9 @@ def _from_noised(experiment: Experiment, options: SamplerOptions, level: float) 
 
 def _beside_a_mask(experiment: Experiment, options: SamplerOptions, given: GivenOptions) -> Start:
     """From x_T, by RePaint: what the masks keep is that of the pictures."""
-    process, steps = experiment.process, choose_of(experiment.process, options)
+    process = experiment.process
+    build_sampler(process, options)  # which refuses options in its words
+    steps = choose_steps(process.schedule, options.steps or (), options.spacing)
     if options.sampler != "ancestral":
         raise UsageError(f"--inpaint is of ancestral sampling, got --sampler {options.sampler}; leave it out")
 
@@ -121,9 +123,3 @@ def _beside_a_mask(experiment: Experiment, options: SamplerOptions, given: Given
         return reverse(sampler(known, masks), model, key, indices, x_T, watch=watch)
 
     return start
-
-
-def choose_of(process: Process, options: SamplerOptions) -> np.ndarray:
-    """The steps that the options visit. Raises UsageError for options that do not go together."""
-    build_sampler(process, options)  # which refuses them in its words
-    return choose_steps(process.schedule, options.steps or (), options.spacing)

@@ -6,7 +6,8 @@ import jax
 from etils import epath
 
 from ddpm_jax.config import DataConfig, to_json
-from ddpm_jax.evaluation.results import results_of_step
+from ddpm_jax.evaluation.metrics import step_of, weights_of
+from ddpm_jax.evaluation.results import describe, made_of, read_results
 from ddpm_jax.training.workdir import Run
 
 _CARD = """---
@@ -50,16 +51,19 @@ def _which(weights: str) -> str:
     return {"ema": average, "raw": "the parameters"}.get(weights, f"{average} ({weights})")
 
 
-def model_card(run: Run, workdir: epath.PathLike, *, weights: str, title: str) -> str:
+def model_card(run: Run, workdir: epath.PathLike, *, title: str) -> str:
     """The card in Markdown. It lists the workdir's results of the same step and kind of parameters."""
-    results = results_of_step(epath.Path(workdir), run.step, weights)
-    rows = [f"| {' | '.join(result)} |" for result in results]
+    rows = [
+        f"| {result['metric']} | {describe(result)} | {made_of(result)} |"
+        for result in read_results(epath.Path(workdir))[0]
+        if (step_of(result), weights_of(result)) == (run.step, run.weights)
+    ]
     return _CARD.format(
         title=title,
         height=run.config.data.size[0],
         width=run.config.data.size[1],
         channels=run.config.data.channels,
-        which=_which(weights),
+        which=_which(run.weights),
         step=run.step,
         count=sum(array.size for array in jax.tree.leaves(run.params)),
         T=run.config.diffusion.T,

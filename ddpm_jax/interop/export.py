@@ -26,12 +26,12 @@ from ddpm_jax.training.workdir import Run
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def parameters_file(run: Run, weights: str) -> bytes:
-    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights` (`Run.weights`).
+def parameters_file(run: Run) -> bytes:
+    """The parameters, float32, as safetensors, with the metadata `config` (JSON), `step` and `weights`.
 
     The metadata of a run whose classes have names also has `classes`, a JSON list of these.
     """
-    metadata = {"config": json.dumps(to_json(run.config)), "step": str(run.step), "weights": weights}
+    metadata = {"config": json.dumps(to_json(run.config)), "step": str(run.step), "weights": run.weights}
     if run.classes:
         metadata["classes"] = json.dumps(run.classes)
     return save({path: np.asarray(array) for path, array in flatten(run.params).items()}, metadata)
@@ -86,10 +86,10 @@ def check_file(file: epath.PathLike) -> None:
         raise UsageError(f"{file} exists; choose another name, or move it away")
 
 
-def export_run(run: Run, file: epath.PathLike, *, weights: str) -> None:
+def export_run(run: Run, file: epath.PathLike) -> None:
     """Writes the run atomically to a file; its ending selects the format. Raises as `check_file`."""
     check_file(file)
     file = epath.Path(file)
-    content = parameters_file(run, weights) if file.suffix == ".safetensors" else sampler_file(run)
+    content = parameters_file(run) if file.suffix == ".safetensors" else sampler_file(run)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(file, content)

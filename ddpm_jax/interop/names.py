@@ -19,9 +19,7 @@ from ddpm_jax.training.experiment import Experiment
 from ddpm_jax.training.parameters import flatten
 from ddpm_jax.training.step import abstract_state
 
-_BLOCK = re.compile(
-    r"(?P<part>down|mid|up)_(?:(?P<level>\d+)_)?(?P<kind>block|attn|downsample|upsample)_?(?P<index>\d*)"
-)
+_BLOCK = re.compile(r"(down|mid|up)_(?:(\d+)_)?(block|attn|downsample|upsample)_?(\d*)")  # part, level, what, index
 _DIFFUSERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ddpm_jax.config import to_json
+from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
 from ddpm_jax.core.files import digest, fingerprint, write_bytes, write_text
 from ddpm_jax.core.provenance import commit
@@ -21,7 +22,7 @@ from ddpm_jax.evaluation.evaluation import software
 from ddpm_jax.evaluation.metrics import step_of
 from ddpm_jax.evaluation.reference import held_out_of, is_repeated, losses_of, make_curve
 from ddpm_jax.evaluation.results import read_results
-from ddpm_jax.generation.generator import generate_batches, make_generator, sample_key
+from ddpm_jax.generation.generator import draw, make_generator, sample_key
 from ddpm_jax.interop.export import parameters_file
 from ddpm_jax.training.config_json import read_config
 from ddpm_jax.training.metric_writer import read_metrics
@@ -29,13 +30,6 @@ from ddpm_jax.training.shipped import RESULT, SAMPLES, WEIGHTS
 from ddpm_jax.training.workdir import Run, check_empty, data_of
 
 NUM_SAMPLES = 64
-
-
-class Told(NamedTuple):
-    """What a workdir does not know: the command that trained it, and the hardware, in words."""
-
-    command: str
-    hardware: str
 
 
 def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
@@ -47,16 +41,9 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
 
 def first_samples(run: Run) -> UInt8[np.ndarray, "N H W C"]:
     """The first 64 samples of seed 0, as `sample.py` draws them; float32 images as 8-bit pictures."""
-    devices, batch = run.mesh.devices.size, [range(NUM_SAMPLES)]
-    made = generate_batches(
-        make_generator(run.experiment, run.mesh),
-        run.params,
-        sample_key(0),
-        batch,
-        batch_size=NUM_SAMPLES,
-        num_devices=devices,
-    )
-    return run.experiment.pixels.to_pictures(np.concatenate([images for _, images in made]))
+    generate, size = make_generator(run.experiment, run.mesh), sharding.round_up(NUM_SAMPLES, run.mesh.devices.size)
+    images = draw(generate, run.params, sample_key(0), range(NUM_SAMPLES), size=size)
+    return run.experiment.pixels.to_pictures(np.asarray(images)[:NUM_SAMPLES])
 
 
 def read_logs(workdirs: Sequence[epath.Path]) -> list[list[dict[str, Any]]]:
@@ -76,14 +63,15 @@ def read_logs(workdirs: Sequence[epath.Path]) -> list[list[dict[str, Any]]]:
     return logs
 
 
-def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], told: Told) -> None:
+def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], *, command: str, hardware: str) -> None:
     """Writes the result of a run into a new folder.
 
     Args:
         run: The run, by its EMA parameters.
         folder: The folder, results/NAME say.
         workdirs: The run's own workdir, then those of runs of the same config and data with other seeds.
-        told: The command and the hardware.
+        command: What trained it.
+        hardware: What it was trained on, in words.
 
     Raises:
         UsageError: If the folder is not empty, or the runs do not go together.
@@ -91,14 +79,14 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
     run.experiment.check_unconditional("a result, whose samples are of no picture,")
     check_empty(folder)
     logs = read_logs(workdirs)
-    samples, weights = png_bytes(enlarge(grid(first_samples(run)))), parameters_file(run, run.weights)
+    samples, weights = png_bytes(enlarge(grid(first_samples(run)))), parameters_file(run)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / SAMPLES, samples)
     write_bytes(folder / WEIGHTS, weights)
     result = {
         "config": to_json(run.config),
-        "command": told.command,
-        "hardware": told.hardware,
+        "command": command,
+        "hardware": hardware,
         "software": software(run.mesh) | ({"commit": written_at} if (written_at := commit()) else {}),
         "data": data_of(workdirs[0]),
         "step": run.step,
@@ -110,7 +98,6 @@ def write_result(run: Run, folder: epath.Path, workdirs: Sequence[epath.Path], t
         "evaluations": [result for result in read_results(workdirs[0])[0] if step_of(result) == run.step],
         "files": {name: fingerprint(folder / name) for name in (SAMPLES, WEIGHTS)},
     }
-    result = json.loads(json.dumps(result))
     write_text(
         folder / RESULT, json.dumps(result | {"sha256": digest(result)}, indent=1) + "\n"
     )  # last: it proves the others

@@ -107,8 +107,7 @@ def train_ours(config: Config, folder: Path, num_images: int) -> Trained:
         params["ema"],
         sample_key(config.seed),
         batch_ranges(range(num_images), batch_size=BATCH, num_devices=1),
-        batch_size=BATCH,
-        num_devices=1,
+        size=BATCH,
     )
     first = config.train.steps - config.train.steps // LAST
     loss = np.mean([loss for step, loss in losses_of(read_metrics(epath.Path(folder))).items() if step > first])
