@@ -75,20 +75,24 @@ def measure(config: Config, plan: Plan, load_params: Callable[[], Any]) -> Itera
 
 
 def compile_for(config: Config, plan: Plan, name: str) -> Iterator[Row]:
-    """Compiles a plan's samplers and train step for a TPU topology and yields their rows; runs nothing.
+    """The rows of a plan's samplers and train step, each compiled for a TPU topology as it is taken; runs nothing.
 
-    Raises UsageError, before anything is compiled, if the devices do not divide a batch.
+    Raises UsageError, at once, for a topology that is not known or devices that do not divide a batch.
     """
     devices = topology.describe_topology(name)
     for _, _, batch in _sampling(plan):
         if batch % len(devices):
             use = sharding.round_up(batch, len(devices))
             raise UsageError(f"--batch-sizes {batch} is not divisible by the {len(devices)} chips; use {use}")
-    for one in _experiments(config, plan):
-        if plan.train:
-            yield topology.compile_training(one, devices)
-        for options, _, batch in _sampling(plan):
-            yield topology.compile_sampling(one, options, batch, devices)
+
+    def rows() -> Iterator[Row]:
+        for one in _experiments(config, plan):
+            if plan.train:
+                yield topology.compile_training(one, devices)
+            for options, _, batch in _sampling(plan):
+                yield topology.compile_sampling(one, options, batch, devices)
+
+    return rows()
 
 
 def write_json(path: str, config: Config, rows: list[Row], environment: dict[str, Any]) -> None:
