@@ -375,7 +375,7 @@ def _describe(hint: Any) -> str:
 
 
 def fields_of(section: type = Config, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Every field of a config: its full name, type and marks (`Bounds`, `Choices`, `MAY_CHANGE`)."""
+    """Every field of a config: its full name and marks (`Bounds`, `Choices`, `MAY_CHANGE`)."""
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from fields_of(typing.cast(type, hint), f"{prefix}{name}.")

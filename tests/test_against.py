@@ -195,7 +195,7 @@ BOX = """print('''
     ("body", "sentence"),
     [
         (BOX, "Unrecognized options: --samplers, new"),
-        ("sys.exit('benchmark.py: there is no such thing.')", "there is no such thing"),
+        ("sys.exit('ddpm-jax benchmark: there is no such thing.')", "there is no such thing"),
         ("raise NotImplementedError('of old')", "NotImplementedError: of old"),
         ("os.kill(os.getpid(), 9)", "SIGKILL ended it"),
         ("os._exit(3)", "for people"),
@@ -217,7 +217,7 @@ def test_a_version_that_ends_between_two_calls_is_told(benchmark, version):
 def test_what_this_version_refuses_ends_the_command(monkeypatch, version, benchmark):
     other = version("other", 6 * [1.0])
     for name, body, kind, sentence in (
-        ("refuses", "print('benchmark.py: no.', file=sys.stderr); sys.exit(2)", UsageError, "^no$"),
+        ("refuses", "print('ddpm-jax benchmark: no.', file=sys.stderr); sys.exit(2)", UsageError, "^no$"),
         (
             "fails",
             "raise MemoryError",

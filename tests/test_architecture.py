@@ -46,11 +46,18 @@ def imports(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "ddpm_jax")
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            name = (
-                ast.unparse(node.args[0]).strip("f'\"").split(".{")[0]
-            )  # of f"ddpm_jax.commands.{name}" the wing is known
-            if name.split(".")[0] == "ddpm_jax" and name != "ddpm_jax":
-                yield name
+            yield from by_name(node.args[0])
+
+
+def by_name(argument):
+    """The module that import_module is given; of f"ddpm_jax.commands.{name}" the wing, of f"ddpm_jax.{name}" nothing."""
+    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+    if (
+        isinstance(parts[0], ast.Constant)
+        and parts[0].value.split(".")[0] == "ddpm_jax"
+        and parts[0].value != "ddpm_jax."
+    ):
+        yield parts[0].value.rstrip(".")
 
 
 def is_upward(importer, imported):
@@ -71,6 +78,7 @@ def test_an_upward_import_would_be_found():
     assert is_upward("ddpm_jax.benchmark.worker", "ddpm_jax")
     tree = ast.parse("importlib.import_module('ddpm_jax.commands.cli')\nimport_module(f'ddpm_jax.commands.{name}')")
     assert list(imports(tree)) == ["ddpm_jax.commands.cli", "ddpm_jax.commands"]
+    assert list(imports(ast.parse("importlib.import_module('ddpm_jax')"))) == ["ddpm_jax"]
 
 
 def test_no_module_imports_itself_in_a_circle():

@@ -87,12 +87,14 @@ def test_interpolation_goes_from_one_image_to_the_other_in_x_t():
         fractions=(0.0, 0.5, 1.0),
     )
     assert images.shape == (3, 2, *SHAPE)
-    # By hand: the middle of both x_t, decoded over the last rows with the noise of images 0 and 1.
+    # By hand: both x_t in these shares, decoded over the last rows with the noise of images 0 and 1.
     level = jnp.full(2, 15)
     noises = [rng.image_normal(rng.image_keys(KEY, jnp.arange(i, i + 2)), 0, SHAPE) for i in (0, 2)]
-    x_t = sum(0.5 * q_sample(SCHEDULE, x, level, eps) for x, eps in zip((x_0, other), noises, strict=True))
-    by_hand, _ = reverse(make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(2), x_t, rows=slice(24, None))
-    np.testing.assert_allclose(images[1], by_hand, atol=1e-5)
+    a, b = (q_sample(SCHEDULE, x, level, eps) for x, eps in zip((x_0, other), noises, strict=True))
+    for f, image in zip((0.0, 0.5, 1.0), images, strict=True):
+        x_t = (1 - f) * a + f * b
+        by_hand, _ = reverse(make_sampler(Process(SCHEDULE)), MODEL, KEY, jnp.arange(2), x_t, rows=slice(24, None))
+        np.testing.assert_allclose(image, by_hand, atol=1e-5)
 
 
 def test_a_chain_starts_at_the_noisiest_step_that_is_at_most_t():

@@ -94,7 +94,7 @@ def last_sentence(text: str) -> str:
     boxed = [line.strip("│ ") for line in lines if line.startswith("│")]
     if boxed:
         return " ".join(itertools.takewhile(lambda line: not line.startswith("─"), boxed)).rstrip(".")
-    return lines[-1].removeprefix("benchmark.py: ").rstrip(".") if lines else ""
+    return lines[-1].removeprefix("ddpm-jax benchmark: ").rstrip(".") if lines else ""
 
 
 def checkout(name: str) -> Path:

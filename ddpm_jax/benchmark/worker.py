@@ -1,11 +1,12 @@
 """The benchmark command of the version that PYTHONPATH names, one call at a time: python -P worker.py FOLDER WORD...
 
-It imports that version, and nothing of the one that this file belongs to. Every version times what it measures by
-`benchmark.timing.take_turns(calls, repeats)`; in its place stands a function that waits for a line on standard input before each
-call. Standard output has JSON alone: what version it is, once a program is compiled, and then the seconds of each call.
+It runs `python -m ddpm_jax benchmark` of that version, and imports nothing of the one that this file belongs to. Every version
+times what it measures by `benchmark.timing.take_turns(calls, repeats)`; in its place stands a function that waits for a line on
+standard input before each call. Standard output has JSON alone: what version it is, once a program is compiled, and then the
+seconds of each call.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -23,16 +24,18 @@ def main() -> None:
     os.dup2(2, 1)  # what the command prints is for people
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that a failure's reason comes last
     sys.argv = ["ddpm-jax", "benchmark", *words]
+    found = importlib.util.find_spec("ddpm_jax")
+    place = None if found is None else found.origin
+    if Path(str(place)).resolve().parent.parent != Path(folder).resolve():
+        sys.exit(f"Python imports {place}, which is not in {folder}")
     timing: Any = importlib.import_module("ddpm_jax.benchmark.timing")
-    package = sys.modules["ddpm_jax"]
-    if Path(str(package.__file__)).resolve().parent.parent != Path(folder).resolve():
-        sys.exit(f"Python imports {package.__file__}, which is not in {folder}")
 
     def answer(content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     def when_told(calls: Sequence[Callable[[], Any]], repeats: int) -> NoReturn:
-        answer({"version": getattr(package, "__version__", "unknown"), "environment": timing.environment()})
+        version = getattr(sys.modules["ddpm_jax"], "__version__", "unknown")
+        answer({"version": version, "environment": timing.environment()})
         for _ in sys.stdin:
             start = time.perf_counter()
             calls[0]()  # any others are what the version compares itself with

@@ -218,7 +218,8 @@ def draw(
 ) -> Any:
     """Starts what the generator gives for `size` images from the first of `part` on, and returns before it is computed.
 
-    size: a multiple of the devices. given: what images are drawn with, by the generator's argument.
+    size: a multiple of the devices, at least the length of `part`; the images after those of `part` are padding, for the caller
+    to drop. given: what images are drawn with, by the generator's argument.
     """
     indices = np.arange(part.start, part.start + size, dtype=np.int32)
     return generate(params, key, indices, **given_at(given or {}, indices))
@@ -240,3 +241,4 @@ def generate_batches(
     started = ((part, draw(generate, params, key, part, size=size, given=given)) for part in ranges)
     for (part, images), _ in itertools.pairwise(itertools.chain(started, [(range(0), None)])):
         yield part, np.asarray(images)[: len(part)]
+        del images  # before another batch is started

@@ -154,7 +154,6 @@ def check_training(config: Config, mesh: Mesh) -> None:
 
     All processes must call it, and all raise if process 0 does.
     """
-
     need = max(needs(config, mesh.devices.size), key=lambda need: need.total)
     remedy = max(need.parts, key=lambda part: need.parts[part])
     sharding.first_decides(lambda: room.check_devices(mesh.local_devices, need.total, need.what, remedy))

@@ -119,6 +119,8 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
         raise UsageError(f"the workdir {workdir} is a file; choose another path")
     if (workdir / CONFIG).exists():
         old = read_config(workdir, own_network=own_network)
+        if old == config:
+            return
         changes, saved = differences(old, config), saved_steps(workdir / CHECKPOINTS)
         fixed = {name: values for name, values in changes.items() if name not in changeable()}
         if fixed and saved:
@@ -126,8 +128,6 @@ def _enter(workdir: epath.Path, config: Config, own_network: bool) -> None:
             raise UsageError(
                 f"the workdir {workdir} belongs to another config, which differs in {fields}; choose another workdir"
             )
-        if old == config:
-            return
         if saved:
             told = ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
             tqdm.write(f"Note: the run goes on with other options than before: {told}.")
