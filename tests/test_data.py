@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import pickle
 import re
 import resource
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import experiment, tiny
 
@@ -555,6 +557,29 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused_with_what_diffe
         "give the same data, start in another workdir, or continue with the new data by --changed-data"
     ):
         start_state(experiment(tiny()), digits, mesh_of(1), checkpoints)
+
+
+def test_a_resume_says_that_files_were_written_since_the_checkpoint(tmp_path, capsys):
+    """A picture may have been edited although its size is the same."""
+    for i in range(2):
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / f"{i}.png")
+    config = tiny(data={"source": str(tmp_path), "image_size": 4})
+
+    def resumed(**meta):
+        checkpoints = SimpleNamespace(
+            sweep=lambda: 0, choose=lambda **_: 5, restore_meta=lambda _: meta, restore_state=lambda *_: None
+        )
+        source = open_source(config.data)
+        return start_state(experiment(config), source, mesh_of(1), checkpoints)[1], capsys.readouterr().out
+
+    meta, said = resumed(data=None)  # of earlier versions
+    assert "written since" not in said
+    assert "written since" not in resumed(**meta)[1]
+    os.utime(tmp_path / "1.png", (0, 0))
+    again, said = resumed(**meta)
+    assert "Note: files of the data set were written since the checkpoint of step 5." in said
+    assert again["data"] == meta["data"]
+    assert "written since" not in resumed(**again)[1]
 
 
 def test_a_resume_with_other_software_or_devices_says_that_it_is_not_bit_for_bit(digits, capsys):

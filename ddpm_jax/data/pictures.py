@@ -192,8 +192,8 @@ class Pictures:
         labels: () -> int (N,), or None if there are none.
         classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint that a checkpoint records.
-        stamp: A second fingerprint, for the cache alone. It changes whenever the content does, and may change more often, since
-            it may use times.
+        stamp: A second fingerprint, for the cache and a resume's note. It changes whenever the content does, and may change more
+            often, since it may use times.
     """
 
     names: Sequence[str]

@@ -49,7 +49,7 @@ class Source:
         read_labels: () -> int (N,), or None if there are none.
         read_classes: () -> the classes' names; none if they have no names.
         identity: The fingerprint of the data set. A checkpoint records it, and a resume with another one is refused.
-        stamp: A second fingerprint, for caches alone. It changes whenever the content does, and may change more often.
+        stamp: A second fingerprint, for caches and a resume's note. It changes whenever the content does, and may more often.
         conditions: Of data.condition=paired: (N, H, W, K), stored like the images.
     """
 

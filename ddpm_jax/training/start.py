@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ddpm_jax.config import Config, differences
 from ddpm_jax.core import sharding
 from ddpm_jax.core.errors import UsageError
+from ddpm_jax.core.files import digest
 from ddpm_jax.core.provenance import made_with
 from ddpm_jax.data import Source
 from ddpm_jax.data.sources import without_shared_folders
@@ -74,26 +75,20 @@ def start_state(
         UsageError: If no checkpoint is intact, or it belongs to another config, network or data set.
     """
     sharding.first_decides(checkpoints.sweep)
-    step = checkpoints.choose(unverified=unverified)
+    step, stamp = checkpoints.choose(unverified=unverified), digest(source.stamp)
     if step is not None:
         meta = checkpoints.restore_meta(step)
-        if meta["data"] not in (None, source.identity):  # None: imported weights record no data set
-            changed = f"the data set has changed since the checkpoint of step {step}"
-            changed += f": it was {meta['data']} and is {source.identity}"
-            if not changed_data:
-                raise UsageError(
-                    f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
-                )
-            tqdm.write(f"Note: {changed}.")
+        _check_data(source, meta, step, changed_data)
         check_network(meta, experiment)
         recorded = {"classes": _classes_of(source, meta)} if experiment.num_classes else {}
         made = made_with(mesh)
         if note := note_of_rounding(meta.get("made_with", {}), made):
             tqdm.write(f"Note: {note}.")
         state = checkpoints.restore_state(step, abstract_state(experiment, mesh))
-        return state, meta | {"data": source.identity, "made_with": made} | recorded
+        return state, meta | {"data": source.identity, "stamp": stamp, "made_with": made} | recorded
     state = init_sharded_state(experiment, mesh)
-    meta = {"data": source.identity, "since_log": {}, "network": network_name(experiment), "made_with": made_with(mesh)}
+    meta = {"data": source.identity, "stamp": stamp, "since_log": {}}
+    meta |= {"network": network_name(experiment), "made_with": made_with(mesh)}
     classes = tuple(source.read_classes()) if experiment.num_classes else ()
     if experiment.num_classes:
         meta["classes"] = list(classes)
@@ -106,6 +101,26 @@ def start_state(
         meta["init_from"] = {"step": run.step, "checkpoint": run.checkpoint, "weights": run.weights}
         tqdm.write(describe_origin(experiment.config, classes, run, origin))
     return state, meta
+
+
+def _check_data(source: Source, meta: dict[str, Any], step: int, changed_data: bool) -> None:
+    """Raises UsageError if the data set is not the checkpoint's, unless that is accepted; tells if its files alone are newer."""
+    if meta["data"] not in (None, source.identity):  # None: imported weights record no data set
+        changed = f"the data set has changed since the checkpoint of step {step}"
+        changed += f": it was {meta['data']} and is {source.identity}"
+        if not changed_data:
+            raise UsageError(
+                f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
+            )
+        tqdm.write(f"Note: {changed}.")
+    elif jax.process_index() == 0 and meta.get("stamp") not in (
+        None,
+        digest(source.stamp),
+    ):  # other hosts may have other times
+        tqdm.write(
+            f"Note: files of the data set were written since the checkpoint of step {step}. Their names and sizes are the same; "
+            "if one was edited, the run goes on with other data."
+        )
 
 
 def _classes_of(source: Source, meta: dict[str, Any]) -> list[str]:
