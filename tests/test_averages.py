@@ -109,7 +109,7 @@ def test_a_further_decay_that_is_of_little_use_is_told(workdir):
 def test_averages_start_from_the_parameters_of_another_run(runs, workdir):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, init_from=str(workdir)))
     checkpoints = Checkpoints(workdir / "none")
-    source = type("Source", (), {"identity": {}})()
+    source = type("Source", (), {"identity": {}, "stamp": ""})()
     state, _ = start_state(experiment(config), source, sharding.make_mesh(), checkpoints)
     checkpoints.close()
     for average in state.averages.values():
