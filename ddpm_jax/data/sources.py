@@ -229,7 +229,11 @@ def zip_file(name: str) -> Pictures:
 def _in_folders(
     names: Sequence[str], sizes: Sequence[int], contents: Sequence, read: Callable[[int], bytes], stamp: str
 ) -> Pictures:
-    """Pictures whose folders are their classes. contents: what identifies each beside its name."""
+    """Pictures whose folders are their classes.
+
+    sizes: of each file in bytes; one above MOST_BYTES is refused when it is read. contents: what identifies each beside its name.
+    read: index -> encoded content. stamp: as of `Pictures`.
+    """
 
     def checked(i):
         if sizes[i] > MOST_BYTES:

@@ -89,8 +89,8 @@ def interpolate(
 ) -> Float[Array, "n B H W C"]:
     """Decodes (1 - f) x_t + f x_t' for each fraction f, with x_t and x_t' from q(. | x_0) and q(. | x_0') (Figure 8).
 
-    The noise of x_t is draw k = 0 of image b, and that of x_t' is draw k = 0 of image b + B. Decoding uses the same noise for
-    every f.
+    The noise of x_t is draw k = 0 of image b, and that of x_t' is draw k = 0 of image b + B; both are float32. Decoding uses the
+    same noise for every f.
     """
     start = start_row(chain.sampler, t)
     level = jnp.full(x_0.shape[:1], int(np.asarray(chain.sampler.rows["t"])[start]))

@@ -366,8 +366,8 @@ class Checkpoints:
     def restore_meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step: the "data" set's identity, the losses "since_log", the "network".
 
-        "made_with" has the software and the devices. With classes their names, "classes"; with train.init_from "init_from": the
-        step, checkpoint and weights of that run.
+        "stamp" is a digest of `Source.stamp`; "made_with" has the software and the devices. With classes their names, "classes";
+        with train.init_from "init_from": the step, checkpoint and weights of that run.
         """
         meta = self._restore(step, meta=ocp.args.JsonRestore()).meta
         if not isinstance(meta, dict) or "data" not in meta or not isinstance(meta.get("since_log"), dict):

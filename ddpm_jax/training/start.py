@@ -105,6 +105,7 @@ def start_state(
 
 def _check_data(source: Source, meta: dict[str, Any], step: int, changed_data: bool) -> None:
     """Raises UsageError if the data set is not the checkpoint's, unless that is accepted; tells if its files alone are newer."""
+    before, stamp = meta.get("stamp"), digest(source.stamp)  # those of earlier versions have no stamp
     if meta["data"] not in (None, source.identity):  # None: imported weights record no data set
         changed = f"the data set has changed since the checkpoint of step {step}"
         changed += f": it was {meta['data']} and is {source.identity}"
@@ -113,10 +114,7 @@ def _check_data(source: Source, meta: dict[str, Any], step: int, changed_data: b
                 f"{changed}; give the same data, start in another workdir, or continue with the new data by --changed-data"
             )
         tqdm.write(f"Note: {changed}.")
-    elif jax.process_index() == 0 and meta.get("stamp") not in (
-        None,
-        digest(source.stamp),
-    ):  # other hosts may have other times
+    elif jax.process_index() == 0 and before not in (None, stamp):  # the files of other hosts may have other times
         tqdm.write(
             f"Note: files of the data set were written since the checkpoint of step {step}. Their names and sizes are the same; "
             "if one was edited, the run goes on with other data."
